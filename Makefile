@@ -1,0 +1,45 @@
+# A fresh checkout needs only make and Python >= 3.10: each target sets up what it needs in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# Present while .venv is being built, so it is outside of it: an interrupted set-up starts from nothing.
+UNFINISHED := .venv-unfinished
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## create .venv with the pinned requirements and this package
+
+demo: $(READY) ## run the main training job; pass options as ARGS="..."
+	PYTHONPATH=. $(BIN) bench/train.py $(ARGS)
+
+test: $(READY) ## run the tests; pass pytest options as ARGS="..."
+	$(BIN) -m pytest $(ARGS)
+
+lint: $(READY) ## check style, format and types
+	$(BIN) -m ruff check .
+	$(BIN) -m ruff format --check .
+	$(BIN) -m mypy
+
+bench: $(READY) ## compare with backpropagation; pass options as ARGS="..."
+	PYTHONPATH=. $(BIN) bench/compare.py $(ARGS)
+
+clean: ## remove .venv, caches and build products; data/ and runs/ stay
+	rm -rf $(VENV) $(UNFINISHED) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find bench csrc dfa_kernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): requirements.txt pyproject.toml setup.py
+	@command -v $(PYTHON) > /dev/null || \
+		{ echo "$(PYTHON) not found, expected Python 3.10 or newer: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1), expected 3.10 or newer: make PYTHON=..." >&2; exit 1; }
+	if [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi
+	touch $(UNFINISHED)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN) -m pip install --disable-pip-version-check --requirement requirements.txt
+	$(BIN) -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	mv $(UNFINISHED) $@
