@@ -1,0 +1,1 @@
+"""Benchmarks and the experiments of the paper: data, the main training job, comparisons."""
