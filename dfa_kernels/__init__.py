@@ -1,0 +1,23 @@
+"""Direct Feedback Alignment for PyTorch: hidden layers learn from a random projection of the output error."""
+
+from . import functional, ops, optim
+from .alignment import Alignment, alignment
+from .feedback import Feedback
+from .memory import feedback_memory
+from .taps import Tap, TapInfo
+from .wrapper import DFA
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DFA",
+    "Alignment",
+    "Feedback",
+    "Tap",
+    "TapInfo",
+    "alignment",
+    "feedback_memory",
+    "functional",
+    "ops",
+    "optim",
+]

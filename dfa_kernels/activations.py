@@ -1,0 +1,177 @@
+"""The elementwise activations that a fused segment may hold: how each is called, what it keeps, how it is derived.
+
+A fused segment applies f' without an autograd graph. What f' is computed from is kept by the forward pass anyway
+wherever possible: the output h, which is also the next layer's input. Only where h does not determine f' (|x|, a
+negative leaky slope, gelu …) the pre-activation a is kept instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+aten = torch.ops.aten
+T = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One row of the table. ``p`` and ``q`` are the call's numeric parameters, 0 where there are none."""
+
+    name: str
+    calls: tuple[Callable[..., Any], ...]
+    """The torch functions that compute it."""
+    apply: Callable[[Tensor, float, float], Tensor]
+    """(a, p, q) → f(a). May overwrite a where f' does not need it: the memory traffic of a large a costs time."""
+    gradient: Callable[[Tensor, Tensor, float, float], Tensor]
+    """(g, kept, p, q) → g ⊙ f'(a), from the kept tensor."""
+    modules: tuple[type[nn.Module], ...] = ()
+    """The modules that compute it and nothing else; their attributes have the names of the parameters."""
+    keeps_output: Callable[[float, float], bool] = lambda p, q: True
+    """Whether f' follows from h (true) or needs a (false)."""
+    parameters: tuple[tuple[str, Any], ...] = ()
+    """Name and default of each parameter after the input, in the order of the call."""
+    number: Callable[[Any], float] = float
+
+
+def _needs_input(p: float, q: float) -> bool:
+    return False
+
+
+def _slope_keeps_sign(slope: float, q: float) -> bool:
+    return slope >= 0
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    row.name: row
+    for row in (
+        Activation(
+            "identity",
+            calls=(),
+            apply=lambda a, p, q: a,
+            gradient=lambda g, h, p, q: g,
+        ),
+        Activation(
+            "tanh",
+            calls=(torch.tanh, T.tanh, torch.tanh_, T.tanh_, F.tanh),
+            modules=(nn.Tanh,),
+            apply=lambda a, p, q: a.tanh_(),
+            gradient=lambda g, h, p, q: aten.tanh_backward(g, h),
+        ),
+        Activation(
+            "relu",
+            calls=(torch.relu, T.relu, torch.relu_, T.relu_, F.relu),
+            modules=(nn.ReLU,),
+            apply=lambda a, p, q: a.relu_(),
+            gradient=lambda g, h, p, q: aten.threshold_backward(g, h, 0),
+        ),
+        Activation(
+            "leaky_relu",
+            calls=(F.leaky_relu, F.leaky_relu_),
+            modules=(nn.LeakyReLU,),
+            apply=lambda a, slope, q: F.leaky_relu(a, slope, inplace=slope >= 0),
+            gradient=lambda g, kept, slope, q: aten.leaky_relu_backward(g, kept, slope, False),
+            keeps_output=_slope_keeps_sign,
+            parameters=(("negative_slope", 0.01),),
+        ),
+        Activation(
+            "abs",
+            calls=(torch.abs, T.abs, torch.abs_, T.abs_, torch.absolute, T.absolute, T.absolute_, T.__abs__),
+            apply=lambda a, p, q: a.abs(),
+            gradient=lambda g, a, p, q: g * a.sgn(),
+            keeps_output=_needs_input,
+        ),
+        Activation(
+            "sigmoid",
+            calls=(torch.sigmoid, T.sigmoid, torch.sigmoid_, T.sigmoid_, F.sigmoid),
+            modules=(nn.Sigmoid,),
+            apply=lambda a, p, q: a.sigmoid_(),
+            gradient=lambda g, h, p, q: aten.sigmoid_backward(g, h),
+        ),
+        Activation(
+            "gelu",
+            calls=(F.gelu,),
+            modules=(nn.GELU,),
+            apply=lambda a, p, q: F.gelu(a, approximate="tanh" if p else "none"),
+            gradient=lambda g, a, p, q: aten.gelu_backward(g, a, approximate="tanh" if p else "none"),
+            keeps_output=_needs_input,
+            parameters=(("approximate", "none"),),
+            number=lambda approximate: float(approximate == "tanh"),
+        ),
+        Activation(
+            "silu",
+            calls=(F.silu,),
+            modules=(nn.SiLU,),
+            apply=lambda a, p, q: F.silu(a),
+            gradient=lambda g, a, p, q: aten.silu_backward(g, a),
+            keeps_output=_needs_input,
+        ),
+        Activation(
+            "elu",
+            calls=(F.elu, F.elu_),
+            modules=(nn.ELU,),
+            apply=lambda a, alpha, q: F.elu(a, alpha, inplace=alpha >= 0),
+            gradient=lambda g, h, alpha, q: aten.elu_backward(g, alpha, 1, 1, alpha >= 0, h),
+            keeps_output=_slope_keeps_sign,
+            parameters=(("alpha", 1.0),),
+        ),
+        Activation(
+            "softplus",
+            calls=(F.softplus,),
+            modules=(nn.Softplus,),
+            apply=lambda a, beta, threshold: F.softplus(a, beta, threshold),
+            gradient=lambda g, a, beta, threshold: aten.softplus_backward(g, a, beta, threshold),
+            keeps_output=_needs_input,
+            parameters=(("beta", 1.0), ("threshold", 20.0)),
+        ),
+        Activation(
+            "hardtanh",
+            calls=(F.hardtanh, F.hardtanh_),
+            modules=(nn.Hardtanh, nn.ReLU6),
+            apply=lambda a, low, high: F.hardtanh(a, low, high, inplace=True),
+            gradient=lambda g, h, low, high: aten.hardtanh_backward(g, h, low, high),
+            parameters=(("min_val", -1.0), ("max_val", 1.0)),
+        ),
+    )
+}
+
+FUSED_CALLS: dict[Callable[..., Any], Activation] = {f: row for row in ACTIVATIONS.values() for f in row.calls}
+
+INPLACE_CALLS: frozenset[Callable[..., Any]] = frozenset(
+    f for f in FUSED_CALLS if f.__name__.endswith("_") and f is not T.__abs__
+)
+
+UNFUSED_CALLS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        F.relu6, F.selu, F.selu_, F.celu, F.celu_, F.mish, F.hardswish, F.hardsigmoid, F.prelu, F.softsign,
+        F.logsigmoid, F.tanhshrink, F.softshrink, F.hardshrink, F.rrelu, F.rrelu_, F.threshold, F.glu, torch.selu,
+        torch.selu_, torch.celu, torch.celu_, torch.prelu, torch.rrelu, torch.rrelu_, torch.threshold, T.prelu,
+    }
+)  # fmt: skip
+"""Activations that a tap may follow, but whose segment autograd finishes."""
+
+
+def call_parameters(row: Activation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
+    """(p, q) of a call ``f(input, *args, **kwargs)``."""
+    values = [0.0, 0.0]
+    for i, (name, default) in enumerate(row.parameters):
+        value = args[i] if i < len(args) else kwargs.get(name, default)
+        values[i] = row.number(value)
+    return values[0], values[1]
+
+
+def module_parameters(row: Activation, module: nn.Module) -> tuple[float, float]:
+    """(p, q) of one of the row's modules."""
+    return call_parameters(row, tuple(getattr(module, name) for name, _ in row.parameters), {})
+
+
+def is_inplace(func: Callable[..., Any], row: Activation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ``f(input, *args, **kwargs)`` overwrites its input."""
+    n = len(row.parameters)
+    positional = bool(args[n]) if len(args) > n else False
+    return func in INPLACE_CALLS or bool(kwargs.get("inplace", positional))

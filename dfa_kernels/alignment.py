@@ -1,0 +1,85 @@
+"""Alignment: how close the projected error is to the gradient that backpropagation would deliver."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import node
+from .feedback import Feedback
+from .taps import ForwardPass, TapPolicy, tap_names
+from .weight_layers import restored
+from .wrapper import DFA
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Cosine between e B_iᵀ and ∂L/∂h_i at one tap, per row of the batch; mean and standard deviation over the rows."""
+
+    cosine: Tensor = field(repr=False)
+    mean: float
+    std: float
+
+
+class _ObservedPass(ForwardPass):
+    """A pass that leaves the autograd graph whole and remembers the tensor at every tap."""
+
+    def __init__(self, policy: TapPolicy, weight_layers: int) -> None:
+        super().__init__(policy, weight_layers)
+        self.origins: list[Tensor | str] = []
+        self.tapped: list[Tensor] = []
+
+    def at_tap(self, origin: Tensor | str, z: Tensor) -> Tensor:
+        if z.requires_grad and not any(z is seen for seen in self.tapped):
+            self.origins.append(origin)
+            self.tapped.append(z)
+        return z
+
+
+def alignment(
+    model: DFA,
+    x: Tensor,
+    y: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    *,
+    device: torch.device | str | None = None,
+) -> dict[str, Alignment]:
+    """Alignment at every tap of ``model`` (the paper's cosine similarity of the angle to backpropagation).
+
+    One forward and one backward pass in the mode (train or eval) that the model is in, on its own weights; random
+    number state, buffers and ``.grad`` are left as they were. Both vectors are taken after the non-linearity.
+
+    Args:
+        x, y: one batch; moved to ``device``, by default that of the model's first parameter.
+        loss_fn: ``loss_fn(output, y)``, a scalar.
+
+    Returns:
+        Tap name → `Alignment` with ``cosine`` [rows]. A row where either vector is zero has cosine 0.
+    """
+    if not isinstance(model, DFA):
+        raise TypeError(f"model: got {type(model).__name__}, expected a dfa_kernels.DFA")
+    where = device if device is not None else next(model.parameters()).device
+    x, y = x.to(where), y.to(where)
+    observed = _ObservedPass(model._policy, model._expected_layers((x,), {}))
+    with restored(model.net), torch.enable_grad(), observed:
+        output = model.net(x)
+    error, *true = torch.autograd.grad(loss_fn(output, y), [output, *observed.tapped])
+    rows, error_size = node.error_shape(output)
+    error = error.reshape(-1, error_size)
+    names = tap_names(model.net, observed.origins)
+    return {
+        name: _align(model.feedback, error, gradient.reshape(math.prod(rows), -1))
+        for name, gradient in zip(names, true, strict=True)
+    }
+
+
+def _align(feedback: Feedback, error: Tensor, true: Tensor) -> Alignment:
+    """Rows of e B_iᵀ [R, l_i] against those of the true gradient [R, l_i]."""
+    projected = feedback.project(error, true.shape[1])
+    cosine = F.cosine_similarity(projected.double(), true.double(), dim=1, eps=0).nan_to_num(0.0)
+    return Alignment(cosine, cosine.mean().item(), cosine.std(correction=0).item())

@@ -1,0 +1,188 @@
+"""The operators in plain PyTorch, on any device: the definition of correct for every other backend.
+
+Shapes: error [R, E]; of layer i, x [R·T, in] and kept [R·T, out]. R are the rows that the error has too; the T
+positions (1 for a plain batch) are units, so that the tap has T · out of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+from ..feedback import FeedbackSpec, project_unscaled
+from ..updates import RULES
+
+T = TypeVar("T")
+
+
+def project_taps(
+    error: Tensor,
+    stored: Sequence[Tensor],
+    feedback: FeedbackSpec,
+    sizes: Sequence[int],
+    kept: Sequence[Tensor | None],
+    noise: Sequence[Tensor | None],
+    activations: Sequence[str],
+    parameters: Sequence[float],
+) -> list[Tensor]:
+    """δ of every tap from the error (paper, eq. 3 with the unified feedback matrix of eq. 7–8).
+
+    Tap i with a kept tensor [R, sizes[i]] gives δa = (e B_iᵀ) ⊙ f'(kept) ⊙ noise in kept's dtype; without one
+    δh = e B_iᵀ in the error's dtype.
+    """
+    shared = _project(error, stored, feedback, max(sizes))
+    return [
+        _delta(shared, size, error.dtype, kept[i], noise[i], activations[i], *parameters[2 * i : 2 * i + 2])
+        for i, size in enumerate(sizes)
+    ]
+
+
+def layer_grads(
+    error: Tensor,
+    stored: Sequence[Tensor],
+    feedback: FeedbackSpec,
+    inputs: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    noise: Sequence[Tensor | None],
+    activations: Sequence[str],
+    parameters: Sequence[float],
+    weight_grads: Sequence[bool],
+    bias_grads: Sequence[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Gradients of every fused linear layer: ΔW_i = δa_iᵀ x_i and Δb_i = Σ δa_i.
+
+    ``kept`` holds one tensor a hidden layer; one more input than that is the output layer, whose δ is the error. The
+    result lists each layer's weight and bias gradient, those asked for, in ``dtype``.
+    """
+    grads = []
+    deltas = _layer_deltas(error, stored, feedback, inputs, kept, noise, activations, parameters)
+    for (delta, x), wants_weight, wants_bias in zip(deltas, weight_grads, bias_grads, strict=True):
+        if wants_weight:
+            grads.append(delta.t().mm(x).to(dtype))
+        if wants_bias:
+            grads.append(_bias_grad(delta, dtype))
+    return grads
+
+
+def layer_update_(
+    error: Tensor,
+    stored: Sequence[Tensor],
+    feedback: FeedbackSpec,
+    inputs: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    noise: Sequence[Tensor | None],
+    activations: Sequence[str],
+    parameters: Sequence[float],
+    weight_grads: Sequence[bool],
+    bias_grads: Sequence[bool],
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rule: str,
+    hyper: Sequence[float],
+) -> None:
+    """`layer_grads` and the optimizer's update in one: no gradient outlives its layer's product.
+
+    ``weights`` are the parameters in the order of `layer_grads`' result; ``state`` and ``hyper`` hold an equal share
+    for each of them.
+    """
+    update = RULES[rule]
+    shares = zip(weights, _shares(state, len(weights)), _shares(hyper, len(weights)), strict=True)
+    deltas = _layer_deltas(error, stored, feedback, inputs, kept, noise, activations, parameters)
+    for (delta, x), wants_weight, wants_bias in zip(deltas, weight_grads, bias_grads, strict=True):
+        if wants_weight:
+            update.apply_product_(*next(shares), delta, x)
+        if wants_bias:
+            parameter, own_state, own_hyper = next(shares)
+            update.apply_(parameter, own_state, own_hyper, _bias_grad(delta, parameter.dtype))
+
+
+def _layer_deltas(
+    error: Tensor,
+    stored: Sequence[Tensor],
+    feedback: FeedbackSpec,
+    inputs: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    noise: Sequence[Tensor | None],
+    activations: Sequence[str],
+    parameters: Sequence[float],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(δa [R·T, out], x [R·T, in]) of one layer after the other."""
+    sizes = [positions(h, error) * h.shape[1] for h in kept]
+    shared = _project(error, stored, feedback, max(sizes)) if sizes else None
+    for i, x in enumerate(inputs):
+        if shared is None or i == len(kept):
+            delta = error if error.dtype == x.dtype else error.to(x.dtype)
+        else:
+            numbers = parameters[2 * i : 2 * i + 2]
+            delta = _delta(shared, sizes[i], error.dtype, kept[i], noise[i], activations[i], *numbers)
+        yield delta, x
+
+
+def positions(tensor: Tensor, error: Tensor) -> int:
+    """T of a tensor [R·T, ...]; 1 for an empty batch, whose gradients are zero whatever T is."""
+    return tensor.shape[0] // error.shape[0] if error.shape[0] else 1
+
+
+@dataclass
+class _SharedProjection:
+    """e Uᵀ [R, l_max], scaled for the widest layer. A narrower one takes its columns, times the ratio of the scales."""
+
+    values: Tensor
+    normalize: bool
+
+    def for_size(self, size: int) -> tuple[Tensor, float]:
+        widest = self.values.shape[1]
+        if size == widest:
+            return self.values, 1.0
+        return self.values[:, :size], math.sqrt(widest / size) if self.normalize else 1.0
+
+
+def _project(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec, size: int) -> _SharedProjection:
+    """Computed where the feedback lives, brought back to the error's device. The scale goes into the small factor."""
+    device = stored[0].device if stored else error.device
+    wide = error.to(device, torch.promote_types(error.dtype, torch.float32))
+    scaled = wide * feedback.scale(size, error.shape[1])
+    values = project_unscaled(scaled, list(stored), feedback, size).to(error.device)
+    return _SharedProjection(values, feedback.normalize)
+
+
+def _delta(
+    shared: _SharedProjection,
+    size: int,
+    dtype: torch.dtype,
+    kept: Tensor | None,
+    noise: Tensor | None,
+    activation: str,
+    p: float,
+    q: float,
+) -> Tensor:
+    values, ratio = shared.for_size(size)
+    if kept is None:
+        return (values * ratio).to(dtype)
+    wide = kept if kept.dtype == values.dtype else kept.to(values.dtype)
+    values = values if values.shape == kept.shape else values.reshape(kept.shape)
+    delta = ACTIVATIONS[activation].gradient(values, wide, p, q)
+    if noise is not None:
+        delta = delta * noise
+    if ratio != 1:
+        delta = delta * ratio
+    return delta if delta.dtype == kept.dtype else delta.to(kept.dtype)
+
+
+def _bias_grad(delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ over the rows, in float32 at least."""
+    if delta.dtype == dtype and dtype.itemsize >= 4:
+        return delta.sum(0)
+    return delta.sum(0, dtype=torch.promote_types(delta.dtype, torch.float32)).to(dtype)
+
+
+def _shares(values: Sequence[T], n: int) -> list[Sequence[T]]:
+    each = len(values) // n if n else 0
+    return [values[i * each : (i + 1) * each] for i in range(n)]

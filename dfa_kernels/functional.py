@@ -1,0 +1,23 @@
+"""Functions that stand on their own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .hadamard import hadamard
+
+
+def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Walsh-Hadamard transform of the last dimension: x [..., n] -> [..., n], in x's dtype; differentiable.
+
+    Equals `F.linear(x, hadamard(n)) * scale` for n a power of two (scipy.linalg.hadamard, Sylvester's order),
+    else `(F.linear(F.pad(x, (0, d - n)), hadamard(d)) * scale)[..., :n]` with d the next power of two;
+    n·log(n) work. float16 and bfloat16 are summed in float32. ValueError if x is 0-d or n is 0, TypeError if
+    x is not floating.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating tensor, got dtype {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have a last dimension of at least 1, got shape {list(x.shape)}")
+    result: Tensor = hadamard(x, scale)
+    return result

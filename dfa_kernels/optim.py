@@ -1,0 +1,203 @@
+"""Optimizers that compute the gradients of fused layers and update them in one step, without gradient buffers.
+
+While such an optimizer is alive, `loss.backward()` leaves a fused layer's call (the error and the saved activations)
+in the optimizer's ledger instead of writing ``.grad``; `step()` runs the calls and the update together. Parameters
+that autograd finishes (batch norm, convolutions …) hold a ``.grad`` as usual and are updated by the same rule.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from . import backends
+from .node import LayerCall
+from .updates import RULES
+from .wrapper import DFA
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """What `SGD` and `AdamW` share. Subclasses name their rule, their state and the numbers of an update."""
+
+    rule: str
+    # Lets torch.amp.GradScaler call step() at all, so that step() can refuse it with a message.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, model: DFA, defaults: dict[str, Any]) -> None:
+        if isinstance(model, DistributedDataParallel):
+            raise TypeError(f"model: got DistributedDataParallel; {_NO_REDUCTION}")
+        if not isinstance(model, DFA):
+            raise TypeError(f"model: got {type(model).__name__}, expected a dfa_kernels.DFA")
+        super().__init__(model.parameters(), defaults)
+        self._ledger: list[LayerCall] = []
+        self._model = weakref.ref(model)
+        model._optimizer = weakref.ref(self)
+
+    def receive(self) -> list[LayerCall]:
+        """The ledger for one more backward pass of the model."""
+        if DistributedDataParallel._active_ddp_module is not None:
+            raise RuntimeError(f"model: it runs inside DistributedDataParallel; {_NO_REDUCTION}")
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"model: torch.compile cannot defer gradients to {type(self).__name__}; use torch.optim with a "
+                "compiled model, or this optimizer with the uncompiled one"
+            )
+        return self._ledger
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim; deferred gradients are dropped as well."""
+        self._ledger.clear()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Computes the deferred gradients and updates every parameter. What it used up is dropped, as if zeroed.
+
+        Raises:
+            RuntimeError: under GradScaler, or if a parameter with a deferred gradient also holds a ``.grad``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_scaler()
+        calls = list(self._ledger)
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        self._refuse_grads(calls)
+        self._ledger.clear()
+        if len(calls) == 1:
+            self._update_fused(calls[0], groups)
+        elif calls:
+            _accumulate(calls)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    RULES[self.rule].apply_(p, self._own_state(p), self._hyper(group, p), p.grad)
+        for call in calls:
+            for p in call.weights:
+                p.grad = None
+        return loss
+
+    def _update_fused(self, call: LayerCall, groups: dict[int, dict[str, Any]]) -> None:
+        state = [tensor for p in call.weights for tensor in self._own_state(p)]
+        hyper = [number for p in call.weights for number in self._hyper(groups[id(p)], p)]
+        update_ = backends.BACKENDS[call.backend].layer_update_
+        update_(*call.arguments, call.weights, state, self.rule, hyper)
+
+    def _state_names(self) -> tuple[str, ...]:
+        """The tensors that every parameter has beside it, by the names that torch's optimizer of this rule uses."""
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
+        """The numbers of `UpdateRule.hyper` for the update of ``p`` that is about to run."""
+        raise NotImplementedError
+
+    def _own_state(self, p: Tensor) -> list[Tensor]:
+        state, names = self.state[p], self._state_names()
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return [state[name] for name in names]
+
+    def _refuse_scaler(self) -> None:
+        if hasattr(self, "grad_scale"):
+            raise RuntimeError(
+                f"GradScaler: {type(self).__name__} never holds the gradients that it would check and unscale; use "
+                "torch.optim, or bfloat16, which needs no scaler"
+            )
+
+    def _refuse_grads(self, calls: list[LayerCall]) -> None:
+        held = {id(p) for call in calls for p in call.weights if p.grad is not None}
+        if held:
+            model = self._model()
+            names = [] if model is None else [n for n, p in model.named_parameters() if id(p) in held]
+            raise RuntimeError(
+                f"parameters {names} hold a .grad beside their deferred gradient, from a pass before this optimizer or "
+                "under backprop(); call zero_grad() first"
+            )
+
+
+_NO_REDUCTION = (
+    "a fused optimizer keeps no gradients that could be reduced over processes; use torch.optim with "
+    "DistributedDataParallel"
+)
+
+
+def _accumulate(calls: list[LayerCall]) -> None:
+    """Sums the gradients of several backward passes into ``.grad``, for a rule that needs their sum."""
+    for call in calls:
+        dtype = call.weights[0].dtype
+        grads = backends.BACKENDS[call.backend].layer_grads(*call.arguments, dtype)
+        for p, grad in zip(call.weights, grads, strict=True):
+            p.grad = grad if p.grad is None else p.grad + grad
+
+
+class SGD(FusedOptimizer):
+    """`torch.optim.SGD` with the update inside the weight gradient's product; the same numbers up to rounding.
+
+    Args:
+        model: the `DFA` module whose parameters it updates.
+        lr: learning rate; may be changed in ``param_groups``, by a scheduler for example.
+        momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
+    """
+
+    rule = "sgd"
+
+    def __init__(
+        self, model: DFA, lr: float, momentum: float = 0, weight_decay: float = 0, nesterov: bool = False
+    ) -> None:
+        _check_at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov: got True with momentum 0, expected a positive momentum")
+        super().__init__(model, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov))
+
+    def _state_names(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
+
+    def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
+        return [float(group[name]) for name in RULES[self.rule].hyper]
+
+
+class AdamW(FusedOptimizer):
+    """`torch.optim.AdamW`, one layer's gradient at a time; the same numbers up to rounding.
+
+    Args:
+        model: the `DFA` module whose parameters it updates.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+    """
+
+    rule = "adamw"
+
+    def __init__(
+        self,
+        model: DFA,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        _check_at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
+        for beta in betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas: got {betas}, expected two numbers in [0, 1)")
+        super().__init__(model, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    def _state_names(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
+        state = self.state[p]
+        state["step"] = state.get("step", torch.tensor(0.0)) + 1
+        beta1, beta2 = group["betas"]
+        return [*map(float, (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], state["step"]))]
+
+
+def _check_at_least_zero(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not number >= 0:
+            raise ValueError(f"{name}: got {number}, expected a number >= 0")

@@ -1,0 +1,217 @@
+"""A forward pass cut at its taps: what every segment keeps so that the error alone can finish it.
+
+`SegmentedPass` watches a weight layer and what follows it. As long as that is an activation of the table and dropout,
+the segment is *fused*: it keeps x, f' and the dropout mask, and its autograd graph is dropped at the tap. Anything
+else keeps its local autograd graph, which ends at the previous tap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .activations import ACTIVATIONS, FUSED_CALLS, Activation, call_parameters, is_inplace
+from .taps import CONVOLUTIONS, LINEAR, Args, Call, ForwardPass, Kwargs, TapPolicy
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The numbers `aten.convolution_backward` asks for beside the tensors."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Chain:
+    """A weight layer and the elementwise calls that followed it so far.
+
+    ``value`` is the newest result, ``kept`` what f' is computed from, ``noise`` the product of the dropout masks, each
+    divided by its keep probability.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, convolution: Convolution | None, value: Tensor
+    ) -> None:
+        self.x = x
+        self.weight = weight
+        self.bias = bias
+        self.convolution = convolution
+        self.value = value
+        self.activation: Activation | None = None
+        self.p = 0.0
+        self.q = 0.0
+        self.kept: Tensor | None = None
+        self.noise: Tensor | None = None
+
+
+@dataclass(slots=True)
+class FusedLayer:
+    """A finished chain: everything its gradient needs beside δh. No tensor here carries a graph.
+
+    With x [..., in] and kept [..., out]: δa = δh ⊙ f'(kept) ⊙ noise, ΔW = δaᵀ x.
+    """
+
+    x: Tensor
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    convolution: Convolution | None
+    activation: str
+    p: float
+    q: float
+    kept: Tensor
+    noise: Tensor | None
+
+
+@dataclass(slots=True)
+class Segment:
+    """What lies between two taps.
+
+    ``tap`` is what the network goes on with, ``root`` the same values with the segment's autograd graph, and ``layer``
+    what replaces that graph if the segment is fused.
+    """
+
+    origin: Tensor | str
+    tap: Tensor
+    root: Tensor
+    layer: FusedLayer | None
+
+
+class SegmentedPass(ForwardPass):
+    """A forward pass that detaches at every tap and records the segments."""
+
+    def __init__(self, policy: TapPolicy, weight_layers: int = -1) -> None:
+        super().__init__(policy, weight_layers)
+        self.segments: list[Segment] = []
+        self._chain: Chain | None = None
+        self._cuts: list[tuple[Tensor, Tensor]] = []
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def at_tap(self, origin: Tensor | str, z: Tensor) -> Tensor:
+        for seen, cut in self._cuts:
+            if seen is z:
+                return cut
+        if not z.requires_grad:
+            return z
+        cut = z.detach()
+        layer = self._finish_chain(z, cut)
+        self.segments.append(Segment(origin, cut, z, layer))
+        self._cuts.append((z, cut))
+        return cut
+
+    def finish(self, output: Tensor) -> FusedLayer | None:
+        """The last layer, if nothing but its product lies between the last tap and the output."""
+        self._check_versions()
+        chain = self._chain
+        if chain is None or chain.convolution is not None or chain.activation is not None or chain.noise is not None:
+            return None
+        return self._finish_chain(output, output.detach())
+
+    def weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
+        value = cast(Tensor, func(*args, **kwargs))
+        self._chain = _start_chain(func, args, kwargs, value)
+        if self._chain is not None:
+            self._watch(self._chain.x)
+        return value
+
+    def activation(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
+        z, *rest = args
+        chain, row = self._chain, FUSED_CALLS.get(func)
+        if chain is None or chain.value is not z:
+            return cast(Tensor, func(*args, **kwargs))
+        if row is None or chain.activation is not None:
+            self._chain = None
+            return cast(Tensor, func(*args, **kwargs))
+        chain.p, chain.q = call_parameters(row, tuple(rest), kwargs)
+        keeps_output = row.keeps_output(chain.p, chain.q)
+        overwrites = is_inplace(func, row, tuple(rest), kwargs)
+        kept = z.clone() if overwrites and not keeps_output else z
+        h = cast(Tensor, func(*args, **kwargs))
+        chain.activation, chain.value, chain.kept = row, h, h if keeps_output else kept
+        self._watch(chain.kept)
+        return h
+
+    def other(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
+        chain = self._chain
+        if chain is None or not args or args[0] is not chain.value:
+            return func(*args, **kwargs)
+        if func is F.dropout:
+            return self._dropout(chain, *args, **kwargs)
+        self._chain = None
+        return func(*args, **kwargs)
+
+    def _dropout(self, chain: Chain, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """F.dropout, from the same random numbers, with its mask kept."""
+        if not training or p == 0:
+            return x
+        noise = F.dropout(torch.ones_like(x), p, training=True)
+        chain.noise = noise if chain.noise is None else chain.noise * noise
+        chain.value = x.mul_(noise) if inplace else x * noise
+        return chain.value
+
+    def _finish_chain(self, z: Tensor, cut: Tensor) -> FusedLayer | None:
+        chain, self._chain = self._chain, None
+        if chain is None or chain.value is not z:
+            return None
+        row = chain.activation or ACTIVATIONS["identity"]
+        kept = cut if chain.kept is None or chain.kept is z else chain.kept.detach()
+        return FusedLayer(
+            chain.x, chain.weight, chain.bias, chain.convolution, row.name, chain.p, chain.q, kept, chain.noise
+        )
+
+    def _watch(self, kept: Tensor) -> None:
+        # A compiler's graph has no version counters; the first eager pass has checked the same network.
+        if not torch.compiler.is_compiling():
+            self._versions.append((kept, kept._version))
+
+    def _check_versions(self) -> None:
+        for kept, version in self._versions:
+            if kept._version != version:
+                raise RuntimeError(
+                    f"net: a tensor of shape {tuple(kept.shape)} that a gradient needs was modified by an in-place "
+                    f"operation: it is at version {kept._version}, expected {version}"
+                )
+
+
+def _start_chain(func: Call, args: Args, kwargs: Kwargs, value: Tensor) -> Chain | None:
+    if func is LINEAR:
+        x, weight, bias = _bind_linear(*args, **kwargs)
+        convolution = None
+    elif func in CONVOLUTIONS:
+        x, weight, bias, convolution = _bind_convolution(*args, **kwargs)
+        if convolution is None or x.dim() != weight.dim():
+            return None
+    else:
+        return None
+    if x.requires_grad or not _is_plain_parameter(weight) or not (bias is None or _is_plain_parameter(bias)):
+        return None
+    if not (value.requires_grad and value.is_floating_point()):
+        return None
+    return Chain(x.to(value.dtype), weight, bias, convolution, value)
+
+
+def _is_plain_parameter(p: Tensor) -> bool:
+    return isinstance(p, nn.Parameter) and p.is_leaf
+
+
+def _bind_linear(input: Tensor, weight: Any, bias: Any = None) -> tuple[Tensor, Any, Any]:
+    return input, weight, bias
+
+
+def _bind_convolution(
+    input: Tensor, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> tuple[Tensor, Any, Any, Convolution | None]:
+    if isinstance(padding, str):
+        return input, weight, bias, None
+    n = weight.dim() - 2
+    return input, weight, bias, Convolution(_per_axis(stride, n), _per_axis(padding, n), _per_axis(dilation, n), groups)
+
+
+def _per_axis(value: int | tuple[int, ...], n: int) -> tuple[int, ...]:
+    values = (value,) * n if isinstance(value, int) else tuple(value)
+    return values * n if len(values) == 1 else values

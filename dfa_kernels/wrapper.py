@@ -1,0 +1,201 @@
+"""`DFA`: wraps any network so that its hidden layers learn from the projected error."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, node
+from .feedback import Feedback
+from .segments import FusedLayer, Segment, SegmentedPass
+from .sequence import plain_modules, run_sequence
+from .taps import OutputTap, Tap, TapInfo, TapPolicy, tap_names
+from .weight_layers import count_weight_layers
+
+if TYPE_CHECKING:
+    from .optim import FusedOptimizer
+
+
+class DFA(nn.Module):
+    """A network trained by Direct Feedback Alignment (Launay, Poli, Krzakala 2019, eq. 3, 7 and 8).
+
+    Called like ``net`` and followed by the usual ``loss.backward()``, it fills ``.grad`` of every parameter: of those
+    before a tap from e B_iᵀ, where e = ∂L/∂output [b, E], and of those after the last tap from the true gradient.
+
+    Args:
+        net: any module that returns one tensor, [b, E] (or [b], taken as [b, 1]; or [b, T, E], where the leading
+            dimensions that a tap shares with the output are rows and its others are units). It is not copied.
+        feedback: the random projection shared by all taps.
+        taps: where the error is injected. "nonlinearity": after the activation that follows a weight layer (Linear or
+            Conv), except after the last one. "layer_input": at the input of each weight layer but the first, so after
+            pooling, batch norm and dropout. A list of submodule names: at their outputs. If ``net`` holds `Tap`
+            modules, those are the taps.
+        backend: "auto" or the name of one of the backends.
+
+    Raises:
+        ValueError: unknown taps or backend, or a network in which no tap can be placed.
+        TypeError: ``net``, ``feedback`` or ``taps`` of the wrong type, or an output that is not one tensor.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        feedback: Feedback | None = None,
+        *,
+        taps: str | Sequence[str] = "nonlinearity",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net: got {type(net).__name__}, expected a torch.nn.Module")
+        if feedback is not None and not isinstance(feedback, Feedback):
+            raise TypeError(f"feedback: got {type(feedback).__name__}, expected a dfa_kernels.Feedback")
+        self.net = net
+        self.feedback = Feedback() if feedback is None else feedback
+        self.backend = backends.check_backend(backend)
+        self._policy = _place_marks(net, taps)
+        self._weight_layers: int | None = None
+        self._taps: tuple[TapInfo, ...] | None = None
+        self._error_size: int | None = None
+        self._backprop = False
+        self._optimizer: weakref.ref[FusedOptimizer] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled() and not self._backprop:
+            return self._pass(args, kwargs)
+        if self._taps is None and self._can_look_for_taps():
+            with torch.enable_grad():
+                return self._pass(args, kwargs).detach()
+        return _one_tensor(self.net(*args, **kwargs))
+
+    @property
+    def taps(self) -> list[TapInfo]:
+        """The taps in the order of the forward pass.
+
+        Raises:
+            RuntimeError: before the first forward pass, which finds them.
+        """
+        if self._taps is None:
+            raise RuntimeError("taps: they are found by the first forward pass, and there has been none yet")
+        return list(self._taps)
+
+    def feedback_matrix(self, name: str) -> Tensor:
+        """B_i [l_i, E] in use at the tap ``name``, scaled, in the feedback's dtype."""
+        sizes = {tap.name: tap.size for tap in self.taps}
+        if name not in sizes:
+            raise ValueError(f"name: got {name!r}, expected one of the taps {list(sizes)}")
+        assert self._error_size is not None
+        return self.feedback.matrix(sizes[name], self._error_size)
+
+    @contextlib.contextmanager
+    def backprop(self) -> Iterator[None]:
+        """Within it the same network learns by exact backpropagation."""
+        before, self._backprop = self._backprop, True
+        try:
+            yield
+        finally:
+            self._backprop = before
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"feedback": self.feedback.state_dict()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.feedback = Feedback.from_state_dict(state["feedback"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to no optimizer."""
+        return {**self.__dict__, "_optimizer": None}
+
+    def extra_repr(self) -> str:
+        return f"feedback={self.feedback!r}, backend={self.backend!r}"
+
+    def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        output, segments, last = self._run_segments(args, kwargs)
+        if self._taps is None:
+            self._remember_taps(output, segments)
+        return node.attach(output, segments, last, self.feedback, self.backend, self._ledger())
+
+    def _run_segments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, list[Segment], FusedLayer | None]:
+        if self._policy.kind != "named":
+            modules = plain_modules(self.net, args, kwargs)
+            if modules is not None:
+                return run_sequence(modules, args[0], self._policy.kind == "nonlinearity")
+        segmented = SegmentedPass(self._policy, self._expected_layers(args, kwargs))
+        with segmented:
+            output = _one_tensor(self.net(*args, **kwargs))
+        last = segmented.finish(output)
+        self._check_pass(segmented)
+        return output, segmented.segments, last
+
+    def _can_look_for_taps(self) -> bool:
+        return not (self._backprop or torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
+
+    def _expected_layers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        if self._policy.kind == "nonlinearity" and self._weight_layers is None:
+            self._weight_layers = count_weight_layers(self.net, args, kwargs)
+        return -1 if self._weight_layers is None else self._weight_layers
+
+    def _remember_taps(self, output: Tensor, segments: list[Segment]) -> None:
+        rows, self._error_size = node.error_shape(output)
+        units = [node.tap_units(segment, rows) for segment in segments]
+        names = tap_names(self.net, [segment.origin for segment in segments])
+        self._taps = tuple(TapInfo(n, u, math.prod(u)) for n, u in zip(names, units, strict=True))
+
+    def _check_pass(self, segmented: SegmentedPass) -> None:
+        seen, policy = segmented.weight_layers_seen, self._policy.kind
+        if policy == "named" or (policy == "layer_input" and seen > 1):
+            return
+        if seen < 2:
+            raise ValueError(
+                f"net: it has {seen} weight layer(s) (Linear, Conv), so none before the last; DFA needs at least one"
+            )
+        if segmented.activations_seen == 0:
+            raise ValueError(
+                'net: no activation was found between its weight layers; use taps="layer_input", a list of submodule '
+                "names, or dfa_kernels.Tap() modules"
+            )
+        if seen != self._weight_layers:
+            raise RuntimeError(
+                f"net: {seen} weight layers ran in this pass, expected {self._weight_layers}; for a network whose "
+                'depth varies use taps="layer_input", and before torch.compile run one pass without it'
+            )
+
+    def _ledger(self) -> list[node.LayerCall] | None:
+        optimizer = None if self._optimizer is None else self._optimizer()
+        return None if optimizer is None else optimizer.receive()
+
+
+def _one_tensor(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"net: the output must be one tensor, got {type(output).__name__}")
+    return output
+
+
+def _place_marks(net: nn.Module, taps: str | Sequence[str]) -> TapPolicy:
+    """The policy that ``taps`` means for ``net``, with the marks that it needs placed in ``net``."""
+    marks = {name: module for name, module in net.named_modules() if isinstance(module, Tap)}
+    for name, module in marks.items():
+        module.name = name
+    if isinstance(taps, str):
+        if taps not in ("nonlinearity", "layer_input"):
+            raise ValueError(f'taps: got {taps!r}, expected "nonlinearity", "layer_input" or a list of submodule names')
+        return TapPolicy("named", frozenset(marks)) if marks else TapPolicy(taps)
+    known = dict(net.named_modules())
+    for name in taps:
+        if not isinstance(name, str):
+            raise TypeError(f"taps: got {name!r} in the list, expected the name of a submodule")
+        if name not in known or not name:
+            raise ValueError(f"taps: {name!r} is not a submodule of net; there are {[n for n in known if n]}")
+        if name not in marks:
+            known[name].register_forward_hook(OutputTap(name))
+    if not taps:
+        raise ValueError("taps: got an empty list, expected at least one submodule name")
+    return TapPolicy("named", frozenset(taps) | frozenset(marks))

@@ -1,0 +1,132 @@
+"""Fastfood: its diagonals and its product against dense algebra in float64, and its statistics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.linalg import hadamard
+from scipy.stats import chi, norm
+from test_entries import oracle, words_at
+
+from dfa_kernels import entries, fastfood
+from dfa_kernels.entries import Stream, fill
+from dfa_kernels.fastfood import block_count, block_rows, fastfood_diagonals, fastfood_products
+
+CPU = torch.device("cpu")
+
+
+def permutation_oracle(seed: int, block: int, d: int) -> list[int]:
+    bits = d.bit_length() - 1
+    keys = [word for call in range(2) for word in words_at(seed, Stream.FASTFOOD_PERMUTATION, block, call)]
+    permutation = []
+    for x in range(d):
+        for a, b in zip(keys[::2], keys[1::2], strict=True):
+            x = (x * (2 * a + 1) + b) & (d - 1)
+            x ^= x >> max(1, bits // 2)
+        permutation.append(x)
+    return permutation
+
+
+def factor_by_factor(error: torch.Tensor, diagonals: list[torch.Tensor]) -> torch.Tensor:
+    """error Vᵀ with every factor of V a dense matrix, in error's dtype."""
+    signs, permutation, gaussian, scaling = (part.to(error.dtype) for part in diagonals)
+    d = signs.shape[1]
+    h = torch.from_numpy(hadamard(d)).to(error.dtype)
+    padded = F.pad(error, (0, d - error.shape[1]))
+    blocks = []
+    for n in range(signs.shape[0]):
+        mixed = ((padded @ signs[n].diag()) @ h)[:, permutation[n].long()]
+        blocks.append(mixed @ gaussian[n].diag() @ h @ scaling[n].diag())
+    return torch.cat(blocks, dim=1)
+
+
+def project(error: torch.Tensor, seed: int, rows: int) -> torch.Tensor:
+    out = torch.full((error.shape[0], rows), math.nan, dtype=error.dtype)
+    for here, product in fastfood_products(
+        error, lambda blocks: fastfood_diagonals(seed, blocks, error.shape[1], CPU), rows
+    ):
+        out[:, here] = product.T
+    return out
+
+
+@pytest.mark.parametrize(("error_size", "d"), [(1, 1), (2, 2), (3, 4), (10, 16), (1000, 1024), (1024, 1024)])
+def test_blocks_are_the_next_power_of_two(error_size, d):
+    assert block_rows(error_size) == d
+    assert [block_count(rows, error_size) for rows in (1, d, d + 1)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("error_size", [1, 2, 4, 50, 128])
+@pytest.mark.parametrize("seed", [0, 2**64 - 3])
+def test_permutation_is_the_oracles_bijection(error_size, seed):
+    permutation = fastfood_diagonals(seed, range(5, 8), error_size, CPU)[1]
+    d = block_rows(error_size)
+    assert permutation.tolist() == [permutation_oracle(seed, block, d) for block in range(5, 8)]
+    assert torch.equal(permutation.sort(1).values, torch.arange(d, dtype=torch.int32).expand(3, d))
+
+
+def test_diagonals_come_from_their_streams():
+    signs, _, gaussian, scaling = fastfood_diagonals(3, range(2, 6), 60, CPU)
+    expected_signs = fill(torch.empty(4, 64), "rademacher", 3, row=2, stream=Stream.FASTFOOD_SIGNS)
+    assert torch.equal(signs, expected_signs.to(torch.int8))
+    assert torch.equal(gaussian, fill(torch.empty(4, 64), "gaussian", 3, row=2, stream=Stream.FASTFOOD_GAUSSIAN))
+    z = fill(torch.empty(4, 64), "gaussian", 3, row=2, stream=Stream.FASTFOOD_SCALING).double()
+    variance = 2 / (9 * 64)
+    s = (64 * (1 - variance + z * math.sqrt(variance)) ** 3).sqrt()
+    expected = s / (gaussian.double().norm(dim=1, keepdim=True) * 8)
+    torch.testing.assert_close(scaling.double(), expected, rtol=1.2e-7, atol=0)
+
+
+def test_streams_of_the_diagonals_are_not_the_entries():
+    gaussian = fastfood_diagonals(3, range(1), 64, CPU)[2]
+    assert gaussian[0, 0].item() != pytest.approx(oracle("gaussian", 3, 0, 0), abs=1e-3)
+
+
+@pytest.mark.parametrize("d", [16, 1024])
+def test_chi_is_close_to_chi(d):
+    for quantile in (0.001, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999):
+        z = torch.full((1, d), norm.ppf(quantile), dtype=torch.float64)
+        assert chi.cdf(fastfood._chi(z)[0, 0].item(), d) == pytest.approx(quantile, abs=0.0125 / d)
+
+
+def test_chi_of_an_impossible_normal_is_zero():
+    assert fastfood._chi(torch.tensor([[-9.0]])).item() == 0.0
+
+
+@pytest.mark.parametrize(("error_size", "rows"), [(1, 5), (2, 2), (10, 33), (16, 40), (100, 500)])
+@pytest.mark.parametrize("batch", [0, 1, 7])
+def test_product_is_the_factors(error_size, rows, batch):
+    error = torch.randn(batch, error_size, generator=torch.Generator().manual_seed(rows))
+    diagonals = fastfood_diagonals(12, range(block_count(rows, error_size)), error_size, CPU)
+    exact = factor_by_factor(error.double(), diagonals)[:, :rows]
+    torch.testing.assert_close(project(error.double(), 12, rows), exact, rtol=1e-12, atol=1e-12)
+    if batch:
+        baseline = (factor_by_factor(error, diagonals)[:, :rows] - exact).abs().max()
+        assert (project(error, 12, rows) - exact).abs().max() <= 2 * baseline + 1e-30
+
+
+def test_rows_have_the_norms_and_moments_of_gaussian_rows():
+    error_size, rows = 256, 8192
+    v = project(torch.eye(error_size), 4, rows).T.double()
+    norms = v.square().sum(1)
+    assert norms.mean().item() == pytest.approx(error_size, rel=5 * math.sqrt(2 / v.numel()))
+    assert norms.var().item() == pytest.approx(2 * error_size, rel=0.1)
+    assert abs(v.mean()) < 5 / math.sqrt(v.numel())
+    assert v.pow(4).mean().item() == pytest.approx(3, rel=0.05)
+    assert (v.T @ v / rows - torch.eye(error_size)).abs().max() < 6 / math.sqrt(rows)
+
+
+def test_passes_do_not_show(monkeypatch):
+    error = torch.randn(3, 30)
+    whole = project(error, 5, 1000)
+    monkeypatch.setattr(fastfood, "entries_per_pass", lambda device: 1)
+    monkeypatch.setattr(entries, "entries_per_pass", lambda device: 1)
+    # Products of other sizes may add in another order: rounding, but no other difference.
+    torch.testing.assert_close(project(error, 5, 1000), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_fewer_rows_are_the_first_rows():
+    error = torch.randn(3, 30, dtype=torch.float64)
+    torch.testing.assert_close(project(error, 5, 70), project(error, 5, 1000)[:, :70], rtol=1e-13, atol=1e-13)

@@ -1,0 +1,100 @@
+"""The Walsh-Hadamard transform against scipy, and as an operator."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import hadamard
+
+from dfa_kernels.functional import hadamard_transform
+
+
+def reference(x: torch.Tensor, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    n = x.shape[-1]
+    d = 1 << (n - 1).bit_length()
+    h = torch.from_numpy(hadamard(d)).to(dtype)
+    return (F.linear(F.pad(x.to(dtype), (0, d - n)), h) * scale)[..., :n]
+
+
+def within_baseline(got: torch.Tensor, x: torch.Tensor, scale: float) -> bool:
+    exact = reference(x, scale)
+    baseline = (reference(x, scale, x.dtype).double() - exact).abs().max()
+    return bool((got.double() - exact).abs().max() <= 2 * baseline + torch.finfo(x.dtype).tiny)
+
+
+@pytest.mark.parametrize("n", [2**k for k in range(13)] + [3, 7, 10, 33, 100, 1000, 1025])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_integers_transform_exactly(n, dtype):
+    x = torch.randint(-8, 9, (3, n), generator=torch.Generator().manual_seed(n)).to(dtype)
+    assert torch.equal(hadamard_transform(x).double(), reference(x))
+    assert torch.equal(hadamard_transform(x, 0.5).double(), reference(x, 0.5))
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 64, 1000, 4096])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounding_is_within_the_baselines(n, dtype):
+    x = torch.randn(5, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    assert within_baseline(hadamard_transform(x, n**-0.5), x, n**-0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([0, 1, 2, 5]), max_size=3), st.integers(1, 70), st.booleans())
+def test_any_shape_and_stride(leading, n, transposed):
+    x = torch.randint(-8, 9, (*leading, n)).double()
+    if transposed and x.dim() > 1:
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    assert torch.equal(hadamard_transform(x), reference(x))
+
+
+@pytest.mark.parametrize("n", [1, 4, 6])
+def test_result_shares_nothing_with_the_input(n):
+    x = torch.ones(2, n)
+    result = hadamard_transform(x)
+    result.zero_()
+    assert torch.equal(x, torch.ones(2, n))
+
+
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_gradients(n):
+    x = torch.randn(2, n, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: hadamard_transform(v, 0.7), (x,))
+    assert torch.autograd.gradgradcheck(lambda v: hadamard_transform(v, 0.7).square(), (x,))
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (5,), (2, 3, 6), (0, 4), (7, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_operator_is_well_formed(shape, dtype):
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(torch.ops.dfa_kernels.hadamard.default, (x, 0.5))
+    torch.library.opcheck(torch.ops.dfa_kernels.hadamard.default, (x.detach().repeat_interleave(2, -1)[..., ::2], 0.5))
+
+
+def test_autocast_does_not_lower_the_precision():
+    x = torch.randn(4, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(hadamard_transform(x), hadamard_transform(x.clone()))
+        inside = hadamard_transform(x)
+    assert torch.equal(inside, hadamard_transform(x))
+
+
+def test_orthogonality():
+    x = torch.randn(3, 256, dtype=torch.float64)
+    back = hadamard_transform(hadamard_transform(x, 1 / 16), 1 / 16)
+    assert (back - x).abs().max() < 64 * math.ulp(4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_input_must_be_floating(dtype):
+    with pytest.raises(TypeError, match=f"x must be a floating tensor, got dtype {dtype}"):
+        hadamard_transform(torch.ones(4).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
+def test_input_must_have_a_last_dimension(shape):
+    with pytest.raises(ValueError, match="x must have a last dimension of at least 1"):
+        hadamard_transform(torch.ones(shape))
