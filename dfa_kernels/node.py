@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .feedback import Feedback, FeedbackSpec
+from .feedback import Feedback
+from .feedback_spec import FeedbackSpec
 from .segments import Convolution, FusedLayer, Segment
 
 

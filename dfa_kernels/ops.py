@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import torch_backend
-from .feedback import FeedbackSpec
+from .feedback_spec import FeedbackSpec
 
 LAYER_ARGUMENTS = (
     "Tensor error, Tensor[] stored, str feedback, Tensor[] inputs, Tensor[] kept, Tensor?[] noise, "

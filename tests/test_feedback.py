@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from dfa_kernels import entries, fastfood
 from dfa_kernels.entries import default_nonzeros, fill, sparse_entries
-from dfa_kernels.feedback import KINDS, STORAGES, Feedback, FeedbackSpec, project_unscaled
+from dfa_kernels.feedback import Feedback
+from dfa_kernels.feedback_spec import KINDS, STORAGES, FeedbackSpec
+from dfa_kernels.projection import project_unscaled
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CPU = torch.device("cpu")

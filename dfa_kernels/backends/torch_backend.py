@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..feedback import FeedbackSpec, project_unscaled
+from ..feedback_spec import FeedbackSpec
+from ..projection import project_unscaled
 from ..updates import RULES
 
 T = TypeVar("T")

@@ -1,0 +1,106 @@
+"""All that defines a feedback matrix, as plain values: hashable, comparable, readable from a string."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from .entries import default_nonzeros
+
+KINDS = ("gaussian", "rademacher", "uniform", "sparse", "fastfood")
+STORAGES = ("dense", "procedural")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class FeedbackSpec:
+    """All that defines a feedback matrix, but for the entries of a given one (kind "matrix"). Hashable."""
+
+    kind: str = "gaussian"
+    storage: str = "dense"
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    normalize: bool = True
+    gain: float = 1.0
+    nonzeros: int | None = None
+    _encoded: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, (*KINDS, "matrix"))
+        check_choice("storage", self.storage, STORAGES)
+        if self.kind == "matrix" and self.storage != "dense":
+            raise ValueError(f"kind 'matrix' is a given U, which storage {self.storage!r} cannot make anew")
+        check_integer("seed", self.seed, 0, 2**64 - 1)
+        check_dtype(self.dtype)
+        if not isinstance(self.gain, (int, float)) or not math.isfinite(self.gain):
+            raise ValueError(f"gain must be a finite number, got {self.gain!r}")
+        self._check_nonzeros()
+        object.__setattr__(self, "_encoded", json.dumps(self.to_dict(), separators=(",", ":")))
+
+    def _check_nonzeros(self) -> None:
+        if self.nonzeros is None:
+            return
+        if self.kind != "sparse":
+            raise ValueError(f"nonzeros is for kind 'sparse', got nonzeros={self.nonzeros!r} for {self.kind!r}")
+        check_integer("nonzeros", self.nonzeros, 1)
+
+    def scale(self, size: int, error_size: int) -> float:
+        """The factor from U[:size] to B_i: gain / sqrt(size · error_size), or gain if not normalize."""
+        return self.gain / math.sqrt(size * error_size) if self.normalize else self.gain
+
+    def nonzeros_per_row(self, error_size: int) -> int:
+        """The k of kind "sparse"; ValueError if it exceeds error_size."""
+        nonzeros = self.nonzeros or default_nonzeros(error_size)
+        if nonzeros > error_size:
+            raise ValueError(f"nonzeros must be at most the error size {error_size}, got {nonzeros}")
+        return nonzeros
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as str, int, float, bool or None."""
+        names = (item.name for item in fields(self) if item.init)
+        values = {name: getattr(self, name) for name in names}
+        return {**values, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FeedbackSpec:
+        """The inverse of to_dict."""
+        return cls(**{**values, "dtype": getattr(torch, values["dtype"])})
+
+    def encode(self) -> str:
+        """One line of JSON, for operators, whose arguments are tensors, numbers and strings."""
+        return self._encoded
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def decode(text: str) -> FeedbackSpec:
+        """The inverse of encode."""
+        return FeedbackSpec.from_dict(json.loads(text))
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    wanted = f"{name} must be an integer of at least {least}" + (f" and at most {most}" if most else "")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{wanted}, got {value!r} ({type(value).__name__})") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{wanted}, got {value!r} (bool)")
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{wanted}, got {value!r}")
+    return number
+
+
+def check_dtype(dtype: object) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
