@@ -176,9 +176,7 @@ def _check_opcodes(raw: bytes) -> None:
     # Walking the opcodes executes nothing, and refuses a string that claims to be longer than the file.
     for opcode, argument, _ in pickletools.genops(raw):
         if opcode.name in ("EXT1", "EXT2", "EXT4"):
-            raise pickle.UnpicklingError(
-                f"it names extension {argument}, expected nothing but NumPy uint8 arrays"
-            )
+            raise pickle.UnpicklingError(f"it names extension {argument}, expected nothing but NumPy uint8 arrays")
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument is not None and argument > len(raw):
             raise pickle.UnpicklingError(f"memo index {argument}, expected at most {len(raw)}")
 
@@ -194,9 +192,7 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _ADMITTED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(
-                f"it names {module}.{name}, expected nothing but NumPy uint8 arrays"
-            ) from None
+            raise pickle.UnpicklingError(f"it names {module}.{name}, expected nothing but NumPy uint8 arrays") from None
 
 
 class _Standin:

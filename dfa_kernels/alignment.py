@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import node
 from .feedback import Feedback
+from .plan import error_shape
 from .taps import ForwardPass, TapPolicy, tap_names
 from .weight_layers import restored
 from .wrapper import DFA
@@ -66,10 +66,13 @@ def alignment(
     where = device if device is not None else next(model.parameters()).device
     x, y = x.to(where), y.to(where)
     observed = _ObservedPass(model._policy, model._expected_layers((x,), {}))
-    with restored(model.net), torch.enable_grad(), observed:
-        output = model.net(x)
-    error, *true = torch.autograd.grad(loss_fn(output, y), [output, *observed.tapped])
-    rows, error_size = node.error_shape(output)
+    # Batch norm's backward pass reads the buffers of its forward pass, so they are restored after both.
+    with restored(model.net), torch.enable_grad():
+        with observed:
+            output = model.net(x)
+        points = [output, *observed.tapped]
+        error, *true = torch.autograd.grad(loss_fn(output, y), points, materialize_grads=True)
+    rows, error_size = error_shape(output)
     error = error.reshape(-1, error_size)
     names = tap_names(model.net, observed.origins)
     return {

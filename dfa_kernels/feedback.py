@@ -77,20 +77,19 @@ class Feedback:
         Lives on self.device if given, else on `device`. Dense: [U]; rademacher: [bits]; sparse: [columns, signs];
         fastfood: [signs, permutation, gaussian, scaling] by blocks; procedural: []. Growing keeps every entry.
         """
+        place = self.device or torch.device(device)
+        kept = self._kept.get((error_size, place))
+        if kept is not None and kept[0].shape[0] * row_unit(self.spec, error_size) >= rows:
+            return kept
         rows, error_size = self._check_shape(rows, error_size)
         if self.spec.storage == "procedural":
             return []
-        place = self.device or torch.device(device)
+        # Let go of the smaller one before the larger one is made.
+        kept = None
+        self._kept.pop((error_size, place), None)
         units = -(-rows // row_unit(self.spec, error_size))
-        if self._units_kept(error_size, place) < units:
-            # Let go of the smaller one before the larger one is made.
-            self._kept.pop((error_size, place), None)
-            self._kept[error_size, place] = self._make(units, error_size, place)
+        self._kept[error_size, place] = self._make(units, error_size, place)
         return self._kept[error_size, place]
-
-    def _units_kept(self, error_size: int, device: torch.device) -> int:
-        kept = self._kept.get((error_size, device))
-        return kept[0].shape[0] if kept else 0
 
     def _make(self, units: int, error_size: int, device: torch.device) -> Parts:
         if self._given is not None:

@@ -7,63 +7,16 @@ may interleave, and several may be alive before their backward passes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import backends
+from .deferred import LayerCall, Ledger, as_rows, layer_call
 from .feedback import Feedback
-from .feedback_spec import FeedbackSpec
-from .segments import Convolution, FusedLayer, Segment
-
-
-@dataclass(slots=True)
-class LayerSlot:
-    """Where one fused layer's tensors stand among the node's; ``kept`` is None for the output layer."""
-
-    x: int
-    kept: int | None
-    noise: int | None
-    weight: int
-    bias: int | None
-    activation: str
-    p: float
-    q: float
-    units: tuple[int, ...]
-    convolution: Convolution | None
-
-
-@dataclass(slots=True)
-class RootSlot:
-    """Where a root stands among the node's tensors, and the shape of its tap without the rows."""
-
-    root: int
-    units: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class NodePlan:
-    """What `DFANode` does with its tensors. ``saved`` are the indices of those it keeps until the backward pass."""
-
-    roots: tuple[RootSlot, ...]
-    linears: tuple[LayerSlot, ...]
-    convolutions: tuple[LayerSlot, ...]
-    stored: tuple[int, ...]
-    saved: tuple[int, ...]
-    dtype: torch.dtype
-    feedback: FeedbackSpec
-    backend: str
-
-
-@dataclass(slots=True)
-class LayerCall:
-    """The arguments of `layer_grads` and the parameters they lead to: what a fused optimizer gets for a gradient."""
-
-    arguments: tuple[Any, ...]
-    weights: list[nn.Parameter]
-    backend: str
+from .plan import LayerSlot, NodePlan, TensorTable, error_shape, grouped_dtype, make_plan, tap_units
+from .segments import FusedLayer, Segment
 
 
 def attach(
@@ -72,136 +25,77 @@ def attach(
     last: FusedLayer | None,
     feedback: Feedback,
     backend: str,
-    ledger: list[LayerCall] | None,
+    ledger: Ledger | None,
 ) -> Tensor:
     """The output [..., E], now with an autograd node that turns its gradient into every segment's."""
     rows, error_size = error_shape(output)
     backend = backends.resolve(backend, output.device)
-    widest = max([0, *(math.prod(tap_units(s, rows)) for s in segments)])
+    widest = max([0, *[math.prod(tap_units(segment, rows)) for segment in segments]])
     stored = feedback.stored(widest, error_size, output.device) if segments else []
-    table = _TensorTable()
-    plan = _plan(table, segments, last, stored, rows, feedback, backend)
-    result: Tensor = DFANode.apply(plan, ledger, output if last is None else output.detach(), *table.tensors)
+    plain_output = output if last is None else output.detach()
+    table = TensorTable()
+    deferred = None
+    if ledger is not None:
+        is_whole = last is not None
+        segments, last, call = _defer(segments, last, stored, feedback, backend)
+        if is_whole and not segments:
+            whole: Tensor = DeferringNode.apply(ledger, call, plain_output, call.weights[0])
+            return whole
+        if call.weights:
+            deferred = (ledger, call)
+            # The node has no gradient for the call's parameters, but without one of them no error reaches it.
+            table.index(call.weights[0])
+    plan = make_plan(table, segments, last, stored, rows, feedback.spec, backend)
+    result: Tensor = DFANode.apply(plan, deferred, plain_output, *table.tensors)
     return result
 
 
-def error_shape(output: Tensor) -> tuple[tuple[int, ...], int]:
-    """(leading dimensions that are rows, number of error components) of an output [..., E] or [b]."""
-    if output.dim() == 0:
-        raise ValueError("net: the output must be [b, E] or [b], got a scalar; compute the loss outside the network")
-    if output.dim() == 1:
-        return tuple(output.shape), 1
-    return tuple(output.shape[:-1]), output.shape[-1]
-
-
-def tap_units(segment: Segment, rows: tuple[int, ...]) -> tuple[int, ...]:
-    """The tap's shape without the rows that it shares with the error."""
-    shape = tuple(segment.tap.shape)
-    if shape[: len(rows)] != rows:
-        raise ValueError(
-            f"taps: a tap of shape {list(shape)} must begin with the output's rows {list(rows)}; flatten the output "
-            "to [b, E], or choose other taps"
-        )
-    return shape[len(rows) :]
-
-
-class _TensorTable:
-    """The node's tensors, none of them twice: a layer's output is the next one's input."""
-
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self._numbers: dict[int, int] = {}
-
-    def index(self, tensor: Tensor) -> int:
-        if torch.compiler.is_compiling():
-            return self._search(tensor)
-        number = self._numbers.setdefault(id(tensor), len(self.tensors))
-        if number == len(self.tensors):
-            self.tensors.append(tensor)
-        return number
-
-    def _search(self, tensor: Tensor) -> int:
-        """A tensor that is still being traced has no id."""
-        for i, known in enumerate(self.tensors):
-            if known is tensor:
-                return i
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
-
-    def optional(self, tensor: Tensor | None) -> int | None:
-        return None if tensor is None else self.index(tensor)
-
-
-def _plan(
-    table: _TensorTable,
-    segments: list[Segment],
-    last: FusedLayer | None,
-    stored: list[Tensor],
-    rows: tuple[int, ...],
-    feedback: Feedback,
-    backend: str,
-) -> NodePlan:
-    roots, linears, convolutions = [], [], []
-    dtype = _grouped_dtype(segments, last)
+def _defer(
+    segments: list[Segment], last: FusedLayer | None, stored: list[Tensor], feedback: Feedback, backend: str
+) -> tuple[list[Segment], None, LayerCall]:
+    """Moves the fused linear layers to a deferred call. What autograd has to finish remains for the node."""
+    dtype = grouped_dtype(segments, last)
+    hidden, remaining = [], []
     for segment in segments:
-        units = tap_units(segment, rows)
         layer = segment.layer
-        if layer is None or (layer.convolution is None and layer.weight.dtype != dtype):
-            roots.append(RootSlot(table.index(segment.root), units))
-        elif layer.convolution is None:
-            linears.append(_layer_slot(table, layer, units, is_output=False))
+        if layer is not None and layer.convolution is None and layer.weight.dtype == dtype:
+            hidden.append(layer)
         else:
-            convolutions.append(_layer_slot(table, layer, units, is_output=False))
-    if last is not None:
-        linears.append(_layer_slot(table, last, (), is_output=True))
-    kept = [i for slot in (*linears, *convolutions) for i in (slot.x, slot.kept, slot.noise) if i is not None]
-    stored_at = tuple(table.index(u) for u in stored)
-    return NodePlan(
-        roots=tuple(roots),
-        linears=tuple(linears),
-        convolutions=tuple(convolutions),
-        stored=stored_at,
-        saved=tuple(dict.fromkeys([*kept, *stored_at, *(slot.weight for slot in convolutions)])),
-        dtype=dtype,
-        feedback=feedback.spec,
-        backend=backend,
-    )
+            remaining.append(segment)
+    return remaining, None, layer_call(hidden, last, stored, feedback.spec, backend)
 
 
-def _grouped_dtype(segments: list[Segment], last: FusedLayer | None) -> torch.dtype:
-    """The one parameter dtype of the layers that share a launch; the output layer's, which has to be among them."""
-    layers = [last, *(s.layer for s in segments)]
-    return next((f.weight.dtype for f in layers if f is not None and f.convolution is None), torch.float32)
+class DeferringNode(torch.autograd.Function):
+    """`DFANode` where a fused optimizer finishes every segment: the error goes to the ledger, and that is all.
 
+    ``anchor`` is one of the call's parameters; because of it the output requires grad. Its gradient is not computed.
+    """
 
-def _layer_slot(table: _TensorTable, layer: FusedLayer, units: tuple[int, ...], is_output: bool) -> LayerSlot:
-    return LayerSlot(
-        x=table.index(layer.x),
-        kept=None if is_output else table.index(layer.kept),
-        noise=table.optional(layer.noise),
-        weight=table.index(layer.weight),
-        bias=table.optional(layer.bias),
-        activation=layer.activation,
-        p=layer.p,
-        q=layer.q,
-        units=units,
-        convolution=layer.convolution,
-    )
+    @staticmethod
+    def forward(ctx: Any, ledger: Ledger, call: LayerCall, output: Tensor, anchor: Tensor) -> Tensor:
+        ctx.ledger, ctx.call = ledger, call
+        return output.view_as(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        ctx.ledger.append(ctx.call.with_error(_as_error(gradient)))
+        return None, None, None, None
 
 
 class DFANode(torch.autograd.Function):
     """Identity on the output; its backward pass is the whole of DFA.
 
-    Inputs: the plan, the ledger of a fused optimizer (or None), the output, then the tensors that the plan's slots
-    number: roots of local graphs, parameters and saved tensors of fused layers, what the feedback stores.
+    Inputs: the plan, a deferred call with the ledger it goes to (or None), the output, then the tensors that the
+    plan's slots number: roots of local graphs, parameters and saved tensors of fused layers, what the feedback stores.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: NodePlan, ledger: list[LayerCall] | None, output: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, plan: NodePlan, deferred: tuple[Ledger, LayerCall] | None, output: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.plan = plan
-        ctx.ledger = ledger
-        ctx.output_shape = error_shape(output)
-        ctx.parameters = tensors if ledger is not None else ()
+        ctx.deferred = deferred
         ctx.save_for_backward(*(tensors[i] for i in plan.saved))
         return output.view_as(output)
 
@@ -220,19 +114,23 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     saved = dict(zip(plan.saved, ctx.saved_tensors, strict=True))
     wanted = ctx.needs_input_grad[3:]
     grads: list[Tensor | None] = [None] * len(wanted)
-    rows, error_size = ctx.output_shape
-    error = gradient.reshape(math.prod(rows), error_size)
+    error = _as_error(gradient)
     if plan.roots or plan.convolutions:
-        _finish_taps(plan, saved, error, rows, wanted, grads)
+        _finish_taps(plan, saved, error, error_shape(gradient)[0], wanted, grads)
     if plan.linears:
-        arguments, indices = _layer_arguments(plan, saved, error, wanted)
-        if ctx.ledger is not None:
-            ctx.ledger.append(LayerCall(arguments, [ctx.parameters[i] for i in indices], plan.backend))
-        else:
-            layer_grads = backends.BACKENDS[plan.backend].layer_grads(*arguments, plan.dtype)
-            for i, grad in zip(indices, layer_grads, strict=True):
-                _add(grads, i, grad)
+        _store_layer_grads(plan, saved, error, wanted, grads)
+    if ctx.deferred is not None:
+        ledger, call = ctx.deferred
+        ledger.append(call.with_error(error))
     return (None, None, gradient, *grads)
+
+
+def _as_error(gradient: Tensor) -> Tensor:
+    """∂L/∂output as e [R, E]."""
+    if gradient.dim() == 2:
+        return gradient
+    rows, error_size = error_shape(gradient)
+    return gradient.reshape(math.prod(rows), error_size)
 
 
 def _finish_taps(
@@ -291,35 +189,32 @@ def _convolution_grads(
         _add(grads, slot.bias, bias_grad.to(weight.dtype))
 
 
-def _layer_arguments(
-    plan: NodePlan, saved: dict[int, Tensor], error: Tensor, wanted: tuple[bool, ...]
-) -> tuple[tuple[Any, ...], list[int]]:
-    """The arguments of `layer_grads` up to its dtype, and which of the node's tensors each gradient belongs to."""
+def _store_layer_grads(
+    plan: NodePlan, saved: dict[int, Tensor], error: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
+) -> None:
+    """ΔW and Δb of the fused linear layers."""
     hidden = [slot for slot in plan.linears if slot.kept is not None]
     weight_grads = [wanted[slot.weight] for slot in plan.linears]
     bias_grads = [slot.bias is not None and wanted[slot.bias] for slot in plan.linears]
-    arguments = (
+    layer_grads = backends.BACKENDS[plan.backend].layer_grads(
         error,
         [saved[i] for i in plan.stored],
         plan.feedback,
-        [_rows(saved[slot.x]) for slot in plan.linears],
-        [_rows(saved[slot.kept]) for slot in hidden if slot.kept is not None],
-        [None if slot.noise is None else _rows(saved[slot.noise]) for slot in hidden],
+        [as_rows(saved[slot.x]) for slot in plan.linears],
+        [as_rows(saved[slot.kept]) for slot in hidden if slot.kept is not None],
+        [None if slot.noise is None else as_rows(saved[slot.noise]) for slot in hidden],
         [slot.activation for slot in hidden],
         [number for slot in hidden for number in (slot.p, slot.q)],
         weight_grads,
         bias_grads,
+        plan.dtype,
     )
-    indices = []
+    remaining = iter(layer_grads)
     for slot, wants_weight, wants_bias in zip(plan.linears, weight_grads, bias_grads, strict=True):
-        indices += [slot.weight] * wants_weight
-        indices += [slot.bias] * wants_bias if slot.bias is not None else []
-    return arguments, indices
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[..., features] as [n, features]."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+        if wants_weight:
+            _add(grads, slot.weight, next(remaining))
+        if slot.bias is not None and wants_bias:
+            _add(grads, slot.bias, next(remaining))
 
 
 def _add(grads: list[Tensor | None], i: int, grad: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import backends
-from .node import LayerCall
+from .deferred import LayerCall
 from .updates import RULES
 from .wrapper import DFA
 
@@ -25,6 +25,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     """What `SGD` and `AdamW` share. Subclasses name their rule, their state and the numbers of an update."""
 
     rule: str
+    # Set by torch.amp.GradScaler before it calls step().
+    grad_scale: Tensor
+    found_inf: Tensor
     # Lets torch.amp.GradScaler call step() at all, so that step() can refuse it with a message.
     _step_supports_amp_scaling = True
 
@@ -51,8 +54,26 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim; deferred gradients are dropped as well."""
+        self.drop_deferred()
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+        # Fused parameters have no gradient: between two products that fill the cache, less code is less time.
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and set_to_none:
+                    p.grad = None
+
+    def drop_deferred(self) -> None:
+        """Forgets the backward passes since the last step."""
         self._ledger.clear()
-        super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.optim, also from the state of torch's optimizer of the same rule, if it used the same options."""
+        for group in state_dict["param_groups"]:
+            used = [name for name in _OPTIONS_LACKING if group.get(name)]
+            if used:
+                raise ValueError(f"state_dict: it was made with {used}, which {type(self).__name__} does not have")
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -65,26 +86,36 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_scaler()
-        calls = list(self._ledger)
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        self._refuse_grads(calls)
-        self._ledger.clear()
-        if len(calls) == 1:
-            self._update_fused(calls[0], groups)
-        elif calls:
+        calls = self._take_calls()
+        if len(calls) == 1 and len(set(calls[0].weights)) == len(calls[0].weights):
+            self._update_fused(calls[0])
+        else:
             _accumulate(calls)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    RULES[self.rule].apply_(p, self._own_state(p), self._hyper(group, p), p.grad)
+        self._update_from_grads()
         for call in calls:
             for p in call.weights:
                 p.grad = None
         return loss
 
-    def _update_fused(self, call: LayerCall, groups: dict[int, dict[str, Any]]) -> None:
-        state = [tensor for p in call.weights for tensor in self._own_state(p)]
+    def _take_calls(self) -> list[LayerCall]:
+        """The deferred calls, once nothing speaks against running them."""
+        calls = list(self._ledger)
+        self._refuse_scaler()
+        self._refuse_grads(calls)
+        _check_versions(calls)
+        self._ledger.clear()
+        return calls
+
+    def _update_from_grads(self) -> None:
+        rule = RULES[self.rule]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    rule.apply_(p, self._own_state(p), self._hyper(group, p), p.grad)
+
+    def _update_fused(self, call: LayerCall) -> None:
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        state = [tensor for p in call.weights for tensor in self._own_state(p)] if self._state_names() else []
         hyper = [number for p in call.weights for number in self._hyper(groups[id(p)], p)]
         update_ = backends.BACKENDS[call.backend].layer_update_
         update_(*call.arguments, call.weights, state, self.rule, hyper)
@@ -106,6 +137,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _refuse_scaler(self) -> None:
         if hasattr(self, "grad_scale"):
+            del self.grad_scale, self.found_inf
             raise RuntimeError(
                 f"GradScaler: {type(self).__name__} never holds the gradients that it would check and unscale; use "
                 "torch.optim, or bfloat16, which needs no scaler"
@@ -128,8 +160,21 @@ _NO_REDUCTION = (
 )
 
 
+_OPTIONS_LACKING = ("maximize", "dampening", "amsgrad")
+
+
+def _check_versions(calls: list[LayerCall]) -> None:
+    for call in calls:
+        for tensor, version in call.versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"step: a tensor of shape {tuple(tensor.shape)} that a deferred gradient needs was modified by an "
+                    f"in-place operation before the step: it is at version {tensor._version}, expected {version}"
+                )
+
+
 def _accumulate(calls: list[LayerCall]) -> None:
-    """Sums the gradients of several backward passes into ``.grad``, for a rule that needs their sum."""
+    """Sums the gradients of several calls, or of a shared layer, into ``.grad``, for a rule that needs their sum."""
     for call in calls:
         dtype = call.weights[0].dtype
         grads = backends.BACKENDS[call.backend].layer_grads(*call.arguments, dtype)
@@ -154,13 +199,15 @@ class SGD(FusedOptimizer):
         _check_at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and momentum == 0:
             raise ValueError("nesterov: got True with momentum 0, expected a positive momentum")
-        super().__init__(model, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov))
+        # torch.optim.SGD expects the key dampening in a state that it loads.
+        defaults = dict(lr=lr, momentum=momentum, dampening=0, weight_decay=weight_decay, nesterov=nesterov)
+        super().__init__(model, defaults)
 
     def _state_names(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
 
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
-        return [float(group[name]) for name in RULES[self.rule].hyper]
+        return [float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"]]
 
 
 class AdamW(FusedOptimizer):

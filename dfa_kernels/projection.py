@@ -93,7 +93,8 @@ def project_unscaled(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int
     """
     dtype = torch.float64 if error.dtype == torch.float64 else spec.dtype
     if stored and spec.kind in PLAIN_KINDS:
-        return error.to(dtype) @ stored[0][:size].to(dtype).T
+        matrix = stored[0] if stored[0].shape[0] == size else stored[0][:size]
+        return error.to(dtype) @ matrix.to(dtype).T
     return _project_in_blocks(error, stored, spec, size, dtype)
 
 

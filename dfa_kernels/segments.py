@@ -90,6 +90,7 @@ class SegmentedPass(ForwardPass):
         self.segments: list[Segment] = []
         self._chain: Chain | None = None
         self._cuts: list[tuple[Tensor, Tensor]] = []
+        self._overwritten: Tensor | None = None  # the newest result of an in-place activation
         self._versions: list[tuple[Tensor, int]] = []
 
     def at_tap(self, origin: Tensor | str, z: Tensor) -> Tensor:
@@ -98,11 +99,18 @@ class SegmentedPass(ForwardPass):
                 return cut
         if not z.requires_grad:
             return z
-        cut = z.detach()
+        root, cut = self._cut(z)
         layer = self._finish_chain(z, cut)
-        self.segments.append(Segment(origin, cut, z, layer))
+        self.segments.append(Segment(origin, cut, root, layer))
         self._cuts.append((z, cut))
         return cut
+
+    def _cut(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(z with its graph, z without). An in-place activation's caller may go on with z itself, so z is cut too."""
+        if z is not self._overwritten:
+            return z, z.detach()
+        root = z.view_as(z)
+        return root, z.detach_()
 
     def finish(self, output: Tensor) -> FusedLayer | None:
         """The last layer, if nothing but its product lies between the last tap and the output."""
@@ -120,6 +128,11 @@ class SegmentedPass(ForwardPass):
         return value
 
     def activation(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
+        h = self._activate(func, args, kwargs)
+        self._overwritten = h if h is args[0] else None
+        return h
+
+    def _activate(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
         z, *rest = args
         chain, row = self._chain, FUSED_CALLS.get(func)
         if chain is None or chain.value is not z:

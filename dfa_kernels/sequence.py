@@ -113,14 +113,15 @@ def _leaves(net: nn.Module) -> Iterator[nn.Module]:
 def _unhooked(net: nn.Module, modules: Any) -> bool:
     if torch.nn.modules.module._has_any_global_hook():
         return False
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in (net, *modules)
-    )
+    for module in (net, *modules):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+    return True
 
 
 def _fits(layer: nn.Linear, first: Tensor) -> bool:
     """Whether the layer learns, with plain parameters that share a launch with the first one's."""
-    return all(
-        type(p) is nn.Parameter and p.requires_grad and p.dtype == first.dtype and p.device == first.device
-        for p in (layer.weight, *(() if layer.bias is None else (layer.bias,)))
-    )
+    for p in (layer.weight, layer.bias):
+        if p is not None and not (type(p) is nn.Parameter and p.requires_grad and p.dtype == first.dtype):
+            return False
+    return layer.weight.device == first.device

@@ -97,7 +97,8 @@ class ForwardPass(TorchFunctionMode):
         self.policy = policy
         self.weight_layers = weight_layers
         self.weight_layers_seen = 0
-        self.activations_seen = 0
+        self.points_seen = 0
+        self.names_seen: set[str] = set()
         self._taught: Tensor | None = None
 
     def at_tap(self, origin: Tensor | str, z: Tensor) -> Tensor:
@@ -134,15 +135,16 @@ class ForwardPass(TorchFunctionMode):
 
     def _on_activation(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
         h = self.activation(func, args, kwargs)
-        self.activations_seen += 1
         if self.policy.kind != "nonlinearity" or self._taught is None or self._past_last_layer():
             return h
         origin, self._taught = self._taught, None
+        self.points_seen += 1
         return self.at_tap(origin, h)
 
     def _on_mark(self, x: Tensor, name: str) -> Tensor:
         if self.policy.kind != "named" or name not in self.policy.names:
             return x
+        self.names_seen.add(name)
         return self.at_tap(name, x)
 
     def _past_last_layer(self) -> bool:

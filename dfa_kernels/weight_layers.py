@@ -59,11 +59,11 @@ def _is_plain_sequence(net: nn.Module) -> bool:
 @contextlib.contextmanager
 def restored(net: nn.Module) -> Iterator[None]:
     """Undoes, at its end, what a pass did to the random number generators and to the buffers of ``net``."""
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    buffers = [(m, name, b, b.clone()) for m in net.modules() for name, b in m._buffers.items() if b is not None]
     devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(list(devices)):
             yield
     finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        for module, name, buffer, before in buffers:
+            module._buffers[name] = buffer.copy_(before)

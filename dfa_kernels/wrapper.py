@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, node
+from .deferred import Ledger
 from .feedback import Feedback
+from .plan import error_shape, tap_units
 from .segments import FusedLayer, Segment, SegmentedPass
 from .sequence import plain_modules, run_sequence
 from .taps import OutputTap, Tap, TapInfo, TapPolicy, tap_names
@@ -102,11 +104,18 @@ class DFA(nn.Module):
         finally:
             self._backprop = before
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.nn.Module; what a fused optimizer has deferred is dropped as well."""
+        super().zero_grad(set_to_none)
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None:
+            optimizer.drop_deferred()
+
     def get_extra_state(self) -> dict[str, Any]:
         return {"feedback": self.feedback.state_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.feedback = Feedback.from_state_dict(state["feedback"])
+        self.feedback = Feedback.from_state_dict(state["feedback"], device=self.feedback.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no optimizer."""
@@ -144,33 +153,43 @@ class DFA(nn.Module):
         return -1 if self._weight_layers is None else self._weight_layers
 
     def _remember_taps(self, output: Tensor, segments: list[Segment]) -> None:
-        rows, self._error_size = node.error_shape(output)
-        units = [node.tap_units(segment, rows) for segment in segments]
+        rows, self._error_size = error_shape(output)
+        units = [tap_units(segment, rows) for segment in segments]
         names = tap_names(self.net, [segment.origin for segment in segments])
         self._taps = tuple(TapInfo(n, u, math.prod(u)) for n, u in zip(names, units, strict=True))
 
     def _check_pass(self, segmented: SegmentedPass) -> None:
-        seen, policy = segmented.weight_layers_seen, self._policy.kind
-        if policy == "named" or (policy == "layer_input" and seen > 1):
-            return
-        if seen < 2:
+        if self._policy.kind == "named":
+            _check_names(self._policy, segmented)
+        elif segmented.weight_layers_seen < 2:
             raise ValueError(
-                f"net: it has {seen} weight layer(s) (Linear, Conv), so none before the last; DFA needs at least one"
+                f"net: it has {segmented.weight_layers_seen} weight layer(s) (Linear, Conv), so none before the last; "
+                "DFA needs at least one"
             )
-        if segmented.activations_seen == 0:
+        elif self._policy.kind == "nonlinearity":
+            self._check_activations(segmented)
+
+    def _check_activations(self, segmented: SegmentedPass) -> None:
+        if segmented.weight_layers_seen != self._weight_layers:
+            raise RuntimeError(
+                f"net: {segmented.weight_layers_seen} weight layers ran in this pass, expected {self._weight_layers}; "
+                'for a network whose depth varies use taps="layer_input"; before torch.compile run one pass without it'
+            )
+        if segmented.points_seen == 0:
             raise ValueError(
                 'net: no activation was found between its weight layers; use taps="layer_input", a list of submodule '
                 "names, or dfa_kernels.Tap() modules"
             )
-        if seen != self._weight_layers:
-            raise RuntimeError(
-                f"net: {seen} weight layers ran in this pass, expected {self._weight_layers}; for a network whose "
-                'depth varies use taps="layer_input", and before torch.compile run one pass without it'
-            )
 
-    def _ledger(self) -> list[node.LayerCall] | None:
+    def _ledger(self) -> Ledger | None:
         optimizer = None if self._optimizer is None else self._optimizer()
         return None if optimizer is None else optimizer.receive()
+
+
+def _check_names(policy: TapPolicy, segmented: SegmentedPass) -> None:
+    missed = sorted(policy.names - segmented.names_seen)
+    if missed:
+        raise ValueError(f"taps: {missed} did not run in this pass, so nothing learns from the error there")
 
 
 def _one_tensor(output: Any) -> Tensor:
@@ -188,14 +207,21 @@ def _place_marks(net: nn.Module, taps: str | Sequence[str]) -> TapPolicy:
         if taps not in ("nonlinearity", "layer_input"):
             raise ValueError(f'taps: got {taps!r}, expected "nonlinearity", "layer_input" or a list of submodule names')
         return TapPolicy("named", frozenset(marks)) if marks else TapPolicy(taps)
-    known = dict(net.named_modules())
+    if not isinstance(taps, Sequence):
+        raise TypeError(f'taps: got {taps!r}, expected "nonlinearity", "layer_input" or a list of submodule names')
+    _check_submodules(net, taps)
     for name in taps:
+        if name not in marks:
+            net.get_submodule(name).register_forward_hook(OutputTap(name))
+    return TapPolicy("named", frozenset(taps) | frozenset(marks))
+
+
+def _check_submodules(net: nn.Module, names: Sequence[str]) -> None:
+    known = [name for name, _ in net.named_modules() if name]
+    if not names:
+        raise ValueError(f"taps: got an empty list, expected at least one name among {known}")
+    for name in names:
         if not isinstance(name, str):
             raise TypeError(f"taps: got {name!r} in the list, expected the name of a submodule")
-        if name not in known or not name:
-            raise ValueError(f"taps: {name!r} is not a submodule of net; there are {[n for n in known if n]}")
-        if name not in marks:
-            known[name].register_forward_hook(OutputTap(name))
-    if not taps:
-        raise ValueError("taps: got an empty list, expected at least one submodule name")
-    return TapPolicy("named", frozenset(taps) | frozenset(marks))
+        if name not in known:
+            raise ValueError(f"taps: {name!r} is not a submodule of net; there are {known}")

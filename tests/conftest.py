@@ -1,4 +1,4 @@
-"""One thread: small products gain nothing from more, and threads that wait for each other are slow on a busy machine."""
+"""One thread: small products gain nothing from more, and waiting threads are slow on a busy machine."""
 
 import pytest
 import torch

@@ -168,9 +168,7 @@ class TestCifar10:
     def test_the_channels_are_planes_of_1024_values_each(self, official: Official) -> None:
         official.write()
         images, _ = data._read_batches(official.batches, data.TEST_MD5)
-        assert (
-            images[1, 2, 3, 4] == torch.tensor(official.pixels[5, 1, 2 * 1024 + 3 * 32 + 4] / 255.0).float()
-        )
+        assert images[1, 2, 3, 4] == torch.tensor(official.pixels[5, 1, 2 * 1024 + 3 * 32 + 4] / 255.0).float()
 
     def test_absent_without_download_names_folder_files_and_address(self, official: Official) -> None:
         with pytest.raises(FileNotFoundError) as caught:
@@ -178,9 +176,7 @@ class TestCifar10:
         for word in (str(official.batches), "data_batch_1", "test_batch", data.ARCHIVE_URL):
             assert word in str(caught.value)
 
-    @pytest.mark.parametrize(
-        "change", [lambda raw: raw[:-1], lambda raw: raw[:99] + bytes([raw[99] ^ 1]) + raw[100:]]
-    )
+    @pytest.mark.parametrize("change", [lambda raw: raw[:-1], lambda raw: raw[:99] + bytes([raw[99] ^ 1]) + raw[100:]])
     def test_an_altered_file_is_refused_before_it_is_unpickled(
         self, official: Official, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
     ) -> None:
@@ -474,9 +470,7 @@ class TestDownload:
             data.load_cifar10(official.root)
         assert official.read() == {}
 
-    def test_an_archive_without_the_files_is_refused(
-        self, official: Official, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_archive_without_the_files_is_refused(self, official: Official, monkeypatch: pytest.MonkeyPatch) -> None:
         serve(official, monkeypatch, {"readme.html": b"x"})
         with pytest.raises(ValueError, match=f"{data.ARCHIVE_NAME}: has no {data.FOLDER_NAME}/data_batch_1"):
             data.load_cifar10(official.root)

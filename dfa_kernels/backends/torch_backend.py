@@ -148,9 +148,10 @@ class _SharedProjection:
 def _project(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec, size: int) -> _SharedProjection:
     """Computed where the feedback lives, brought back to the error's device. The scale goes into the small factor."""
     device = stored[0].device if stored else error.device
-    wide = error.to(device, torch.promote_types(error.dtype, torch.float32))
-    scaled = wide * feedback.scale(size, error.shape[1])
-    values = project_unscaled(scaled, list(stored), feedback, size).to(error.device)
+    narrow = error.dtype in (torch.float16, torch.bfloat16)
+    wide = error.to(device, torch.float32 if narrow else error.dtype)
+    values = project_unscaled(wide * feedback.scale(size, error.shape[1]), list(stored), feedback, size)
+    values = values if device == error.device else values.to(error.device)
     return _SharedProjection(values, feedback.normalize)
 
 

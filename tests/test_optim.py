@@ -1,0 +1,675 @@
+"""The fused optimizers against torch.optim on the same gradients."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from oracle import assert_close_to_oracle
+from torch import nn
+
+import dfa_kernels as dfa
+from dfa_kernels import updates
+
+FUSED = {"sgd": dfa.optim.SGD, "adamw": dfa.optim.AdamW}
+PLAIN = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+RULES = {
+    "plain": ("sgd", {"lr": 0.1}),
+    "decay": ("sgd", {"lr": 0.1, "weight_decay": 0.05}),
+    "momentum": ("sgd", {"lr": 0.1, "momentum": 0.9}),
+    "momentum decay": ("sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}),
+    "nesterov": ("sgd", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "nesterov decay": ("sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05, "nesterov": True}),
+    "adamw": ("adamw", {"lr": 0.01}),
+    "adamw betas": ("adamw", {"lr": 0.02, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.2}),
+    "adamw no decay": ("adamw", {"lr": 0.01, "weight_decay": 0}),
+}
+every_rule = pytest.mark.parametrize("rule, options", RULES.values(), ids=RULES)
+TWO = {name: RULES[name] for name in ("momentum decay", "adamw")}
+two_rules = pytest.mark.parametrize("rule, options", TWO.values(), ids=TWO)
+
+
+@pytest.fixture(params=["small", "large"])
+def product_path(request, monkeypatch):
+    """Small weights are updated from a gradient; that threshold at zero, all go the way of the large ones."""
+    if request.param == "large":
+        monkeypatch.setattr(updates, "SMALL", 0)
+
+
+both_paths = pytest.mark.usefixtures("product_path")
+
+
+def mlp(bias=True, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7, bias), nn.ReLU(), nn.Linear(7, 6, bias), nn.Tanh(), nn.Linear(6, 3, bias))
+
+
+def frozen_mlp():
+    net = mlp()
+    net[0].weight.requires_grad_(False)
+    net[2].bias.requires_grad_(False)
+    net[4].requires_grad_(False)
+    return net
+
+
+def mixed_mlp():
+    """Fused layers between layers that autograd finishes."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 6), nn.Tanh(), nn.Dropout(0.3),
+        nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def cnn():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4),
+        nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 6), nn.Sigmoid(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+NETS = {
+    "mlp": (mlp, 5),
+    "no bias": (lambda: mlp(bias=False), 5),
+    "frozen": (frozen_mlp, 5),
+    "mixed": (mixed_mlp, 5),
+    "cnn": (cnn, 64),
+}
+
+
+def data(seed=0, n=8, width=5):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, width, generator=generator), torch.randint(3, (n,), generator=generator)
+
+
+def fused(rule, options):
+    return lambda model: FUSED[rule](model, **options)
+
+
+def plain(rule, options):
+    return lambda model: PLAIN[rule](model.parameters(), **options)
+
+
+def backward(model, seed=0, width=5):
+    x, y = data(seed, width=width)
+    loss = F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y)
+    loss.backward()
+    return loss
+
+
+def usual_step(model, optimizer, i, width):
+    optimizer.zero_grad()
+    backward(model, i, width)
+    optimizer.step()
+
+
+def train(net, make_optimizer, *, width=5, steps=6, step=usual_step, dtype=torch.float32, prepare=None):
+    """The network after some steps; the random numbers of dropout are the same for everyone."""
+    model = dfa.DFA(net.to(dtype))
+    optimizer = make_optimizer(model)
+    if prepare is not None:
+        prepare(model, optimizer)
+    torch.manual_seed(1)
+    for i in range(steps):
+        step(model, optimizer, i, width)
+    return model
+
+
+def check(make, rule, options, **how):
+    """The fused optimizer is as near to a float64 run as torch's."""
+    ref = train(make(), plain(rule, options), dtype=torch.float64, **how)
+    same = train(make(), plain(rule, options), **how)
+    out = train(make(), fused(rule, options), **how)
+    assert_close(out, ref, same)
+    before = dict(make().named_parameters())
+    for name, p in out.net.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name
+
+
+def assert_close(out, ref, same):
+    tensors = [(*m.net.parameters(), *m.net.buffers()) for m in (out, ref, same)]
+    for a, r, s in zip(*tensors, strict=True):
+        if a.is_floating_point():
+            # Updates are steps of order one times lr, whatever is left of the parameter.
+            assert_close_to_oracle(a.detach(), r.detach(), s.detach(), 1.0)
+        else:
+            assert torch.equal(a, r)
+
+
+@both_paths
+@every_rule
+@pytest.mark.parametrize("make, width", NETS.values(), ids=NETS)
+def test_equals_torch_optim(make, width, rule, options):
+    check(make, rule, options, width=width)
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@two_rules
+def test_other_dtypes(rule, options, dtype):
+    ref = train(mlp().to(dtype), plain(rule, options), dtype=torch.float64)
+    same = train(mlp(), plain(rule, options), dtype=dtype)
+    out = train(mlp(), fused(rule, options), dtype=dtype)
+    assert_close(out, ref, same)
+
+
+@both_paths
+@two_rules
+def test_autocast(rule, options):
+    def step(model, optimizer, i, width):
+        optimizer.zero_grad()
+        x, y = data(i)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(x)
+        F.cross_entropy(output.float(), y).backward()
+        optimizer.step()
+
+    out, same = train(mlp(), fused(rule, options), step=step), train(mlp(), plain(rule, options), step=step)
+    assert_close(out, same, same)
+
+
+@both_paths
+@two_rules
+@pytest.mark.parametrize("make, width", NETS.values(), ids=NETS)
+def test_two_backward_passes_before_a_step(make, width, rule, options):
+    def step(model, optimizer, i, width):
+        optimizer.zero_grad()
+        backward(model, i, width)
+        backward(model, i + 100, width)
+        optimizer.step()
+
+    check(make, rule, options, width=width, step=step)
+
+
+@both_paths
+@two_rules
+def test_retained_graph_counts_twice(rule, options):
+    def step(model, optimizer, i, width):
+        optimizer.zero_grad()
+        x, y = data(i)
+        loss = F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        optimizer.step()
+
+    check(mlp, rule, options, step=step)
+
+
+@both_paths
+@every_rule
+def test_shared_layer(rule, options):
+    """One parameter, two gradients, one update."""
+
+    def make():
+        torch.manual_seed(0)
+        shared = nn.Linear(6, 6)
+        return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), shared, nn.Tanh(), shared, nn.ReLU(), nn.Linear(6, 3))
+
+    check(make, rule, options)
+
+
+@two_rules
+def test_parameter_shared_with_a_segment_of_autograd(rule, options):
+    """Right, or an error that names it."""
+
+    def make():
+        torch.manual_seed(0)
+        shared = nn.Linear(6, 6)
+        return nn.Sequential(
+            nn.Linear(5, 6), nn.ReLU(), shared, nn.Tanh(), shared, nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3)
+        )
+
+    try:
+        check(make, rule, options)
+    except RuntimeError as error:
+        assert "2.weight" in str(error)
+
+
+@both_paths
+@two_rules
+def test_parameter_groups(rule, options):
+    """Another rate for the last layer, and no decay for biases."""
+
+    def prepare(model, optimizer):
+        (group,) = optimizer.param_groups
+        last = [p for n, p in model.named_parameters() if n.startswith("net.4")]
+        biases = [p for n, p in model.named_parameters() if n.endswith("bias") and not n.startswith("net.4")]
+        taken = {id(p) for p in last + biases}
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+        optimizer.add_param_group({"params": last, "lr": 0.03})
+        optimizer.add_param_group({"params": biases, "weight_decay": 0.0})
+
+    check(mlp, rule, options, prepare=prepare)
+    together, apart = train(mlp(), fused(rule, options)), train(mlp(), fused(rule, options), prepare=prepare)
+    assert not torch.equal(together.net[4].weight, apart.net[4].weight)
+    assert not torch.equal(together.net[0].bias, apart.net[0].bias)
+
+
+@both_paths
+@two_rules
+def test_momentum_in_one_group_only(rule, options):
+    if rule != "sgd":
+        options = {**options, "betas": (0.9, 0.99)}
+
+    def prepare(model, optimizer):
+        (group,) = optimizer.param_groups
+        group["params"], last = group["params"][:4], group["params"][4:]
+        other = {"momentum": 0.0} if rule == "sgd" else {"betas": (0.5, 0.6)}
+        optimizer.add_param_group({"params": last, **other})
+
+    check(mlp, rule, options, prepare=prepare)
+
+
+@two_rules
+def test_changed_learning_rate(rule, options):
+    def step(model, optimizer, i, width):
+        optimizer.param_groups[0]["lr"] = 0.02 * (i + 1)
+        usual_step(model, optimizer, i, width)
+
+    check(mlp, rule, options, step=step)
+
+
+@two_rules
+def test_learning_rate_schedulers(rule, options):
+    schedulers = {}
+
+    def prepare(model, optimizer):
+        schedulers[optimizer] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+
+    def step(model, optimizer, i, width):
+        usual_step(model, optimizer, i, width)
+        schedulers[optimizer].step()
+
+    check(mlp, rule, options, step=step, prepare=prepare)
+
+
+@two_rules
+def test_closure(rule, options):
+    losses = []
+
+    def step(model, optimizer, i, width):
+        def closure():
+            optimizer.zero_grad()
+            return backward(model, i, width).item()
+
+        losses.append(optimizer.step(closure))
+
+    check(mlp, rule, options, step=step)
+    assert len(losses) == 18
+    assert losses[6:12] == pytest.approx(losses[12:], rel=1e-5)
+    assert optimizer_returns_none(rule, options)
+
+
+def optimizer_returns_none(rule, options):
+    model = dfa.DFA(mlp())
+    optimizer = fused(rule, options)(model)
+    backward(model)
+    return optimizer.step() is None
+
+
+@two_rules
+def test_step_without_a_backward_pass(rule, options):
+    model = dfa.DFA(mlp())
+    optimizer = fused(rule, options)(model)
+    before = copy.deepcopy(model)
+    optimizer.step()
+    backward(model)
+    optimizer.step()
+    after = copy.deepcopy(model)
+    assert_differ(before, after)
+    optimizer.step()
+    assert_equal(model, after)
+
+
+def assert_equal(first, second):
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_differ(first, second):
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("zero", ["optimizer", "model"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@two_rules
+def test_zero_grad_drops_what_was_deferred(rule, options, zero, set_to_none):
+    def step(model, optimizer, i, width):
+        backward(model, i + 100, width)
+        (optimizer if zero == "optimizer" else model).zero_grad(set_to_none=set_to_none)
+        backward(model, i, width)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    check(mixed_mlp, rule, options, step=step)
+
+
+@pytest.mark.parametrize("make, width", NETS.values(), ids=NETS)
+def test_no_gradient_buffer_exists(make, width):
+    model = dfa.DFA(make())
+    optimizer = dfa.optim.SGD(model, 0.1)
+    backward(model, width=width)
+    # The last layer of the mixed network has the parameters of a norm before it in its segment.
+    fused_layers = {"mixed": {3, 6}, "cnn": {8, 10}}
+    name = next(n for n, (m, _) in NETS.items() if m is make)
+    for parameter_name, p in model.net.named_parameters():
+        layer = int(parameter_name.partition(".")[0])
+        if layer in fused_layers.get(name, {0, 2, 4}):
+            assert p.grad is None, parameter_name
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@two_rules
+def test_state_of_torch_continues(rule, options):
+    """Three steps by torch.optim, three by the fused optimizer that took over its state."""
+    start = train(mlp(), plain(rule, options), steps=0)
+    optimizer = plain(rule, options)(start)
+    for i in range(3):
+        usual_step(start, optimizer, i, 5)
+    state = pickle.loads(pickle.dumps(optimizer.state_dict()))
+
+    def load(model, other):
+        other.load_state_dict(copy.deepcopy(state))
+
+    def later(model, optimizer, i, width):
+        usual_step(model, optimizer, i + 3, width)
+
+    start.zero_grad()
+    again = {"prepare": load, "step": later, "steps": 3}
+    ref = train(copy.deepcopy(start.net), plain(rule, options), dtype=torch.float64, **again)
+    same = train(copy.deepcopy(start.net), plain(rule, options), **again)
+    out = train(copy.deepcopy(start.net), fused(rule, options), **again)
+    assert_close(out, ref, same)
+
+
+@every_rule
+def test_torch_continues_from_the_fused_state(rule, options):
+    model = dfa.DFA(mixed_mlp())
+    optimizer = fused(rule, options)(model)
+    torch.manual_seed(1)
+    for i in range(3):
+        usual_step(model, optimizer, i, 5)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    net = copy.deepcopy(model.net)
+    random = torch.get_rng_state()
+    for i in range(3, 6):
+        usual_step(model, optimizer, i, 5)
+    other = dfa.DFA(net)
+    resumed = plain(rule, options)(other)
+    buffer.seek(0)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    torch.set_rng_state(random)
+    for i in range(3, 6):
+        usual_step(other, resumed, i, 5)
+    assert_close(other, model, model)
+
+
+@pytest.mark.parametrize(
+    "rule, option, value", [("sgd", "maximize", True), ("sgd", "dampening", 0.5), ("adamw", "amsgrad", True)]
+)
+def test_state_with_an_option_that_the_rule_lacks(rule, option, value):
+    """It must not be dropped silently."""
+    state = PLAIN[rule](mlp().parameters(), lr=0.1, **{option: value}).state_dict()
+    optimizer = FUSED[rule](dfa.DFA(mlp()), lr=0.1)
+    with pytest.raises(ValueError, match=option):
+        optimizer.load_state_dict(state)
+
+
+@two_rules
+def test_own_state_continues_bit_for_bit(rule, options):
+    model = dfa.DFA(mlp())
+    optimizer = fused(rule, options)(model)
+    for i in range(3):
+        usual_step(model, optimizer, i, 5)
+    other = copy.deepcopy(model)
+    resumed = fused(rule, options)(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for i in range(3, 6):
+        usual_step(model, optimizer, i, 5)
+        usual_step(other, resumed, i, 5)
+    assert_equal(model, other)
+
+
+@two_rules
+def test_grad_scaler_is_refused(rule, options):
+    model = dfa.DFA(mlp())
+    optimizer = fused(rule, options)(model)
+    before = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu")
+    x, y = data()
+    scaler.scale(F.cross_entropy(model(x), y)).backward()
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        scaler.step(optimizer)
+    assert_equal(model, before)
+
+
+def test_after_a_refused_grad_scaler_the_optimizer_still_works():
+    model = dfa.DFA(mlp())
+    optimizer = dfa.optim.SGD(model, 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    x, y = data()
+    scaler.scale(F.cross_entropy(model(x), y)).backward()
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        scaler.step(optimizer)
+    for i in range(3):
+        usual_step(model, optimizer, i, 5)
+    assert_equal(model, train(mlp(), fused("sgd", {"lr": 0.1}), steps=3))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rule", FUSED)
+def test_distributed_model_is_refused(rule, one_process):
+    parallel = nn.parallel.DistributedDataParallel(dfa.DFA(mlp()))
+    with pytest.raises(TypeError, match=r"(?s)model.*DistributedDataParallel.*torch\.optim"):
+        FUSED[rule](parallel, lr=0.1)
+
+
+@pytest.mark.parametrize("rule", FUSED)
+def test_model_inside_a_distributed_one_is_refused(rule, one_process):
+    model = dfa.DFA(mlp())
+    optimizer = FUSED[rule](model, lr=0.1)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(RuntimeError, match=r"(?s)model.*DistributedDataParallel.*torch\.optim"):
+        parallel(data()[0])
+    del optimizer
+
+
+@pytest.mark.parametrize("model", [None, mlp(), [torch.ones(3)]])
+@pytest.mark.parametrize("rule", FUSED)
+def test_something_else_is_refused(rule, model):
+    with pytest.raises(TypeError, match=rf"model.*{type(model).__name__}.*DFA"):
+        FUSED[rule](model, lr=0.1)
+
+
+@two_rules
+def test_parameters_that_hold_a_gradient_are_refused(rule, options):
+    """A gradient from before the optimizer, beside the deferred one."""
+    model = dfa.DFA(mlp())
+    backward(model)
+    optimizer = fused(rule, options)(model)
+    before = copy.deepcopy(model)
+    backward(model)
+    with pytest.raises(RuntimeError, match=r"(?s)net\.0\.weight.*net\.4\.bias.*\.grad.*zero_grad"):
+        optimizer.step()
+    assert_equal(model, before)
+    for i in range(3):
+        usual_step(model, optimizer, i, 5)
+    assert_equal(model, train(mlp(), fused(rule, options), steps=3))
+
+
+@two_rules
+def test_steps_by_backpropagation(rule, options):
+    """Under backprop() there are gradients, and the optimizer uses them."""
+
+    def step(model, optimizer, i, width):
+        optimizer.zero_grad()
+        with model.backprop():
+            backward(model, i, width)
+        optimizer.step()
+
+    check(mixed_mlp, rule, options, step=step)
+
+
+@pytest.fixture
+def compiler():
+    torch.compiler.reset()
+    yield lambda model, fullgraph: torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("first", ["eager", "compiled", "compiled before the optimizer"])
+def test_compiled_model_is_refused(first, compiler):
+    model = dfa.DFA(mlp())
+    compiled = compiler(model, fullgraph=True)
+    if first == "compiled before the optimizer":
+        backward(compiled)
+        model.zero_grad()
+    optimizer = dfa.optim.SGD(model, 0.1)
+    if first == "eager":
+        usual_step(model, optimizer, 0, 5)
+    with pytest.raises(RuntimeError, match=r"(?s)torch\.compile cannot defer gradients to SGD.*torch\.optim"):
+        compiled(data()[0])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_partly_compiled_model_is_refused_or_right(before, compiler):
+    """Without fullgraph, what cannot be compiled may run as it is."""
+    model = dfa.DFA(mlp())
+    compiled = compiler(model, fullgraph=False)
+    if before:
+        backward(compiled)
+        model.zero_grad()
+    optimizer = dfa.optim.SGD(model, 0.1)
+    try:
+        for i in range(3):
+            usual_step(compiled, optimizer, i, 5)
+    except RuntimeError as error:
+        assert "torch.compile cannot defer gradients" in str(error)
+        return
+    same = train(mlp(), fused("sgd", {"lr": 0.1}), steps=3)
+    assert_close(model, same, same)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_belongs_to_no_optimizer(duplicate):
+    model = dfa.DFA(mlp())
+    optimizer = dfa.optim.SGD(model, 0.1)
+    backward(model)
+    other = duplicate(model)
+    backward(other)
+    assert all(p.grad is not None for p in other.parameters())
+    before = copy.deepcopy(other)
+    optimizer.step()
+    assert_equal(other, before)
+    assert_differ(other, model)
+
+
+def test_a_deleted_optimizer_lets_the_model_write_gradients_again():
+    model = dfa.DFA(mlp())
+    optimizer = dfa.optim.SGD(model, 0.1)
+    backward(model)
+    assert all(p.grad is None for p in model.parameters())
+    del optimizer
+    gc.collect()
+    backward(model)
+    expected = dfa.DFA(mlp())
+    backward(expected)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_a_second_optimizer_takes_over():
+    model = dfa.DFA(mlp())
+    first = dfa.optim.SGD(model, 0.1)
+    second = dfa.optim.SGD(model, 0.1)
+    backward(model)
+    before = copy.deepcopy(model)
+    first.step()
+    assert_equal(model, before)
+    second.step()
+    assert_equal(model, train(mlp(), fused("sgd", {"lr": 0.1}), steps=1))
+
+
+@pytest.mark.parametrize("when", ["before the step", "between two backward passes"])
+def test_input_buffer_that_is_filled_anew(when):
+    """The deferred gradient needs the input: right, or an error, never the gradient of another batch."""
+    model = dfa.DFA(mlp())
+    optimizer = dfa.optim.SGD(model, 0.1)
+    x, y = data(0)
+    F.cross_entropy(model(x), y).backward()
+    x.copy_(data(1)[0])
+    try:
+        if when == "between two backward passes":
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    except RuntimeError as error:
+        assert "in-place" in str(error) or "inplace" in str(error)
+        return
+
+    def step(model, optimizer, i, width):
+        F.cross_entropy(model(data(0)[0]), y).backward()
+        if when == "between two backward passes":
+            F.cross_entropy(model(data(1)[0]), y).backward()
+        optimizer.step()
+
+    assert_equal(model, train(mlp(), fused("sgd", {"lr": 0.1}), steps=1, step=step))
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+@two_rules
+def test_other_batch_sizes(rule, options, n):
+    """An empty batch has a gradient of zero, which momentum and decay still act on."""
+
+    def step(model, optimizer, i, width):
+        optimizer.zero_grad()
+        x, y = data(i, n if i % 2 else 8)
+        F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y, reduction="sum").backward()
+        optimizer.step()
+
+    check(mlp, rule, options, step=step)
+
+
+@pytest.mark.parametrize("rule", FUSED)
+@pytest.mark.parametrize("name, value", [("lr", -0.1), ("lr", float("nan")), ("weight_decay", -1.0)])
+def test_bad_numbers(rule, name, value):
+    with pytest.raises(ValueError, match=rf"{name}.*{value}.*>= 0"):
+        FUSED[rule](dfa.DFA(mlp()), **{"lr": 0.1, name: value})
+
+
+def test_bad_numbers_of_one_rule():
+    model = dfa.DFA(mlp())
+    with pytest.raises(ValueError, match=r"momentum.*-0\.9.*>= 0"):
+        dfa.optim.SGD(model, 0.1, momentum=-0.9)
+    with pytest.raises(ValueError, match=r"nesterov.*momentum"):
+        dfa.optim.SGD(model, 0.1, nesterov=True)
+    with pytest.raises(ValueError, match=r"eps.*-1"):
+        dfa.optim.AdamW(model, eps=-1)
+    for betas in [(1.0, 0.9), (0.9, -0.1), (0.9, 1.0)]:
+        with pytest.raises(ValueError, match=r"betas.*\[0, 1\)"):
+            dfa.optim.AdamW(model, betas=betas)
+
+
+def test_defaults_are_those_of_torch():
+    model = dfa.DFA(mlp())
+    ours, theirs = dfa.optim.AdamW(model).defaults, torch.optim.AdamW(model.parameters()).defaults
+    assert ours == {name: theirs[name] for name in ours}
+    ours, theirs = dfa.optim.SGD(model, 0.1).defaults, torch.optim.SGD(model.parameters(), 0.1).defaults
+    assert ours == {name: theirs[name] for name in ours}
