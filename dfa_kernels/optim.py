@@ -238,6 +238,8 @@ class AdamW(FusedOptimizer):
         return ("exp_avg", "exp_avg_sq")
 
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
+        if p.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("AdamW counts its steps on the host, and a CUDA graph would repeat one of them")
         state = self.state[p]
         state["step"] = state.get("step", torch.tensor(0.0)) + 1
         beta1, beta2 = group["betas"]

@@ -1,0 +1,143 @@
+"""The short way through a plain Sequential gives what the observed pass gives, bit for bit, and knows its limits."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dfa_kernels as dfa
+from dfa_kernels.sequence import plain_modules
+
+ACTIVATIONS = [
+    nn.Tanh(), nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.1), nn.LeakyReLU(-0.5), nn.Sigmoid(), nn.GELU(),
+    nn.GELU("tanh"), nn.SiLU(), nn.ELU(0.7), nn.ELU(-0.7), nn.Softplus(2.0, 3.0), nn.Hardtanh(-0.3, 0.4), nn.ReLU6(),
+]  # fmt: skip
+
+
+class Opaque(nn.Module):
+    """The same network, but not a Sequential itself, so it is observed."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def network(activation: nn.Module, dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    hidden = nn.Sequential(nn.Linear(8, 12), nn.Dropout(dropout), copy.deepcopy(activation), nn.Dropout(dropout))
+    return nn.Sequential(
+        nn.Flatten(), nn.Dropout(dropout), hidden, nn.Linear(12, 9), copy.deepcopy(activation), nn.Linear(9, 3)
+    )
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(7, 2, 4, generator=generator), torch.randint(3, (7,), generator=generator)
+
+
+def output_and_gradients(net: nn.Module, taps: str) -> list[torch.Tensor]:
+    x, y = batch()
+    torch.manual_seed(2)
+    output = dfa.DFA(net, taps=taps)(x)
+    F.cross_entropy(output, y).backward()
+    return [output.detach(), *(p.grad for p in net.parameters())]
+
+
+@pytest.mark.parametrize("taps", ["nonlinearity", "layer_input"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_equals_the_observed_pass(activation, dropout, taps):
+    net = network(activation, dropout)
+    assert plain_modules(net, batch()[:1], {}) is not None
+    found = output_and_gradients(copy.deepcopy(net), taps)
+    expected = output_and_gradients(Opaque(copy.deepcopy(net)), taps)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        found = output_and_gradients(network(nn.Tanh()), "nonlinearity")
+        expected = output_and_gradients(Opaque(network(nn.Tanh())), "nonlinearity")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_dropout_does_nothing_in_eval_mode():
+    net = network(nn.Tanh(), 0.5).eval()
+    found = output_and_gradients(copy.deepcopy(net), "layer_input")
+    expected = output_and_gradients(copy.deepcopy(net).train().apply(_without_dropout), "layer_input")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def _without_dropout(module: nn.Module) -> None:
+    if isinstance(module, nn.Dropout):
+        module.p = 0.0
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def hooked(place: str) -> nn.Sequential:
+    net = network(nn.Tanh())
+    getattr(net[3], place)(lambda *args: None)
+    return net
+
+
+def frozen() -> nn.Sequential:
+    net = network(nn.Tanh())
+    net[3].weight.requires_grad_(False)
+    return net
+
+
+def plain(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), *layers)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        pytest.param(hooked("register_forward_hook"), id="forward hook"),
+        pytest.param(hooked("register_forward_pre_hook"), id="forward pre-hook"),
+        pytest.param(hooked("register_full_backward_hook"), id="backward hook"),
+        pytest.param(frozen(), id="frozen weight"),
+        pytest.param(plain(Scaled(8, 3)), id="subclass of Linear"),
+        pytest.param(plain(nn.Linear(8, 3), nn.Tanh()), id="activation at the end"),
+        pytest.param(plain(nn.Tanh(), nn.Linear(8, 3)), id="two activations"),
+        pytest.param(plain(nn.Linear(8, 8), nn.Linear(8, 3)), id="no activation between"),
+        pytest.param(plain(nn.BatchNorm1d(8), nn.Linear(8, 3)), id="batch norm"),
+        pytest.param(plain(nn.Linear(8, 3).double()), id="another dtype"),
+        pytest.param(Opaque(plain(nn.Linear(8, 3))), id="no Sequential"),
+        pytest.param(nn.Sequential(nn.Linear(8, 3)), id="no hidden layer"),
+    ],
+)
+def test_leaves_other_networks_to_the_observed_pass(net):
+    assert plain_modules(net, (torch.zeros(2, 8),), {}) is None
+
+
+def test_leaves_other_calls_to_the_observed_pass():
+    net, x = plain(nn.Linear(8, 3)), torch.zeros(2, 8)
+    assert plain_modules(net, (x,), {}) is not None
+    assert plain_modules(net, (x,), {"mask": None}) is None
+    assert plain_modules(net, (x, x), {}) is None
+    assert plain_modules(net, (x.clone().requires_grad_(),), {}) is None
+    assert plain_modules(net, (x.to("meta"),), {}) is None
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert plain_modules(net, (x,), {}) is None
+    finally:
+        handle.remove()
+
+
+def test_the_network_may_change_between_passes():
+    net = plain(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = dfa.DFA(net)
+    model(torch.ones(2, 8))
+    net[1] = nn.ReLU()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(x), net(x))
