@@ -289,7 +289,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--published",
         action="store_true",
         help="the published settings for CIFAR-10: 50 epochs, --lr 5e-4 with the hidden layers' error"
-        " summed over the batch (--gain 128), --drop-last; other options still apply",
+        " summed over the batch (--gain 128), --drop-last, its pixel statistics; other options still apply",
     )
 
 

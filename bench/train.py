@@ -130,7 +130,7 @@ def _options(given: dict[str, Any], checkpoint: Path | None, stored: dict[str, A
 
 def _load_task(options: Options) -> Task:
     try:
-        return Task(data.load(options.data, options.data_dir, options.download), options.device)
+        return Task(data.load(options.data, options.data_dir, options.download, options.published), options.device)
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"--data {options.data}: {error}") from error
 

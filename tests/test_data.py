@@ -159,6 +159,14 @@ class TestCifar10:
         assert cifar.train_y.tolist() == official.labels[:5].flatten().tolist()
         assert cifar.test_y.tolist() == official.labels[5].tolist()
 
+    def test_published_statistics_take_the_place_of_the_set_s_own(self, official: Official) -> None:
+        official.write()
+        cifar = data.load("cifar10", official.root, download=False, published=True)
+        pixels = official.pixels.reshape(6, ROWS, 3, 32, 32) / 255.0
+        mean = np.array([0.4914, 0.4822, 0.4465]).reshape(1, 3, 1, 1)
+        std = np.array([0.2023, 0.1994, 0.2010]).reshape(1, 3, 1, 1)
+        np.testing.assert_allclose(cifar.test_x.numpy(), (pixels[5] - mean) / std, atol=1e-6, rtol=1e-5)
+
     def test_types_and_classes(self, official: Official) -> None:
         official.write()
         cifar = data.load("cifar10", str(official.root), download=False)
