@@ -17,6 +17,8 @@ from bench.options import Options, UsageError, to_dict
 from bench.trainer import Learner, Task
 
 NONE = "-"
+# Where things lie on one machine says nothing about a result.
+MACHINE_PATHS = ("data_dir", "out")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -58,9 +60,10 @@ def describe(
     ending: dict[str, Any],
 ) -> dict[str, Any]:
     """All that run.json holds. `ending`: whether the run was interrupted, and what made it stop."""
+    settings = {name: value for name, value in to_dict(options).items() if name not in MACHINE_PATHS}
     return {
         **ending,
-        "options": to_dict(options),
+        "options": settings,
         "environment": environment(options),
         "history": {learner.rule: learner.history for learner in learners},
         "seconds_per_epoch": {learner.rule: learner.seconds for learner in learners},
