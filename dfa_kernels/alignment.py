@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .feedback import Feedback
 from .plan import error_shape
+from .restore import restored
 from .taps import ForwardPass, TapPolicy, tap_names
-from .weight_layers import restored
 from .wrapper import DFA
 
 

@@ -48,7 +48,7 @@ def fastfood_diagonals(seed: int, blocks: range, error_size: int, device: torch.
 
 
 def _normals(seed: int, stream: Stream, blocks: range, d: int, device: torch.device) -> Tensor:
-    out = torch.empty(len(blocks), d, device=device)
+    out = torch.empty(len(blocks), d, dtype=torch.float32, device=device)
     return fill(out, "gaussian", seed, row=blocks.start, stream=stream)
 
 

@@ -88,8 +88,8 @@ class Feedback:
         kept = None
         self._kept.pop((error_size, place), None)
         units = -(-rows // row_unit(self.spec, error_size))
-        self._kept[error_size, place] = self._make(units, error_size, place)
-        return self._kept[error_size, place]
+        made = self._kept[error_size, place] = self._make(units, error_size, place)
+        return made
 
     def _make(self, units: int, error_size: int, device: torch.device) -> Parts:
         if self._given is not None:
@@ -108,8 +108,8 @@ class Feedback:
         if self._given is not None:
             return (self._given[:size] * scale).to(device or self._given.device)
         out = torch.empty(size, error_size, dtype=self.spec.dtype, device=place)
-        for rows, block in dense_blocks(self.spec, size, error_size, place):
-            out[rows] = block.to(out.dtype) * scale
+        for rows, columns, block in dense_blocks(self.spec, size, error_size, place):
+            out[rows, columns] = block.to(out.dtype) * scale
         return out
 
     @torch.no_grad()

@@ -36,19 +36,22 @@ class FeedbackSpec:
         check_choice("storage", self.storage, STORAGES)
         if self.kind == "matrix" and self.storage != "dense":
             raise ValueError(f"kind 'matrix' is a given U, which storage {self.storage!r} cannot make anew")
-        check_integer("seed", self.seed, 0, 2**64 - 1)
         check_dtype(self.dtype)
-        if not isinstance(self.gain, (int, float)) or not math.isfinite(self.gain):
-            raise ValueError(f"gain must be a finite number, got {self.gain!r}")
-        self._check_nonzeros()
-        object.__setattr__(self, "_encoded", json.dumps(self.to_dict(), separators=(",", ":")))
+        self._set("seed", check_integer("seed", self.seed, 0, 2**64 - 1))
+        self._set("gain", check_finite("gain", self.gain))
+        self._set("nonzeros", self._checked_nonzeros())
+        self._set("_encoded", json.dumps(self.to_dict(), separators=(",", ":")))
 
-    def _check_nonzeros(self) -> None:
+    def _set(self, name: str, value: object) -> None:
+        """A field as a plain value of its type, whatever it was given as (a NumPy integer, say)."""
+        object.__setattr__(self, name, value)
+
+    def _checked_nonzeros(self) -> int | None:
         if self.nonzeros is None:
-            return
+            return None
         if self.kind != "sparse":
             raise ValueError(f"nonzeros is for kind 'sparse', got nonzeros={self.nonzeros!r} for {self.kind!r}")
-        check_integer("nonzeros", self.nonzeros, 1)
+        return check_integer("nonzeros", self.nonzeros, 1)
 
     def scale(self, size: int, error_size: int) -> float:
         """The factor from U[:size] to B_i: gain / sqrt(size · error_size), or gain if not normalize."""
@@ -98,6 +101,17 @@ def check_integer(name: str, value: object, least: int, most: int | None = None)
         raise TypeError(f"{wanted}, got {value!r} (bool)")
     if number < least or (most is not None and number > most):
         raise ValueError(f"{wanted}, got {value!r}")
+    return number
+
+
+def check_finite(name: str, value: Any) -> float:
+    """``value`` as a float that float32 can hold."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, str) or not abs(number) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
     return number
 
 

@@ -13,9 +13,21 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .deferred import LayerCall, Ledger, as_rows, layer_call
+from .deferred import DeferringNode, LayerCall, Ledger, layer_call
 from .feedback import Feedback
-from .plan import LayerSlot, NodePlan, TensorTable, error_shape, grouped_dtype, make_plan, tap_units
+from .plan import (
+    LayerSlot,
+    NodePlan,
+    TensorTable,
+    as_error,
+    as_rows,
+    check_units,
+    error_shape,
+    grouped_dtype,
+    make_plan,
+    shares_launch,
+    tap_units,
+)
 from .segments import FusedLayer, Segment
 
 
@@ -29,73 +41,59 @@ def attach(
 ) -> Tensor:
     """The output [..., E], now with an autograd node that turns its gradient into every segment's."""
     rows, error_size = error_shape(output)
+    check_units(segments, last, rows)
     backend = backends.resolve(backend, output.device)
     widest = max([0, *[math.prod(tap_units(segment, rows)) for segment in segments]])
     stored = feedback.stored(widest, error_size, output.device) if segments else []
-    plain_output = output if last is None else output.detach()
-    table = TensorTable()
-    deferred = None
+    output = output if last is None else output.detach()
+    call = None
     if ledger is not None:
-        is_whole = last is not None
         segments, last, call = _defer(segments, last, stored, feedback, backend)
-        if is_whole and not segments:
-            whole: Tensor = DeferringNode.apply(ledger, call, plain_output, call.weights[0])
-            return whole
-        if call.weights:
-            deferred = (ledger, call)
-            # The node has no gradient for the call's parameters, but without one of them no error reaches it.
-            table.index(call.weights[0])
-    plan = make_plan(table, segments, last, stored, rows, feedback.spec, backend)
-    result: Tensor = DFANode.apply(plan, deferred, plain_output, *table.tensors)
-    return result
+    if segments or last is not None:
+        table = TensorTable()
+        plan = make_plan(table, segments, last, stored, rows, feedback.spec, backend)
+        output = DFANode.apply(plan, output, *table.tensors)
+    if ledger is not None and call is not None:
+        output = DeferringNode.apply(ledger, call, output, call.weights[0])
+    return output
 
 
 def _defer(
     segments: list[Segment], last: FusedLayer | None, stored: list[Tensor], feedback: Feedback, backend: str
-) -> tuple[list[Segment], None, LayerCall]:
-    """Moves the fused linear layers to a deferred call. What autograd has to finish remains for the node."""
+) -> tuple[list[Segment], FusedLayer | None, LayerCall | None]:
+    """What remains for `DFANode`, and the deferred call for the rest: the fused linear layers without hooks."""
     dtype = grouped_dtype(segments, last)
-    hidden, remaining = [], []
+    hidden: list[FusedLayer] = []
+    remaining = []
     for segment in segments:
-        layer = segment.layer
-        if layer is not None and layer.convolution is None and layer.weight.dtype == dtype:
-            hidden.append(layer)
+        if segment.layer is not None and shares_launch(segment.layer, dtype) and not _has_hooks(segment.layer):
+            hidden.append(segment.layer)
         else:
             remaining.append(segment)
-    return remaining, None, layer_call(hidden, last, stored, feedback.spec, backend)
+    output = None if last is None or _has_hooks(last) else last
+    if not hidden and output is None:
+        return segments, last, None
+    return remaining, None if output is last else last, layer_call(hidden, output, stored, feedback.spec, backend)
 
 
-class DeferringNode(torch.autograd.Function):
-    """`DFANode` where a fused optimizer finishes every segment: the error goes to the ledger, and that is all.
-
-    ``anchor`` is one of the call's parameters; because of it the output requires grad. Its gradient is not computed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, ledger: Ledger, call: LayerCall, output: Tensor, anchor: Tensor) -> Tensor:
-        ctx.ledger, ctx.call = ledger, call
-        return output.view_as(output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
-        ctx.ledger.append(ctx.call.with_error(_as_error(gradient)))
-        return None, None, None, None
+def _has_hooks(layer: FusedLayer) -> bool:
+    """Whether somebody waits for a gradient of the layer's parameters, which a deferred call never has."""
+    for p in (layer.weight, layer.bias):
+        if p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            return True
+    return False
 
 
 class DFANode(torch.autograd.Function):
     """Identity on the output; its backward pass is the whole of DFA.
 
-    Inputs: the plan, a deferred call with the ledger it goes to (or None), the output, then the tensors that the
-    plan's slots number: roots of local graphs, parameters and saved tensors of fused layers, what the feedback stores.
+    Inputs: the plan, the output, then the tensors that the plan's slots number: roots of local graphs, parameters and
+    saved tensors of fused layers, what the feedback stores.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, plan: NodePlan, deferred: tuple[Ledger, LayerCall] | None, output: Tensor, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, plan: NodePlan, output: Tensor, *tensors: Tensor) -> Tensor:
         ctx.plan = plan
-        ctx.deferred = deferred
         ctx.save_for_backward(*(tensors[i] for i in plan.saved))
         return output.view_as(output)
 
@@ -112,25 +110,14 @@ class DFANode(torch.autograd.Function):
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     plan: NodePlan = ctx.plan
     saved = dict(zip(plan.saved, ctx.saved_tensors, strict=True))
-    wanted = ctx.needs_input_grad[3:]
+    wanted = ctx.needs_input_grad[2:]
     grads: list[Tensor | None] = [None] * len(wanted)
-    error = _as_error(gradient)
+    error = as_error(gradient)
     if plan.roots or plan.convolutions:
         _finish_taps(plan, saved, error, error_shape(gradient)[0], wanted, grads)
     if plan.linears:
-        _store_layer_grads(plan, saved, error, wanted, grads)
-    if ctx.deferred is not None:
-        ledger, call = ctx.deferred
-        ledger.append(call.with_error(error))
-    return (None, None, gradient, *grads)
-
-
-def _as_error(gradient: Tensor) -> Tensor:
-    """∂L/∂output as e [R, E]."""
-    if gradient.dim() == 2:
-        return gradient
-    rows, error_size = error_shape(gradient)
-    return gradient.reshape(math.prod(rows), error_size)
+        _linear_grads(plan, saved, error, wanted, grads)
+    return (None, gradient, *grads)
 
 
 def _finish_taps(
@@ -189,7 +176,7 @@ def _convolution_grads(
         _add(grads, slot.bias, bias_grad.to(weight.dtype))
 
 
-def _store_layer_grads(
+def _linear_grads(
     plan: NodePlan, saved: dict[int, Tensor], error: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
 ) -> None:
     """ΔW and Δb of the fused linear layers."""

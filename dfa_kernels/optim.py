@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import backends
-from .deferred import LayerCall
+from .deferred import LayerCall, Ledger
 from .updates import RULES
 from .wrapper import DFA
 
@@ -37,12 +37,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not isinstance(model, DFA):
             raise TypeError(f"model: got {type(model).__name__}, expected a dfa_kernels.DFA")
         super().__init__(model.parameters(), defaults)
-        self._ledger: list[LayerCall] = []
+        self._ledger: Ledger = []
+        self._stale: set[int] = set()
         self._model = weakref.ref(model)
         model._optimizer = weakref.ref(self)
 
-    def receive(self) -> list[LayerCall]:
-        """The ledger for one more backward pass of the model."""
+    def ledger_for_pass(self) -> Ledger:
+        """The ledger, for the backward pass that belongs to a forward pass of the model."""
         if DistributedDataParallel._active_ddp_module is not None:
             raise RuntimeError(f"model: it runs inside DistributedDataParallel; {_NO_REDUCTION}")
         if torch.compiler.is_compiling():
@@ -50,17 +51,29 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"model: torch.compile cannot defer gradients to {type(self).__name__}; use torch.optim with a "
                 "compiled model, or this optimizer with the uncompiled one"
             )
+        if not self._ledger:
+            self._stale = {id(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
         return self._ledger
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} belongs to its model and cannot be copied or pickled; make one for the copy and "
+            "load this one's state_dict()"
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim; deferred gradients are dropped as well."""
         self.drop_deferred()
-        if not set_to_none:
-            super().zero_grad(set_to_none)
-        # Fused parameters have no gradient: between two products that fill the cache, less code is less time.
+        if set_to_none:
+            self._drop_grads()
+        else:
+            super().zero_grad(set_to_none=False)
+
+    def _drop_grads(self) -> None:
+        # Most parameters have none. Between two products that fill the cache, less code than torch's is less time.
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and set_to_none:
+                if p.grad is not None:
                     p.grad = None
 
     def drop_deferred(self) -> None:
@@ -77,24 +90,22 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Computes the deferred gradients and updates every parameter. What it used up is dropped, as if zeroed.
+        """Computes the deferred gradients and updates every parameter. Then no gradient is left, deferred or not.
 
         Raises:
-            RuntimeError: under GradScaler, or if a parameter with a deferred gradient also holds a ``.grad``.
+            RuntimeError: under GradScaler, or if a parameter with a deferred gradient held a ``.grad`` before.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         calls = self._take_calls()
-        if len(calls) == 1 and len(set(calls[0].weights)) == len(calls[0].weights):
+        if len(calls) == 1 and _is_whole_gradient(calls[0]):
             self._update_fused(calls[0])
         else:
             _accumulate(calls)
         self._update_from_grads()
-        for call in calls:
-            for p in call.weights:
-                p.grad = None
+        self._drop_grads()
         return loss
 
     def _take_calls(self) -> list[LayerCall]:
@@ -102,7 +113,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         calls = list(self._ledger)
         self._refuse_scaler()
         self._refuse_grads(calls)
-        _check_versions(calls)
+        for call in calls:
+            call.check_versions()
         self._ledger.clear()
         return calls
 
@@ -111,21 +123,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
+                    _refuse_sparse(p.grad)
                     rule.apply_(p, self._own_state(p), self._hyper(group, p), p.grad)
 
     def _update_fused(self, call: LayerCall) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        if any(id(p) not in groups for p in call.weights):
+            shapes = [tuple(p.shape) for p in call.weights if id(p) not in groups]
+            raise RuntimeError(
+                f"step: the model has parameters of shape {shapes} that this optimizer does not; its parameters were "
+                "replaced since, so make a new optimizer"
+            )
         state = [tensor for p in call.weights for tensor in self._own_state(p)] if self._state_names() else []
         hyper = [number for p in call.weights for number in self._hyper(groups[id(p)], p)]
         update_ = backends.BACKENDS[call.backend].layer_update_
-        update_(*call.arguments, call.weights, state, self.rule, hyper)
+        update_(*call.arguments(), call.weights, state, self.rule, hyper)
 
     def _state_names(self) -> tuple[str, ...]:
         """The tensors that every parameter has beside it, by the names that torch's optimizer of this rule uses."""
         raise NotImplementedError
 
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
-        """The numbers of `UpdateRule.hyper` for the update of ``p`` that is about to run."""
+        """The numbers that the rule unpacks, for the update of ``p`` that is about to run."""
         raise NotImplementedError
 
     def _own_state(self, p: Tensor) -> list[Tensor]:
@@ -144,7 +163,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
 
     def _refuse_grads(self, calls: list[LayerCall]) -> None:
-        held = {id(p) for call in calls for p in call.weights if p.grad is not None}
+        held = {id(p) for call in calls for p in call.weights if p.grad is not None and id(p) in self._stale}
         if held:
             model = self._model()
             names = [] if model is None else [n for n, p in model.named_parameters() if id(p) in held]
@@ -163,21 +182,23 @@ _NO_REDUCTION = (
 _OPTIONS_LACKING = ("maximize", "dampening", "amsgrad")
 
 
-def _check_versions(calls: list[LayerCall]) -> None:
-    for call in calls:
-        for tensor, version in call.versions:
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"step: a tensor of shape {tuple(tensor.shape)} that a deferred gradient needs was modified by an "
-                    f"in-place operation before the step: it is at version {tensor._version}, expected {version}"
-                )
+def _is_whole_gradient(call: LayerCall) -> bool:
+    """Whether each of the call's parameters gets all of its gradient from it, and once."""
+    return len(set(call.weights)) == len(call.weights) and all(p.grad is None for p in call.weights)
+
+
+def _refuse_sparse(gradient: Tensor) -> None:
+    if gradient.is_sparse:
+        raise RuntimeError(
+            f"step: a parameter of shape {tuple(gradient.shape)} has a sparse gradient, expected a dense one"
+        )
 
 
 def _accumulate(calls: list[LayerCall]) -> None:
-    """Sums the gradients of several calls, or of a shared layer, into ``.grad``, for a rule that needs their sum."""
+    """Adds the calls' gradients to ``.grad``, for a rule that needs the sum of several."""
     for call in calls:
         dtype = call.weights[0].dtype
-        grads = backends.BACKENDS[call.backend].layer_grads(*call.arguments, dtype)
+        grads = backends.BACKENDS[call.backend].layer_grads(*call.arguments(), dtype)
         for p, grad in zip(call.weights, grads, strict=True):
             p.grad = grad if p.grad is None else p.grad + grad
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +54,43 @@ def error_shape(output: Tensor) -> tuple[tuple[int, ...], int]:
     """(leading dimensions that are rows, number of error components) of an output [..., E] or [b]."""
     if output.dim() == 0:
         raise ValueError("net: the output must be [b, E] or [b], got a scalar; compute the loss outside the network")
+    if not output.is_floating_point():
+        raise TypeError(f"net: the output must be real and floating, got {output.dtype}")
+    if output.dim() > 3:
+        raise ValueError(
+            f"net: the output must be [b, E], [b] or [b, T, E], got shape {list(output.shape)}; flatten it to [b, E]"
+        )
     if output.dim() == 1:
         return tuple(output.shape), 1
     return tuple(output.shape[:-1]), output.shape[-1]
+
+
+def as_error(gradient: Tensor) -> Tensor:
+    """∂L/∂output as e [R, E]."""
+    if gradient.dim() == 2:
+        return gradient
+    rows, error_size = error_shape(gradient)
+    return gradient.reshape(math.prod(rows), error_size)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., features] as [n, features]."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def check_units(segments: list[Segment], last: FusedLayer | None, rows: tuple[int, ...]) -> None:
+    """Refuses shapes in which rows and units cannot be told apart."""
+    layers = [last, *[segment.layer for segment in segments]]
+    for layer in layers:
+        if layer is not None and layer.x.dim() < 2:
+            raise ValueError(
+                f"x: a weight layer got an input of shape {list(layer.x.shape)}, without a batch dimension"
+            )
+        if layer is not None and layer.convolution is not None and len(rows) > 1:
+            raise ValueError(
+                f"net: the output's leading dimensions {list(rows)} would be rows of a convolution, whose channels are "
+                "units; flatten the output to [b, E]"
+            )
 
 
 def tap_units(segment: Segment, rows: tuple[int, ...]) -> tuple[int, ...]:
@@ -110,7 +145,7 @@ def make_plan(
     for segment in segments:
         units = tap_units(segment, rows)
         layer = segment.layer
-        if layer is None or (layer.convolution is None and layer.weight.dtype != dtype):
+        if layer is None or (layer.convolution is None and not shares_launch(layer, dtype)):
             roots.append(RootSlot(table.index(segment.root), units))
         elif layer.convolution is None:
             linears.append(_layer_slot(table, layer, units, is_output=False))
@@ -130,6 +165,11 @@ def make_plan(
         feedback=feedback,
         backend=backend,
     )
+
+
+def shares_launch(layer: FusedLayer, dtype: torch.dtype) -> bool:
+    """Whether `layer_grads` computes the layer's gradients together with those of the others."""
+    return layer.convolution is None and layer.weight.dtype == dtype
 
 
 def grouped_dtype(segments: list[Segment], last: FusedLayer | None) -> torch.dtype:

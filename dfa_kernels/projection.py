@@ -143,17 +143,30 @@ def _sparse_value(spec: FeedbackSpec, error_size: int) -> Tensor:
     return torch.tensor(math.sqrt(error_size / spec.nonzeros_per_row(error_size)), dtype=spec.dtype)
 
 
-def dense_blocks(spec: FeedbackSpec, size: int, error_size: int, device: torch.device) -> Iterator[Piece]:
-    """Pieces (rows r, U[r]) of U, of bounded size."""
+def dense_blocks(
+    spec: FeedbackSpec, size: int, error_size: int, device: torch.device
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Pieces (rows r, columns c, U[r, c]) of U, of bounded size."""
     source = _source([], spec, error_size, device)
     if spec.kind == "fastfood":
-        identity = torch.eye(error_size, dtype=torch.promote_types(spec.dtype, torch.float32), device=device)
-        yield from fastfood.fastfood_products(identity, source, size)
+        yield from _fastfood_blocks(spec, source, size, error_size, device)
         return
     for rows in row_passes(range(size), error_size, device):
         parts = source(rows)
         block = _scatter(parts, spec, error_size) if spec.kind == "sparse" else _block(parts, error_size)
-        yield slice(rows.start, rows.stop), block
+        yield slice(rows.start, rows.stop), slice(None), block
+
+
+def _fastfood_blocks(
+    spec: FeedbackSpec, source: Source, size: int, error_size: int, device: torch.device
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """U as the projection of the identity, some of its rows at a time."""
+    dtype = torch.promote_types(spec.dtype, torch.float32)
+    for columns in row_passes(range(error_size), error_size, device):
+        some = torch.zeros(len(columns), error_size, dtype=dtype, device=device)
+        some[:, columns.start : columns.stop].fill_diagonal_(1)
+        for rows, block in fastfood.fastfood_products(some, source, size):
+            yield rows, slice(columns.start, columns.stop), block
 
 
 def _scatter(parts: Parts, spec: FeedbackSpec, error_size: int) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from .activations import ACTIVATIONS, FUSED_CALLS, Activation, call_parameters, is_inplace
 from .taps import CONVOLUTIONS, LINEAR, Args, Call, ForwardPass, Kwargs, TapPolicy
 
+T: Any = torch.Tensor
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -42,12 +44,25 @@ class Chain:
         self.weight = weight
         self.bias = bias
         self.convolution = convolution
-        self.value = value
         self.activation: Activation | None = None
         self.p = 0.0
         self.q = 0.0
         self.kept: Tensor | None = None
         self.noise: Tensor | None = None
+        self.advance(value)
+
+    def advance(self, value: Tensor) -> None:
+        self.value = value
+        self._version = _version(value)
+
+    def ends_in(self, z: Tensor) -> bool:
+        """Whether z is the newest result, and still has the values that the chain gave it."""
+        return self.value is z and self._version == _version(z)
+
+
+def _version(tensor: Tensor) -> int:
+    # A compiler's graph has no version counters; an eager pass checks the same network.
+    return 0 if torch.compiler.is_compiling() else tensor._version
 
 
 @dataclass(slots=True)
@@ -106,8 +121,11 @@ class SegmentedPass(ForwardPass):
         return cut
 
     def _cut(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(z with its graph, z without). An in-place activation's caller may go on with z itself, so z is cut too."""
-        if z is not self._overwritten:
+        """(z with its graph, z without). An in-place activation's caller may go on with z itself, so z is cut too.
+
+        A view cannot be cut in place. Its callers are taken to go on with what the activation returned.
+        """
+        if z is not self._overwritten or z._is_view():
             return z, z.detach()
         root = z.view_as(z)
         return root, z.detach_()
@@ -135,7 +153,7 @@ class SegmentedPass(ForwardPass):
     def _activate(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
         z, *rest = args
         chain, row = self._chain, FUSED_CALLS.get(func)
-        if chain is None or chain.value is not z:
+        if chain is None or not chain.ends_in(z):
             return cast(Tensor, func(*args, **kwargs))
         if row is None or chain.activation is not None:
             self._chain = None
@@ -145,15 +163,16 @@ class SegmentedPass(ForwardPass):
         overwrites = is_inplace(func, row, tuple(rest), kwargs)
         kept = z.clone() if overwrites and not keeps_output else z
         h = cast(Tensor, func(*args, **kwargs))
-        chain.activation, chain.value, chain.kept = row, h, h if keeps_output else kept
+        chain.activation, chain.kept = row, h if keeps_output else kept
+        chain.advance(h)
         self._watch(chain.kept)
         return h
 
     def other(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
         chain = self._chain
-        if chain is None or not args or args[0] is not chain.value:
+        if chain is None or not args or args[0] is not chain.value or func in _GETTERS:
             return func(*args, **kwargs)
-        if func is F.dropout:
+        if func is F.dropout and chain.ends_in(args[0]):
             return self._dropout(chain, *args, **kwargs)
         self._chain = None
         return func(*args, **kwargs)
@@ -164,12 +183,12 @@ class SegmentedPass(ForwardPass):
             return x
         noise = F.dropout(torch.ones_like(x), p, training=True)
         chain.noise = noise if chain.noise is None else chain.noise * noise
-        chain.value = x.mul_(noise) if inplace else x * noise
+        chain.advance(x.mul_(noise) if inplace else x * noise)
         return chain.value
 
     def _finish_chain(self, z: Tensor, cut: Tensor) -> FusedLayer | None:
         chain, self._chain = self._chain, None
-        if chain is None or chain.value is not z:
+        if chain is None or not chain.ends_in(z):
             return None
         row = chain.activation or ACTIVATIONS["identity"]
         kept = cut if chain.kept is None or chain.kept is z else chain.kept.detach()
@@ -178,17 +197,21 @@ class SegmentedPass(ForwardPass):
         )
 
     def _watch(self, kept: Tensor) -> None:
-        # A compiler's graph has no version counters; the first eager pass has checked the same network.
-        if not torch.compiler.is_compiling():
-            self._versions.append((kept, kept._version))
+        self._versions.append((kept, _version(kept)))
 
     def _check_versions(self) -> None:
         for kept, version in self._versions:
-            if kept._version != version:
+            if _version(kept) != version:
                 raise RuntimeError(
                     f"net: a tensor of shape {tuple(kept.shape)} that a gradient needs was modified by an in-place "
                     f"operation: it is at version {kept._version}, expected {version}"
                 )
+
+
+# Looking at a tensor does not end a chain.
+_GETTERS: frozenset[Call] = frozenset(
+    {T.shape.__get__, T.dtype.__get__, T.device.__get__, T.requires_grad.__get__, T.ndim.__get__, T.dim, T.size}
+)
 
 
 def _start_chain(func: Call, args: Args, kwargs: Kwargs, value: Tensor) -> Chain | None:

@@ -24,6 +24,8 @@ _CODE: dict[type[nn.Module], str] = {
     nn.Flatten: "F",
     **dict.fromkeys(_ROW_OF_MODULE, "A"),
 }
+# A class whose forward somebody has replaced since is not what its name says.
+_FORWARDS: dict[type[nn.Module], Any] = {kind: getattr(kind, "forward") for kind in (*_CODE, nn.Sequential)}  # noqa: B009
 # Hidden layers with one activation each, dropout on either side of it, and the output layer.
 _PLAIN = re.compile("[FD]*(?:LD?AD?)+L")
 
@@ -111,10 +113,13 @@ def _leaves(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def _unhooked(net: nn.Module, modules: Any) -> bool:
+    """Whether calling the modules runs their class's own forward and nothing else."""
     if torch.nn.modules.module._has_any_global_hook():
         return False
     for module in (net, *modules):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+        if "forward" in module.__dict__ or type(module).forward is not _FORWARDS.get(type(module)):
             return False
     return True
 

@@ -98,8 +98,10 @@ class ForwardPass(TorchFunctionMode):
         self.weight_layers = weight_layers
         self.weight_layers_seen = 0
         self.points_seen = 0
+        self.points_without_grad = 0
         self.names_seen: set[str] = set()
-        self._taught: Tensor | None = None
+        self._newest: Tensor | None = None  # weight of the newest layer
+        self._untapped: list[tuple[Tensor, Tensor]] = []  # (weight, result) of layers that no activation followed yet
 
     def at_tap(self, origin: Tensor | str, z: Tensor) -> Tensor:
         return z
@@ -127,19 +129,32 @@ class ForwardPass(TorchFunctionMode):
         x, *rest = args
         weight = rest[0] if rest else kwargs["weight"]
         _check_same_device(x, weight)
-        if self.policy.kind == "layer_input" and self._taught is not None:
-            x = self.at_tap(self._taught, x)
+        if self.policy.kind == "layer_input" and self._newest is not None:
+            x = self.at_tap(self._newest, x)
         self.weight_layers_seen += 1
-        self._taught = weight
-        return self.weight_layer(func, (x, *rest), kwargs)
+        result = self.weight_layer(func, (x, *rest), kwargs)
+        self._newest = weight
+        if self.policy.kind == "nonlinearity":
+            self._untapped.append((weight, result))
+        return result
 
     def _on_activation(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
         h = self.activation(func, args, kwargs)
-        if self.policy.kind != "nonlinearity" or self._taught is None or self._past_last_layer():
+        if self.policy.kind != "nonlinearity" or not self._untapped or self._past_last_layer():
             return h
-        origin, self._taught = self._taught, None
         self.points_seen += 1
-        return self.at_tap(origin, h)
+        self.points_without_grad += not torch.is_grad_enabled()
+        return self.at_tap(self._take_followed(args[0]), h)
+
+    def _take_followed(self, z: Tensor) -> Tensor:
+        """The weight of the layer that an activation of z follows: the one that made z, or all up to the newest."""
+        for i, (weight, result) in enumerate(self._untapped):
+            if result is z:
+                del self._untapped[i]
+                return weight
+        weight = self._untapped[-1][0]
+        self._untapped.clear()
+        return weight
 
     def _on_mark(self, x: Tensor, name: str) -> Tensor:
         if self.policy.kind != "named" or name not in self.policy.names:

@@ -23,8 +23,6 @@ Hyper = Sequence[float]
 class UpdateRule:
     """How one optimizer changes a parameter."""
 
-    hyper: tuple[str, ...]
-    """Names of the numbers that each parameter's update needs."""
     apply_: Callable[[Tensor, State, Hyper, Tensor], None]
     """(parameter, state, hyper, gradient): the update from a gradient."""
     apply_product_: Callable[[Tensor, State, Hyper, Tensor, Tensor], None]
@@ -75,6 +73,6 @@ def adamw_product_(parameter: Tensor, state: State, hyper: Hyper, delta: Tensor,
 
 
 RULES: dict[str, UpdateRule] = {
-    "sgd": UpdateRule(("lr", "momentum", "weight_decay", "nesterov"), sgd_, sgd_product_),
-    "adamw": UpdateRule(("lr", "beta1", "beta2", "eps", "weight_decay", "step"), adamw_, adamw_product_),
+    "sgd": UpdateRule(sgd_, sgd_product_),
+    "adamw": UpdateRule(adamw_, adamw_product_),
 }

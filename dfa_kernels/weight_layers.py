@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from .restore import restored
 from .taps import ForwardPass, TapPolicy
 
 WEIGHT_MODULES = (
@@ -54,16 +54,3 @@ def _is_plain_sequence(net: nn.Module) -> bool:
     if type(net) is nn.Sequential:
         return all(_is_plain_sequence(child) for child in net)
     return not net._modules and type(net).__module__.startswith(("torch.nn.modules.", "dfa_kernels."))
-
-
-@contextlib.contextmanager
-def restored(net: nn.Module) -> Iterator[None]:
-    """Undoes, at its end, what a pass did to the random number generators and to the buffers of ``net``."""
-    buffers = [(m, name, b, b.clone()) for m in net.modules() for name, b in m._buffers.items() if b is not None]
-    devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(list(devices)):
-            yield
-    finally:
-        for module, name, buffer, before in buffers:
-            module._buffers[name] = buffer.copy_(before)

@@ -126,7 +126,7 @@ class DFA(nn.Module):
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         output, segments, last = self._run_segments(args, kwargs)
-        if self._taps is None:
+        if self._taps is None or not torch.compiler.is_compiling():
             self._remember_taps(output, segments)
         return node.attach(output, segments, last, self.feedback, self.backend, self._ledger())
 
@@ -153,8 +153,11 @@ class DFA(nn.Module):
         return -1 if self._weight_layers is None else self._weight_layers
 
     def _remember_taps(self, output: Tensor, segments: list[Segment]) -> None:
-        rows, self._error_size = error_shape(output)
+        rows, error_size = error_shape(output)
         units = [tap_units(segment, rows) for segment in segments]
+        if self._taps is not None and self._error_size == error_size and units == [tap.shape for tap in self._taps]:
+            return
+        self._error_size = error_size
         names = tap_names(self.net, [segment.origin for segment in segments])
         self._taps = tuple(TapInfo(n, u, math.prod(u)) for n, u in zip(names, units, strict=True))
 
@@ -170,20 +173,28 @@ class DFA(nn.Module):
             self._check_activations(segmented)
 
     def _check_activations(self, segmented: SegmentedPass) -> None:
-        if segmented.weight_layers_seen != self._weight_layers:
+        expected = self._weight_layers
+        if segmented.weight_layers_seen != expected:
+            self._weight_layers = None
             raise RuntimeError(
-                f"net: {segmented.weight_layers_seen} weight layers ran in this pass, expected {self._weight_layers}; "
-                'for a network whose depth varies use taps="layer_input"; before torch.compile run one pass without it'
+                f"net: {segmented.weight_layers_seen} weight layers ran in this pass, expected {expected}; after a "
+                'change of the network run the pass again; for one whose depth varies use taps="layer_input"; before '
+                "torch.compile run one pass without it"
             )
         if segmented.points_seen == 0:
             raise ValueError(
                 'net: no activation was found between its weight layers; use taps="layer_input", a list of submodule '
                 "names, or dfa_kernels.Tap() modules"
             )
+        if segmented.points_seen == segmented.points_without_grad:
+            raise ValueError(
+                "net: every tap lies where gradients are off: under torch.no_grad() or in a checkpoint with "
+                "use_reentrant=True; use use_reentrant=False"
+            )
 
     def _ledger(self) -> Ledger | None:
         optimizer = None if self._optimizer is None else self._optimizer()
-        return None if optimizer is None else optimizer.receive()
+        return None if optimizer is None else optimizer.ledger_for_pass()
 
 
 def _check_names(policy: TapPolicy, segmented: SegmentedPass) -> None:

@@ -195,12 +195,12 @@ class TestRows:
             model(torch.ones(4, 2, 5))
 
     def test_a_later_pass_with_another_error_width(self):
-        """`taps` and `feedback_matrix` speak of the first pass; another error width would make them wrong."""
+        """`taps` and `feedback_matrix` speak of the newest pass."""
         net = Body(lambda x, a, b: b(a(x).relu())[:, : 3 if len(x) == 4 else 2])
         model = dfa.DFA(net)
         model(X).sum().backward()
         model(X[:2]).sum().backward()
-        assert model.feedback_matrix("layers.0").shape == (6, 3)
+        assert model.feedback_matrix("layers.0").shape == (6, 2)
 
 
 class TestState:

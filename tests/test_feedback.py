@@ -458,3 +458,29 @@ def test_given_matrix_too_small():
 def test_given_matrix_cannot_be_procedural():
     with pytest.raises(ValueError, match=r"'matrix'.*'procedural'"):
         FeedbackSpec("matrix", "procedural")
+
+
+def test_numpy_numbers_are_numbers():
+    feedback = Feedback("sparse", seed=np.int64(3), nonzeros=np.int32(2), gain=np.float32(3.0))
+    assert torch.equal(feedback.matrix(4, 8), Feedback("sparse", seed=3, nonzeros=2, gain=3.0).matrix(4, 8))
+
+
+@pytest.mark.parametrize("gain", [10**400, 1e300, float("nan"), "1"])
+def test_a_gain_that_float32_cannot_hold_is_refused(gain):
+    with pytest.raises(ValueError, match="gain must be a finite number"):
+        Feedback(gain=gain)
+
+
+def test_fastfood_does_not_depend_on_the_default_dtype():
+    expected = Feedback("fastfood").matrix(20, 7)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(Feedback("fastfood").matrix(20, 7), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_fastfood_matrix_of_a_wide_error_is_made_in_pieces(monkeypatch):
+    expected = Feedback("fastfood").matrix(40, 33)
+    monkeypatch.setattr("dfa_kernels.entries.entries_per_pass", lambda device: 100)
+    torch.testing.assert_close(Feedback("fastfood").matrix(40, 33), expected, rtol=1e-6, atol=1e-7)

@@ -141,3 +141,18 @@ def test_the_network_may_change_between_passes():
     net[1] = nn.ReLU()
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(x), net(x))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_replaced_forward_is_run(place):
+    """Adapters and quantisers put a forward of their own on a module."""
+    net, x = plain(nn.Linear(8, 3)), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    original = net[place].forward
+    net[place].forward = lambda x: 2 * original(x)
+    assert torch.equal(dfa.DFA(net)(x), net(x))
+
+
+def test_a_replaced_class_forward_is_run(monkeypatch):
+    net, x = plain(nn.Linear(8, 3)), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: torch.tanh(2 * x))
+    assert torch.equal(dfa.DFA(net)(x), net(x))

@@ -1,0 +1,148 @@
+"""Where the taps of less regular networks are."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dfa_kernels as dfa
+
+
+class Net(nn.Module):
+    def __init__(self, forward, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.function = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, *self.layers)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 8, generator=generator), torch.randint(4, (6,), generator=generator)
+
+
+def trained_by(model: dfa.DFA) -> list[torch.Tensor]:
+    x, y = batch()
+    F.cross_entropy(model(x), y).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def test_layers_that_both_run_before_their_activations():
+    """Each of two branches has its own tap: after the activation of what that layer made."""
+
+    def forward(x, a, b, c):
+        u, v = a(x), b(x)
+        return c(torch.cat([torch.tanh(u), torch.relu(v)], 1))
+
+    torch.manual_seed(0)
+    model = dfa.DFA(Net(forward, nn.Linear(8, 5), nn.Linear(8, 7), nn.Linear(12, 4)))
+    gradients = trained_by(model)
+    assert [(tap.name, tap.size) for tap in model.taps] == [("layers.0", 5), ("layers.1", 7)]
+    x, y = batch()
+    a, b, _ = model.net.layers
+    output = model(x).detach().requires_grad_()
+    (error,) = torch.autograd.grad(F.cross_entropy(output, y), output)
+    u, v = a(x).detach(), b(x).detach()
+    delta_a = (error @ model.feedback_matrix("layers.0").T) * (1 - u.tanh() ** 2)
+    delta_b = (error @ model.feedback_matrix("layers.1").T) * (v > 0)
+    torch.testing.assert_close(gradients[0], delta_a.T @ x, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradients[2], delta_b.T @ x, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("change", ["keyword", "foreach"])
+def test_a_pre_activation_changed_in_place_leaves_the_layer_to_autograd(change):
+    def forward(x, a, b):
+        z = a(x)
+        if change == "keyword":
+            torch.clamp_(input=z, min=-0.2, max=0.2)
+        else:
+            torch._foreach_mul_([z], 2.0)
+        return b(torch.tanh(z))
+
+    def forward_out_of_place(x, a, b):
+        z = a(x)
+        return b(torch.tanh(z.clamp(-0.2, 0.2) if change == "keyword" else 2.0 * z))
+
+    layers = nn.Linear(8, 16), nn.Linear(16, 4)
+    found = trained_by(dfa.DFA(Net(forward, *layers)))
+    found = [gradient.clone() for gradient in found]
+    for layer in layers:
+        layer.zero_grad()
+    expected = trained_by(dfa.DFA(Net(forward_out_of_place, *layers)))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_in_place_activation_of_a_view():
+    torch.manual_seed(0)
+    layers = nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(6, 4)
+    x = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(1))
+
+    def gradients(activation: nn.Module) -> list[torch.Tensor]:
+        net = nn.Sequential(layers[0], layers[1], activation, layers[2])
+        net.zero_grad()
+        dfa.DFA(net)(x).square().sum().backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    torch.testing.assert_close(gradients(nn.ReLU(inplace=True)), gradients(nn.ReLU()), rtol=0, atol=0)
+
+
+def test_looking_at_a_shape_does_not_unfuse_a_layer():
+    def forward(x, a, b):
+        z = a(x)
+        assert z.shape[1] == 16 and z.dim() == 2
+        return b(torch.tanh(z))
+
+    model = dfa.DFA(Net(forward, nn.Linear(8, 16), nn.Linear(16, 4)))
+    optimizer = dfa.optim.SGD(model, 0.1)
+    assert all(gradient is None for gradient in trained_by(model))
+    assert len(optimizer._ledger[0].weights) == 4
+
+
+def test_taps_that_only_exist_without_gradients_are_refused():
+    block = nn.Sequential(nn.Linear(8, 16), nn.Tanh())
+
+    def forward(x, block, last):
+        return last(checkpoint(block, x, use_reentrant=True))
+
+    model = dfa.DFA(Net(forward, block, nn.Linear(16, 4)))
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model(batch()[0].requires_grad_())
+
+
+def test_taps_follow_a_change_of_the_network():
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    model = dfa.DFA(net)
+    trained_by(model)
+    net[2] = nn.Sequential(nn.Linear(16, 9), nn.ReLU(), nn.Linear(9, 5))
+    trained_by(model)
+    assert [(tap.name, tap.size) for tap in model.taps] == [("0", 16), ("2.0", 9)]
+    assert model.feedback_matrix("0").shape == (16, 5)
+
+
+def test_lazy_buffers_do_not_disturb_the_counting_pass():
+    def forward(x, a, norm, b):
+        return b(torch.relu(norm(a(x))))
+
+    model = dfa.DFA(Net(forward, nn.Linear(8, 16), nn.LazyBatchNorm1d(), nn.Linear(16, 4)))
+    assert all(gradient.abs().sum() > 0 for gradient in trained_by(model)[::2])
+
+
+def test_complex_outputs_are_refused():
+    net = nn.Sequential(nn.Linear(8, 16, dtype=torch.cfloat), nn.Tanh(), nn.Linear(16, 4, dtype=torch.cfloat))
+    with pytest.raises(TypeError, match=r"real and floating.*complex64"):
+        dfa.DFA(net)(batch()[0].to(torch.cfloat))
+
+
+def test_images_as_output_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
+    with pytest.raises(ValueError, match="flatten"):
+        dfa.DFA(net)(torch.randn(2, 3, 8, 8))
+
+
+def test_an_input_without_a_batch_is_refused():
+    net = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="batch"):
+        dfa.DFA(net)(torch.randn(8))
