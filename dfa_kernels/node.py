@@ -26,7 +26,6 @@ from .plan import (
     grouped_dtype,
     make_plan,
     shares_launch,
-    tap_units,
 )
 from .segments import FusedLayer, Segment
 
@@ -43,7 +42,7 @@ def attach(
     rows, error_size = error_shape(output)
     check_units(segments, last, rows)
     backend = backends.resolve(backend, output.device)
-    widest = max([0, *[math.prod(tap_units(segment, rows)) for segment in segments]])
+    widest = max([0, *[math.prod(segment.units) for segment in segments]])
     stored = feedback.stored(widest, error_size, output.device) if segments else []
     output = output if last is None else output.detach()
     call = None
@@ -51,7 +50,7 @@ def attach(
         segments, last, call = _defer(segments, last, stored, feedback, backend)
     if segments or last is not None:
         table = TensorTable()
-        plan = make_plan(table, segments, last, stored, rows, feedback.spec, backend)
+        plan = make_plan(table, segments, last, stored, feedback.spec, backend)
         output = DFANode.apply(plan, output, *table.tensors)
     if ledger is not None and call is not None:
         output = DeferringNode.apply(ledger, call, output, call.weights[0])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
 from .deferred import LayerCall, Ledger
@@ -88,13 +89,29 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"state_dict: it was made with {used}, which {type(self).__name__} does not have")
         super().load_state_dict(state_dict)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Computes the deferred gradients and updates every parameter. Then no gradient is left, deferred or not.
 
         Raises:
             RuntimeError: under GradScaler, or if a parameter with a deferred gradient held a ``.grad`` before.
         """
+        return self._observed_step(closure) if self._is_observed() else self._step(closure)
+
+    # torch.optim wraps every step() in a profiler's record and its hooks. Between two products that fill the cache that
+    # takes 1 % of a step, so here it happens only if there is a hook or a profiler.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        )
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,6 +124,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._update_from_grads()
         self._drop_grads()
         return loss
+
+    _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     def _take_calls(self) -> list[LayerCall]:
         """The deferred calls, once nothing speaks against running them."""

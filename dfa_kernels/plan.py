@@ -136,15 +136,13 @@ def make_plan(
     segments: list[Segment],
     last: FusedLayer | None,
     stored: list[Tensor],
-    rows: tuple[int, ...],
     feedback: FeedbackSpec,
     backend: str,
 ) -> NodePlan:
     roots, linears, convolutions = [], [], []
     dtype = grouped_dtype(segments, last)
     for segment in segments:
-        units = tap_units(segment, rows)
-        layer = segment.layer
+        units, layer = segment.units, segment.layer
         if layer is None or (layer.convolution is None and not shares_launch(layer, dtype)):
             roots.append(RootSlot(table.index(segment.root), units))
         elif layer.convolution is None:

@@ -95,6 +95,8 @@ class Segment:
     tap: Tensor
     root: Tensor
     layer: FusedLayer | None
+    units: tuple[int, ...] = ()
+    """The tap's shape without the rows that it shares with the error; known once the output is."""
 
 
 class SegmentedPass(ForwardPass):

@@ -126,8 +126,11 @@ class DFA(nn.Module):
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         output, segments, last = self._run_segments(args, kwargs)
+        rows, error_size = error_shape(output)
+        for segment in segments:
+            segment.units = tap_units(segment, rows)
         if self._taps is None or not torch.compiler.is_compiling():
-            self._remember_taps(output, segments)
+            self._remember_taps(error_size, segments)
         return node.attach(output, segments, last, self.feedback, self.backend, self._ledger())
 
     def _run_segments(
@@ -152,9 +155,8 @@ class DFA(nn.Module):
             self._weight_layers = count_weight_layers(self.net, args, kwargs)
         return -1 if self._weight_layers is None else self._weight_layers
 
-    def _remember_taps(self, output: Tensor, segments: list[Segment]) -> None:
-        rows, error_size = error_shape(output)
-        units = [tap_units(segment, rows) for segment in segments]
+    def _remember_taps(self, error_size: int, segments: list[Segment]) -> None:
+        units = [segment.units for segment in segments]
         if self._taps is not None and self._error_size == error_size and units == [tap.shape for tap in self._taps]:
             return
         self._error_size = error_size

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import assert_close_to_oracle
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import dfa_kernels as dfa
 from dfa_kernels import updates
@@ -673,3 +674,34 @@ def test_defaults_are_those_of_torch():
     assert ours == {name: theirs[name] for name in ours}
     ours, theirs = dfa.optim.SGD(model, 0.1).defaults, torch.optim.SGD(model.parameters(), 0.1).defaults
     assert ours == {name: theirs[name] for name in ours}
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_step_hooks_run_around_the_step(everywhere):
+    model = dfa.DFA(mlp())
+    optimizer = dfa.optim.SGD(model, 0.1)
+    weight, seen = next(model.parameters()), []
+    before = weight.detach().clone()
+    everywhere_hooks = register_optimizer_step_pre_hook, register_optimizer_step_post_hook
+    own_hooks = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
+    handles = [
+        register(lambda *args: seen.append(weight.detach().clone()))
+        for register in (everywhere_hooks if everywhere else own_hooks)
+    ]
+    try:
+        model(torch.ones(4, 5)).square().sum().backward()
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(seen[0], before)
+    assert torch.equal(seen[1], weight) and not torch.equal(seen[1], before)
+
+
+def test_a_profiler_sees_the_step():
+    model = dfa.DFA(mlp())
+    optimizer = dfa.optim.SGD(model, 0.1)
+    model(torch.ones(4, 5)).square().sum().backward()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert any("Optimizer.step#SGD.step" in event.key for event in profile.key_averages())
