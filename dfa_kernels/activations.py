@@ -167,6 +167,8 @@ def call_parameters(row: Activation, args: tuple[Any, ...], kwargs: dict[str, An
 
 def module_parameters(row: Activation, module: nn.Module) -> tuple[float, float]:
     """(p, q) of one of the row's modules."""
+    if not row.parameters:
+        return 0.0, 0.0
     return call_parameters(row, tuple(getattr(module, name) for name, _ in row.parameters), {})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +49,24 @@ class LayerCall:
             self.parameters,
             self.weight_grads,
             self.bias_grads,
+        )
+
+    def completed(self, tensors: Sequence[Tensor], error: Tensor) -> LayerCall:
+        """The call of one backward pass. Several may come from one forward pass."""
+        versions = tuple([tensor._version for tensor in (*tensors, error)])
+        return LayerCall(
+            self.stored,
+            self.feedback,
+            tensors,
+            self.has_noise,
+            self.activations,
+            self.parameters,
+            self.weight_grads,
+            self.bias_grads,
+            self.weights,
+            self.backend,
+            error,
+            versions,
         )
 
     def check_versions(self) -> None:
@@ -111,7 +128,5 @@ class DeferringNode(torch.autograd.Function):
         # torch.autograd.grad and backward(inputs=…) may pass here on their way to something else than the parameters.
         anchor_accumulates = ctx.next_functions[-1][0]
         if torch._C._will_engine_execute_node(anchor_accumulates):
-            error = as_error(gradient)
-            versions = tuple(tensor._version for tensor in (*tensors, error))
-            ctx.ledger.append(dataclasses.replace(ctx.call, tensors=tensors, error=error, versions=versions))
+            ctx.ledger.append(ctx.call.completed(tensors, as_error(gradient)))
         return None, None, gradient, None

@@ -122,7 +122,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         else:
             _accumulate(calls)
         self._update_from_grads()
-        self._drop_grads()
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -144,6 +143,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if p.grad is not None:
                     _refuse_sparse(p.grad)
                     rule.apply_(p, self._own_state(p), self._hyper(group, p), p.grad)
+                    p.grad = None
 
     def _update_fused(self, call: LayerCall) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
