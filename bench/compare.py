@@ -1,6 +1,6 @@
 """A training step by DFA beside backpropagation, every variant interleaved in one process: one table and a JSON file.
 
-    python bench/compare.py [--rounds 60] [--threads 2] [--compile] [--out bench/results/cpu/compare.json]
+    python bench/compare.py [--rounds 60] [--threads 2] [--compile] [--out runs/compare.json]
 
 Before anything is timed, every variant takes three steps from the same weights, and must end as near to the same steps
 in float64 as the plainest float32 variant does, within a factor of two. A variant that does not is reported as wrong,
@@ -65,10 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     cases = [run_case(case, options.rounds, options.compile) for case in CASES]
     result = {"environment": environment.describe(), "batch": BATCH, "rounds": options.rounds, "cases": cases}
     print(table(cases))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {options.out}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {options.out}")
     return 0 if all(variant["correct"] for case in cases for variant in case["variants"]) else 1
 
 
@@ -190,7 +189,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=60, help="timed steps of each variant (default 60)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--compile", action="store_true", help="also BP under torch.compile")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare.json"), help="JSON file, default %(default)s")
     options = parser.parse_args(argv)
     if options.rounds < 1 or options.threads < 0:
         parser.error(f"--rounds {options.rounds} --threads {options.threads}: expected at least 1 and 0")
