@@ -117,12 +117,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         calls = self._take_calls()
+        # The gradients' products belong to the backward pass, which autocast does not reach either.
+        if calls and torch.is_autocast_enabled(calls[0].weights[0].device.type):
+            with torch.autocast(calls[0].weights[0].device.type, enabled=False):
+                self._run(calls)
+        else:
+            self._run(calls)
+        self._update_from_grads()
+        return loss
+
+    def _run(self, calls: list[LayerCall]) -> None:
         if len(calls) == 1 and _is_whole_gradient(calls[0]):
             self._update_fused(calls[0])
         else:
             _accumulate(calls)
-        self._update_from_grads()
-        return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 

@@ -167,3 +167,15 @@ def test_an_optimizer_is_not_copied_without_its_model(copying):
     optimizer = dfa.optim.SGD(dfa.DFA(network()), 0.1)
     with pytest.raises(TypeError, match="belongs to its model"):
         copying(optimizer)
+
+
+def test_a_step_inside_autocast_computes_in_full_precision():
+    x, y = batch()
+    models = [dfa.DFA(network()) for _ in range(2)]
+    optimizers = [dfa.optim.SGD(model, 0.1) for model in models]
+    for model in models:
+        F.cross_entropy(model(x), y).backward()
+    optimizers[0].step()
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizers[1].step()
+    assert all(torch.equal(a, b) for a, b in zip(weights(models[0]), weights(models[1]), strict=True))
