@@ -15,6 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Without Triton nothing ever runs a tile's gradient.
+    tile_function: Callable[[Any], Any] = lambda function: function
+else:
+    tile_function = triton.jit
+
 aten = torch.ops.aten
 T = torch.Tensor
 
@@ -30,6 +38,8 @@ class Activation:
     """(a, p, q) → f(a). May overwrite a where f' does not need it: the memory traffic of a large a costs time."""
     gradient: Callable[[Tensor, Tensor, float, float], Tensor]
     """(g, kept, p, q) → g ⊙ f'(a), from the kept tensor."""
+    tile_gradient: Callable[..., Any]
+    """The same for a tile in a Triton kernel, in float32."""
     modules: tuple[type[nn.Module], ...] = ()
     """The modules that compute it and nothing else; their attributes have the names of the parameters."""
     keeps_output: Callable[[float, float], bool] = lambda p, q: True
@@ -47,6 +57,70 @@ def _slope_keeps_sign(slope: float, q: float) -> bool:
     return slope >= 0
 
 
+@tile_function
+def _identity_tile(g, h, p, q):  # type: ignore[no-untyped-def]
+    return g
+
+
+@tile_function
+def _tanh_tile(g, h, p, q):  # type: ignore[no-untyped-def]
+    return g * (1 - h * h)
+
+
+@tile_function
+def _relu_tile(g, h, p, q):  # type: ignore[no-untyped-def]
+    return tl.where(h <= 0, 0.0, g)
+
+
+@tile_function
+def _leaky_relu_tile(g, kept, slope, q):  # type: ignore[no-untyped-def]
+    return tl.where(kept > 0, g, g * slope)
+
+
+@tile_function
+def _abs_tile(g, a, p, q):  # type: ignore[no-untyped-def]
+    return tl.where(a > 0, g, tl.where(a < 0, -g, g * a))
+
+
+@tile_function
+def _sigmoid_tile(g, h, p, q):  # type: ignore[no-untyped-def]
+    return g * (1 - h) * h
+
+
+@tile_function
+def _gelu_tile(g, a, tanh_form, q):  # type: ignore[no-untyped-def]
+    density = tl.exp(-0.5 * a * a) * 0.3989422804014327
+    exact = 0.5 * (1 + tl.erf(a * 0.7071067811865476)) + a * density
+    # 1 + tanh(u) = 2 sigmoid(2u), which does not cancel for negative u.
+    inner = 1.5957691216057308 * (a + 0.044715 * a * a * a)
+    s = tl.sigmoid(inner)
+    approximate = s + a * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * a * a)
+    return g * tl.where(tanh_form != 0, approximate, exact)
+
+
+@tile_function
+def _silu_tile(g, a, p, q):  # type: ignore[no-untyped-def]
+    s = tl.sigmoid(a)
+    return g * s * (1 + a * (1 - s))
+
+
+@tile_function
+def _elu_tile(g, kept, alpha, q):  # type: ignore[no-untyped-def]
+    # alpha >= 0: kept is h, and f' = h + alpha; else it is a.
+    below = tl.where(alpha < 0, alpha * tl.exp(tl.minimum(kept, 0.0)), kept + alpha)
+    return tl.where(kept > 0, g, g * below)
+
+
+@tile_function
+def _softplus_tile(g, a, beta, threshold):  # type: ignore[no-untyped-def]
+    return tl.where(a * beta > threshold, g, g * tl.sigmoid(a * beta))
+
+
+@tile_function
+def _hardtanh_tile(g, h, low, high):  # type: ignore[no-untyped-def]
+    return tl.where((h <= low) | (h >= high), 0.0, g)
+
+
 ACTIVATIONS: dict[str, Activation] = {
     row.name: row
     for row in (
@@ -55,6 +129,7 @@ ACTIVATIONS: dict[str, Activation] = {
             calls=(),
             apply=lambda a, p, q: a,
             gradient=lambda g, h, p, q: g,
+            tile_gradient=_identity_tile,
         ),
         Activation(
             "tanh",
@@ -62,6 +137,7 @@ ACTIVATIONS: dict[str, Activation] = {
             modules=(nn.Tanh,),
             apply=lambda a, p, q: a.tanh_(),
             gradient=lambda g, h, p, q: aten.tanh_backward(g, h),
+            tile_gradient=_tanh_tile,
         ),
         Activation(
             "relu",
@@ -69,6 +145,7 @@ ACTIVATIONS: dict[str, Activation] = {
             modules=(nn.ReLU,),
             apply=lambda a, p, q: a.relu_(),
             gradient=lambda g, h, p, q: aten.threshold_backward(g, h, 0),
+            tile_gradient=_relu_tile,
         ),
         Activation(
             "leaky_relu",
@@ -76,6 +153,7 @@ ACTIVATIONS: dict[str, Activation] = {
             modules=(nn.LeakyReLU,),
             apply=lambda a, slope, q: F.leaky_relu(a, slope, inplace=slope >= 0),
             gradient=lambda g, kept, slope, q: aten.leaky_relu_backward(g, kept, slope, False),
+            tile_gradient=_leaky_relu_tile,
             keeps_output=_slope_keeps_sign,
             parameters=(("negative_slope", 0.01),),
         ),
@@ -84,6 +162,7 @@ ACTIVATIONS: dict[str, Activation] = {
             calls=(torch.abs, T.abs, torch.abs_, T.abs_, torch.absolute, T.absolute, T.absolute_, T.__abs__),
             apply=lambda a, p, q: a.abs(),
             gradient=lambda g, a, p, q: g * a.sgn(),
+            tile_gradient=_abs_tile,
             keeps_output=_needs_input,
         ),
         Activation(
@@ -92,6 +171,7 @@ ACTIVATIONS: dict[str, Activation] = {
             modules=(nn.Sigmoid,),
             apply=lambda a, p, q: a.sigmoid_(),
             gradient=lambda g, h, p, q: aten.sigmoid_backward(g, h),
+            tile_gradient=_sigmoid_tile,
         ),
         Activation(
             "gelu",
@@ -99,6 +179,7 @@ ACTIVATIONS: dict[str, Activation] = {
             modules=(nn.GELU,),
             apply=lambda a, p, q: F.gelu(a, approximate="tanh" if p else "none"),
             gradient=lambda g, a, p, q: aten.gelu_backward(g, a, approximate="tanh" if p else "none"),
+            tile_gradient=_gelu_tile,
             keeps_output=_needs_input,
             parameters=(("approximate", "none"),),
             number=lambda approximate: float(approximate == "tanh"),
@@ -109,6 +190,7 @@ ACTIVATIONS: dict[str, Activation] = {
             modules=(nn.SiLU,),
             apply=lambda a, p, q: F.silu(a),
             gradient=lambda g, a, p, q: aten.silu_backward(g, a),
+            tile_gradient=_silu_tile,
             keeps_output=_needs_input,
         ),
         Activation(
@@ -117,6 +199,7 @@ ACTIVATIONS: dict[str, Activation] = {
             modules=(nn.ELU,),
             apply=lambda a, alpha, q: F.elu(a, alpha, inplace=alpha >= 0),
             gradient=lambda g, h, alpha, q: aten.elu_backward(g, alpha, 1, 1, alpha >= 0, h),
+            tile_gradient=_elu_tile,
             keeps_output=_slope_keeps_sign,
             parameters=(("alpha", 1.0),),
         ),
@@ -126,6 +209,7 @@ ACTIVATIONS: dict[str, Activation] = {
             modules=(nn.Softplus,),
             apply=lambda a, beta, threshold: F.softplus(a, beta, threshold),
             gradient=lambda g, a, beta, threshold: aten.softplus_backward(g, a, beta, threshold),
+            tile_gradient=_softplus_tile,
             keeps_output=_needs_input,
             parameters=(("beta", 1.0), ("threshold", 20.0)),
         ),
@@ -135,6 +219,7 @@ ACTIVATIONS: dict[str, Activation] = {
             modules=(nn.Hardtanh, nn.ReLU6),
             apply=lambda a, low, high: F.hardtanh(a, low, high, inplace=True),
             gradient=lambda g, h, low, high: aten.hardtanh_backward(g, h, low, high),
+            tile_gradient=_hardtanh_tile,
             parameters=(("min_val", -1.0), ("max_val", 1.0)),
         ),
     )

@@ -37,7 +37,7 @@ def project_taps(
     Tap i with a kept tensor [R, sizes[i]] gives δa = (e B_iᵀ) ⊙ f'(kept) ⊙ noise in kept's dtype; without one
     δh = e B_iᵀ in the error's dtype.
     """
-    shared = _project(error, stored, feedback, max(sizes))
+    shared = shared_projection(error, stored, feedback, max(sizes))
     return [
         _delta(shared, size, error.dtype, kept[i], noise[i], activations[i], *parameters[2 * i : 2 * i + 2])
         for i, size in enumerate(sizes)
@@ -116,7 +116,7 @@ def _layer_deltas(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(δa [R·T, out], x [R·T, in]) of one layer after the other."""
     sizes = [positions(h, error) * h.shape[1] for h in kept]
-    shared = _project(error, stored, feedback, max(sizes)) if sizes else None
+    shared = shared_projection(error, stored, feedback, max(sizes)) if sizes else None
     for i, x in enumerate(inputs):
         if shared is None or i == len(kept):
             delta = error if error.dtype == x.dtype else error.to(x.dtype)
@@ -132,7 +132,7 @@ def positions(tensor: Tensor, error: Tensor) -> int:
 
 
 @dataclass
-class _SharedProjection:
+class SharedProjection:
     """e Uᵀ [R, l_max], scaled for the widest layer. A narrower one takes its columns, times the ratio of the scales."""
 
     values: Tensor
@@ -145,18 +145,18 @@ class _SharedProjection:
         return self.values[:, :size], math.sqrt(widest / size) if self.normalize else 1.0
 
 
-def _project(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec, size: int) -> _SharedProjection:
+def shared_projection(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec, size: int) -> SharedProjection:
     """Computed where the feedback lives, brought back to the error's device. The scale goes into the small factor."""
     device = stored[0].device if stored else error.device
     narrow = error.dtype in (torch.float16, torch.bfloat16)
     wide = error.to(device, torch.float32 if narrow else error.dtype)
     values = project_unscaled(wide * feedback.scale(size, error.shape[1]), list(stored), feedback, size)
     values = values if device == error.device else values.to(error.device)
-    return _SharedProjection(values, feedback.normalize)
+    return SharedProjection(values, feedback.normalize)
 
 
 def _delta(
-    shared: _SharedProjection,
+    shared: SharedProjection,
     size: int,
     dtype: torch.dtype,
     kept: Tensor | None,

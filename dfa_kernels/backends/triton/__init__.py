@@ -1,0 +1,10 @@
+"""The operators as Triton kernels: one launch for all layers.
+
+layers.py (the operators) → plan.py (what will run, and why) → launch.py → one_phase.py or two_phase.py (the kernels);
+taps.py → project_taps.py. Tiles of U and of the projection come from feedback_tile.py, δ from delta.py.
+"""
+
+from .layers import layer_grads, layer_update_
+from .taps import project_taps
+
+__all__ = ["layer_grads", "layer_update_", "project_taps"]

@@ -1,0 +1,96 @@
+"""Tile shapes of the kernels, a committed table per GPU architecture (`configs.json`, rewritten by `bench/tune.py`).
+
+Nothing is tuned when a network trains: a launch takes the first row of its list whose tiles fill the GPU, else the last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+ARITHMETICS = ("half", "tf32", "ieee")
+"""float16 and bfloat16; float32 through tensor cores; float32 in full."""
+
+
+@dataclass(frozen=True)
+class OnePhaseConfig:
+    """Tiles [block_m outputs, block_n inputs] of weight gradients, block_k rows of the batch at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """Tiles [block_u units, block_r rows] of the projection, block_e components of the error at a time."""
+
+    block_u: int
+    block_r: int
+    block_e: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class TwoPhaseConfig:
+    """Both kinds of tiles, and how many programs run on each multiprocessor."""
+
+    block_u: int
+    block_r: int
+    block_e: int
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The table of one architecture and arithmetic; each list from large tiles to small."""
+
+    one_phase: tuple[OnePhaseConfig, ...]
+    two_phase: tuple[TwoPhaseConfig, ...]
+    project_taps: tuple[ProjectionConfig, ...]
+
+
+KINDS: dict[str, type[Any]] = {
+    "one_phase": OnePhaseConfig,
+    "two_phase": TwoPhaseConfig,
+    "project_taps": ProjectionConfig,
+}
+
+
+@cache
+def table() -> dict[int, dict[str, Configs]]:
+    """Configs by compute capability (90 for sm_90) and arithmetic."""
+    text = resources.files(__package__).joinpath("configs.json").read_text()
+    return {
+        int(arch.removeprefix("sm_")): {arithmetic: _configs(rows) for arithmetic, rows in by_arithmetic.items()}
+        for arch, by_arithmetic in json.loads(text).items()
+    }
+
+
+def _configs(rows: dict[str, list[dict[str, int]]]) -> Configs:
+    return Configs(**{kernel: tuple(KINDS[kernel](**row) for row in rows[kernel]) for kernel in KINDS})
+
+
+def configs_for(capability: int, arithmetic: str) -> Configs:
+    """Those of the newest architecture in the table that is not newer than the GPU."""
+    known = [arch for arch in table() if arch <= capability]
+    return table()[max(known, default=min(table()))][arithmetic]
+
+
+def first_that_fills(tiles: Sequence[int], multiprocessors: int) -> int:
+    """Index of the first count of tiles that gives every multiprocessor one, else the last."""
+    return next((i for i, count in enumerate(tiles) if count >= multiprocessors), len(tiles) - 1)

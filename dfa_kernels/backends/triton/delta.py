@@ -1,0 +1,47 @@
+"""δ of every tap from one tile of the projection: P is made once for all taps and never leaves the registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .feedback_tile import projection_tile
+from .tiles import slope_product
+
+
+@triton.jit
+def write_deltas(
+    tile, error, stored, kept, noise, deltas, error_size, stride_row, stride_column, key0, key1, nonzeros, widest,
+    rows, sizes, channels, scales, p, q,
+    SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Writes δ at tile `tile` of the projection [widest units, rows] into every tap that reaches it.
+
+    kept, noise and deltas of tap i are [rows, sizes[i]]; in channels-last order [rows, sizes[i] / channels[i],
+    channels[i]] for taps in CHANNELS_LAST. KEPT and NOISE tell which taps have the respective tensor.
+    """
+    row_tiles = tl.cdiv(rows, BLOCK_R)
+    unit = ((tile // row_tiles) * BLOCK_U + tl.arange(0, BLOCK_U)).to(INDEX)
+    row = ((tile % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)).to(INDEX)
+    projection = projection_tile(
+        error, stored, key0, key1, unit, widest, row, rows, error_size, stride_row, stride_column, nonzeros,
+        SOURCE, BLOCK_E, ENTRY, DOT, DELTA_PRECISION, ROUND,
+    )  # fmt: skip
+    for i in tl.static_range(len(sizes)):
+        size = sizes[i]
+        if (tile // row_tiles) * BLOCK_U < size:
+            inside = (unit < size)[:, None] & (row < rows)[None, :]
+            place = unit
+            if (CHANNELS_LAST >> i) & 1:
+                inner = size // channels[i]
+                place = unit % inner * channels[i] + unit // inner
+            at = row[None, :] * size + place[:, None]
+            delta = projection * scales[i]
+            if (KEPT >> i) & 1:
+                saved = tl.load(kept[i] + at, mask=inside, other=0.0).to(tl.float32)
+                delta = slope_product(delta, saved, p[i], q[i], WHICH[i], DERIVATIVES)
+            if (NOISE >> i) & 1:
+                delta *= tl.load(noise[i] + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(deltas[i] + at, delta.to(deltas[i].dtype.element_ty), mask=inside)

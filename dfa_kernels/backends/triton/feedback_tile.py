@@ -1,0 +1,138 @@
+"""Tiles of the feedback matrix U, from memory or made anew, and of the projection P = e Uᵀ.
+
+SOURCE says where U comes from. "matrix", "signs", "sparse": what dense storage keeps. "gaussian", "uniform",
+"rademacher", "sparse_seed": regenerated from the seed, the numbers of `dfa_kernels.entries`. "projection": P itself
+lies in memory, made by `dfa_kernels.projection` from a structured matrix.
+
+Transposed throughout: units along the first axis, rows of the batch along the second, which is how the weight
+gradient's product wants δ.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...entries import Stream
+from .philox import bit_signs, normal_entries, row_words, sign_entries, uniform_entries
+
+GAUSSIAN = tl.constexpr(int(Stream.GAUSSIAN))
+UNIFORM = tl.constexpr(int(Stream.UNIFORM))
+RADEMACHER = tl.constexpr(int(Stream.RADEMACHER))
+SPARSE = tl.constexpr(int(Stream.SPARSE))
+
+
+@triton.jit
+def feedback_tile(
+    stored, key0, key1, unit, units, first_column, error_size, nonzeros,
+    SOURCE: tl.constexpr, BLOCK_E: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """U[unit, first_column : first_column + BLOCK_E], rounded to ENTRY, as DOT [M, BLOCK_E]; 0 for unit >= units and beyond the error.
+
+    ROUND: to the nearest tf32, which tensor cores would otherwise truncate to.
+    """
+    column = first_column + tl.arange(0, BLOCK_E)
+    inside = (unit < units)[:, None] & (column < error_size)[None, :]
+    if SOURCE == "matrix":
+        tile = tl.load(stored[0] + unit[:, None] * error_size + column[None, :], mask=inside, other=0.0)
+    elif SOURCE == "signs":
+        at = unit[:, None] * tl.cdiv(error_size, 32) + (column >> 5)[None, :]
+        tile = bit_signs(tl.load(stored[0] + at, mask=inside, other=0).to(tl.uint32, bitcast=True), column)
+    elif SOURCE == "sparse" or SOURCE == "sparse_seed":
+        tile = _sparse_tile(stored, key0, key1, unit, units, column, error_size, nonzeros, SOURCE)
+    elif SOURCE == "rademacher":
+        call = first_column // 128 + tl.arange(0, 1)
+        word0, word1, word2, word3 = row_words(unit, call, RADEMACHER, key0, key1)
+        tile = sign_entries(word0, word1, word2, word3, column)
+    else:
+        call = first_column // 4 + tl.arange(0, BLOCK_E // 4)
+        if SOURCE == "gaussian":
+            word0, word1, word2, word3 = row_words(unit, call, GAUSSIAN, key0, key1)
+            tile = normal_entries(word0, word1, word2, word3)
+        else:
+            word0, word1, word2, word3 = row_words(unit, call, UNIFORM, key0, key1)
+            tile = uniform_entries(word0, word1, word2, word3)
+    # Entries are rounded to the feedback's own precision, whatever the product is computed in.
+    tile = tl.where(inside, tile.to(ENTRY), 0.0)
+    if ROUND:
+        tile = nearest_tf32(tile.to(tl.float32))
+    return tile.to(DOT)
+
+
+@triton.jit
+def nearest_tf32(x):
+    """float32 rounded to the 10 bits of mantissa that tensor cores read; ties away from zero."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sparse_tile(stored, key0, key1, unit, units, column, error_size, nonzeros, SOURCE: tl.constexpr):
+    tile = tl.zeros((unit.shape[0], column.shape[0]), tl.float32)
+    offset = _sparse_offset(unit, error_size, key0, key1, SOURCE)
+    for j in range(nonzeros):
+        index, sign = sparse_entry(stored, key0, key1, unit, units, offset, j, error_size, nonzeros, SOURCE)
+        tile += tl.where(index[:, None] == column[None, :], sign[:, None], 0.0)
+    return tile
+
+
+@triton.jit
+def sparse_entry(stored, key0, key1, unit, units, offset, j, error_size, nonzeros, SOURCE: tl.constexpr):
+    """Column (int32) and sign (float32) of entry j of every row, each [M]."""
+    if SOURCE == "sparse":
+        at = unit * nonzeros + j
+        index = tl.load(stored[0] + at, mask=unit < units, other=0)
+        sign = tl.load(stored[1] + at, mask=unit < units, other=0)
+        return index, sign.to(tl.float32)
+    word0, word1, word2, word3 = row_words(unit, 1 + j // 2 + tl.arange(0, 1), SPARSE, key0, key1)
+    odd = j % 2 == 1
+    position = tl.reshape(tl.where(odd, word2, word0), unit.shape)
+    sign = tl.reshape(tl.where(odd, word3, word1), unit.shape)
+    wide = error_size.to(tl.int64)
+    first = j * wide // nonzeros
+    width = (j + 1) * wide // nonzeros - first
+    within = tl.umulhi(position, tl.broadcast_to(width.to(tl.uint32), unit.shape))
+    index = (offset.to(tl.int64) + first + within.to(tl.int64)) % wide
+    return index.to(tl.int32), ((sign & 1) * 2).to(tl.float32) - 1.0
+
+
+@triton.jit
+def _sparse_offset(unit, error_size, key0, key1, SOURCE: tl.constexpr):
+    """The rotation of every row's strata, [M]."""
+    if SOURCE == "sparse":
+        return unit
+    word0, _, _, _ = row_words(unit, tl.arange(0, 1), SPARSE, key0, key1)
+    return tl.umulhi(tl.reshape(word0, unit.shape), tl.broadcast_to(error_size.to(tl.uint32), unit.shape))
+
+
+@triton.jit
+def error_tile(error, row, rows, stride_row, column, error_size, stride_column):
+    """eᵀ at columns [E] and rows [R], [E, R]; 0 outside."""
+    at = row[None, :] * stride_row + column[:, None] * stride_column
+    return tl.load(error + at, mask=(column < error_size)[:, None] & (row < rows)[None, :], other=0.0)
+
+
+@triton.jit
+def projection_tile(
+    error, stored, key0, key1, unit, units, row, rows, error_size, stride_row, stride_column, nonzeros,
+    SOURCE: tl.constexpr, BLOCK_E: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """(e Uᵀ)ᵀ at units [M] and rows [R]: float32 [M, R], not scaled."""
+    if SOURCE == "projection":
+        at = row[None, :] * units + unit[:, None]
+        return tl.load(stored[0] + at, mask=(unit < units)[:, None] & (row < rows)[None, :], other=0.0)
+    projection = tl.zeros((unit.shape[0], row.shape[0]), tl.float32)
+    if SOURCE == "sparse" or SOURCE == "sparse_seed":
+        offset = _sparse_offset(unit, error_size, key0, key1, SOURCE)
+        for j in range(nonzeros):
+            index, sign = sparse_entry(stored, key0, key1, unit, units, offset, j, error_size, nonzeros, SOURCE)
+            picked = error_tile(error, row, rows, stride_row, index.to(row.dtype), error_size, stride_column)
+            projection += picked.to(tl.float32) * sign[:, None]
+        return projection
+    for first in range(0, error_size, BLOCK_E):
+        tile = feedback_tile(
+            stored, key0, key1, unit, units, first, error_size, nonzeros, SOURCE, BLOCK_E, ENTRY, DOT, ROUND
+        )  # fmt: skip
+        column = (first + tl.arange(0, BLOCK_E)).to(row.dtype)
+        e = error_tile(error, row, rows, stride_row, column, error_size, stride_column)
+        projection = tl.dot(tile, e.to(DOT), projection, input_precision=PRECISION)
+    return projection

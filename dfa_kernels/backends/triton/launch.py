@@ -1,0 +1,100 @@
+"""Starting a planned kernel, and the counters that some launches need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .plan import LaunchPlan, Target
+from .two_phase import two_phase
+
+Arguments = Sequence[Tensor | tuple[Tensor, ...]]
+Hyper = tuple[tuple[float, ...], ...]
+
+INTERPRETED = type(two_phase).__name__ == "InterpretedFunction"
+"""Whether TRITON_INTERPRET=1 was set when the kernels were made, so that they run on the CPU, slowly."""
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """What to plan for on this device. The interpreter is given four multiprocessors."""
+    if device.type != "cuda":
+        return Target(80, 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Target(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def launch(plan: LaunchPlan, device: torch.device, tensors: Arguments, hyper: Hyper = ()) -> None:
+    """One launch of the plan's kernel, on the current stream of the device that the tensors are on."""
+    if INTERPRETED:
+        plan.kernel[(plan.programs,)](*tensors, *plan.numbers, *hyper, *plan.constants)
+    elif device.index == torch.cuda.current_device():
+        _launch(plan, tensors, hyper)
+    else:
+        with torch.cuda.device(device):
+            _launch(plan, tensors, hyper)
+
+
+def check_device(device: torch.device) -> None:
+    """ValueError for a device on which no kernel can run."""
+    if not INTERPRETED and device.type != "cuda":
+        raise ValueError(
+            f"backend: 'triton' got tensors on {device}, expected cuda; on a CPU use 'auto' or 'torch', or set "
+            "TRITON_INTERPRET=1 before the import to have the kernels interpreted, slowly"
+        )
+
+
+def _launch(plan: LaunchPlan, tensors: Arguments, hyper: Hyper) -> None:
+    """Through Triton's compiler the first time; from then on straight to the compiled kernel, with plain addresses."""
+    addresses = [_addresses(argument) for argument in tensors]
+    aligned = all(address % 16 == 0 for group in addresses for address in _each(group))
+    compiled = plan.compiled.get(aligned)
+    grid = (plan.programs, 1, 1)
+    # Descriptors made inside a kernel live in scratch memory. The allocator is a context variable, so it is set here,
+    # on whichever thread autograd runs.
+    triton.set_allocator(_scratch)
+    if compiled is None:
+        plan.compiled[aligned] = plan.kernel[grid](
+            *tensors, *plan.numbers, *hyper, *plan.constants,
+            num_warps=plan.config.num_warps, num_stages=plan.config.num_stages,
+        )  # fmt: skip
+    else:
+        compiled[grid](*addresses, *plan.numbers, *hyper, *plan.constants)
+
+
+def _addresses(argument: Tensor | tuple[Tensor, ...]) -> int | tuple[int, ...]:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return tuple([tensor.data_ptr() for tensor in argument])
+
+
+def _each(addresses: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (addresses,) if isinstance(addresses, int) else addresses
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+_counters: dict[tuple[Any, ...], Tensor] = {}
+
+
+def counters(n: int, device: torch.device) -> Tensor:
+    """At least n int32 zeros that nothing running beside this stream uses. The launch leaves zeros behind.
+
+    A graph under capture gets its own, zeroed by the graph: it may be replayed on any stream.
+    """
+    if device.type != "cuda":
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    kept = _counters.get(key)
+    if kept is None or kept.numel() < n:
+        kept = _counters[key] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
+    return kept

@@ -1,0 +1,116 @@
+"""The grouped launch for small errors: every tile of every layer's weight gradient makes its own δ.
+
+A program has one tile [BLOCK_M outputs, BLOCK_N inputs] of one layer. It holds its rows of U from the start, walks over
+the batch, makes δ of BLOCK_K rows from the error, and adds δ x: δ never leaves the registers, and no program waits for
+another.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .epilogue import finish
+from .feedback_tile import error_tile, feedback_tile
+from .tiles import locate, pick, pick_flag, slope_product
+
+
+@triton.jit(
+    do_not_specialize=[
+        "error_size", "stride_row", "stride_column", "key0", "key1", "nonzeros", "widest", "rows", "widths_in",
+        "widths_out", "positions", "scales", "p", "q", "hyper",
+    ]
+)  # fmt: skip
+def one_phase(
+    error, stored, inputs, kept, noise, weights, biases, weight_state0, weight_state1, bias_state0, bias_state1,
+    error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows, widths_in, widths_out, positions, scales,
+    p, q, hyper,
+    SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, NOISE: tl.constexpr,
+    WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr,
+    BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    ROUND: tl.constexpr, ALIGN: tl.constexpr, INDEX: tl.constexpr, ONE_POSITION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all layers, or their updates (paper, eq. 3).
+
+    error [rows, error_size]; of layer i: inputs [rows · positions, widths_in], kept and noise [rows · positions,
+    widths_out]. If OUTPUT, the last layer's δ is the error. weights and biases are where results go.
+    """
+    layer, m, n = locate(tl.program_id(0), widths_in, widths_out, BLOCK_M, BLOCK_N, GROUP_M, WEIGHTS, BIASES)
+    width_in, width_out = pick(widths_in, layer), pick(widths_out, layer)
+    x, h = pick(inputs, layer), pick(kept, layer)
+    is_output = OUTPUT and layer == len(widths_in) - 1
+    # The output layer has no use for U nor for a kept tensor, and its width is rarely a multiple of anything.
+    hidden_out = tl.where(is_output, 0, width_out)
+    if ALIGN > 1:
+        width_in, hidden_out = tl.multiple_of(width_in, ALIGN), tl.multiple_of(hidden_out, ALIGN)
+    scale, own_p, own_q, which = pick(scales, layer), pick(p, layer), pick(q, layer), pick(WHICH, layer)
+
+    out = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    column = (n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
+    component = tl.arange(0, BLOCK_E).to(INDEX)
+    # A hidden layer's rows of U, or of the identity where δ is the error.
+    identity = (out[:, None] == component[None, :]).to(DOT)
+
+    chunks = tl.cdiv(rows, BLOCK_K)
+    steps = chunks if ONE_POSITION else chunks * pick(positions, layer)
+    span = 1 if ONE_POSITION else pick(positions, layer)
+    if ONE_POSITION and SOURCE != "projection":
+        U = feedback_tile(
+            stored, key0, key1, out, hidden_out, 0, error_size, nonzeros, SOURCE, BLOCK_E, ENTRY, DOT, ROUND
+        )  # fmt: skip
+        U = tl.where(is_output, identity, U)
+    gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bias_gradient = tl.zeros((BLOCK_M,), tl.float32)
+    for step in range(steps):
+        position = 0 if ONE_POSITION else step // chunks
+        row = ((step if ONE_POSITION else step % chunks) * BLOCK_K + tl.arange(0, BLOCK_K)).to(INDEX)
+        unit = out if ONE_POSITION else out + (position * width_out).to(INDEX)
+        long_row = row if ONE_POSITION else row * span + position
+        if SOURCE == "projection":
+            # A layer's P, or the error itself: both are [rows, units] in memory.
+            source = tl.where(is_output, error, stored[0])
+            at = row[None, :] * tl.where(is_output, stride_row, widest) + unit[:, None]
+            projection = tl.load(source + at, mask=(out < width_out)[:, None] & (row < rows)[None, :], other=0.0)
+        else:
+            if not ONE_POSITION:
+                limit = hidden_out * span
+                U = feedback_tile(
+                    stored, key0, key1, tl.where(out < hidden_out, unit, limit), limit, 0, error_size, nonzeros,
+                    SOURCE, BLOCK_E, ENTRY, DOT, ROUND,
+                )  # fmt: skip
+                U = tl.where(is_output, identity, U)
+            e = error_tile(error, row, rows, stride_row, component, error_size, stride_column)
+            projection = tl.dot(U, e.to(DOT), input_precision=DELTA_PRECISION)
+        at = long_row[None, :] * hidden_out + out[:, None]
+        inside = (out < hidden_out)[:, None] & (row < rows)[None, :]
+        saved = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        delta = slope_product(projection * scale, saved, own_p, own_q, which, DERIVATIVES)
+        delta = tl.where(is_output, projection, delta)
+        if NOISE:
+            noisy = pick_flag(NOISE, layer)
+            delta *= tl.load(pick(noise, layer) + at, mask=inside & noisy, other=1.0).to(tl.float32)
+        x_tile = tl.load(
+            x + long_row[:, None] * width_in + column[None, :],
+            mask=(row < rows)[:, None] & (column < width_in)[None, :], other=0.0,
+        )  # fmt: skip
+        gradient = tl.dot(delta.to(x_tile.dtype), x_tile, gradient, input_precision=PRECISION)
+        if BIASES:
+            if n == 0:
+                bias_gradient += tl.sum(delta, axis=1)
+
+    if WEIGHTS:
+        first = pick(WEIGHT_SETS, layer)
+        inside = (out < width_out)[:, None] & (column < width_in)[None, :] & pick_flag(WEIGHTS, layer)
+        finish(
+            gradient, out[:, None] * width_in + column[None, :], inside, pick(weights, layer),
+            pick(weight_state0, layer), pick(weight_state1, layer), hyper, first, RULE,
+        )  # fmt: skip
+    if BIASES:
+        if n == 0:
+            first = pick(BIAS_SETS, layer)
+            inside = (out < width_out) & pick_flag(BIASES, layer)
+            finish(
+                bias_gradient, out, inside, pick(biases, layer), pick(bias_state0, layer), pick(bias_state1, layer),
+                hyper, first, RULE,
+            )  # fmt: skip

@@ -1,0 +1,96 @@
+"""Philox4x32-10 and what becomes of its words, in tiles: the numbers of `dfa_kernels.philox` and `entries`.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from ...philox import KEY_STEPS, MULTIPLIERS, ROUNDS
+
+MULTIPLIER_0 = tl.constexpr(MULTIPLIERS[0])
+MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[1])
+KEY_STEP_0 = tl.constexpr(KEY_STEPS[0])
+KEY_STEP_1 = tl.constexpr(KEY_STEPS[1])
+PHILOX_ROUNDS = tl.constexpr(ROUNDS)
+TWO_PI = tl.constexpr(2.0 * math.pi)
+TO_UNIT = tl.constexpr(2.0**-32)
+HALF_STEP = tl.constexpr(2.0**-33)
+UNIFORM_SCALE = tl.constexpr(math.sqrt(3.0) * 2.0**-24)
+
+
+@triton.jit
+def philox4x32(word0, word1, word2, word3, key0, key1):
+    """Four uint32 words for every counter; counters (uint32) of shapes that broadcast together."""
+    key0, key1 = key0.to(tl.uint32), key1.to(tl.uint32)
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        high0, low0 = tl.umulhi(word0, MULTIPLIER_0), word0 * MULTIPLIER_0
+        high1, low1 = tl.umulhi(word2, MULTIPLIER_1), word2 * MULTIPLIER_1
+        word0, word1, word2, word3 = high1 ^ word1 ^ key0, low1, high0 ^ word3 ^ key1, low0
+        key0, key1 = key0 + KEY_STEP_0, key1 + KEY_STEP_1
+    return word0, word1, word2, word3
+
+
+@triton.jit
+def row_words(unit, call, STREAM: tl.constexpr, key0, key1):
+    """The four words of every (row of U, call): unit [M], call [C] → four times uint32 [M, C]."""
+    shape: tl.constexpr = (unit.shape[0], call.shape[0])
+    wide = unit.to(tl.int64)
+    word0 = tl.broadcast_to(call.to(tl.uint32)[None, :], shape)
+    word1 = tl.broadcast_to((wide & 0xFFFFFFFF).to(tl.uint32)[:, None], shape)
+    word2 = tl.broadcast_to((wide >> 32).to(tl.uint32)[:, None], shape)
+    return philox4x32(word0, word1, word2, tl.full(shape, STREAM, tl.uint32), key0, key1)
+
+
+@triton.jit
+def normal_entries(word0, word1, word2, word3):
+    """Standard normals [M, 4C] in the order of their columns (Box, Muller 1958)."""
+    normal0, normal1 = _box_muller(word0, word1)
+    normal2, normal3 = _box_muller(word2, word3)
+    return tl.interleave(tl.interleave(normal0, normal2), tl.interleave(normal1, normal3))
+
+
+@triton.jit
+def _box_muller(word0, word1):
+    radius = tl.sqrt(tl.log(_uniform_open(word0)) * -2.0)
+    angle = _uniform_open(word1) * TWO_PI
+    return tl.cos(angle) * radius, tl.sin(angle) * radius
+
+
+@triton.jit
+def _uniform_open(word):
+    return word.to(tl.float32) * TO_UNIT + HALF_STEP
+
+
+@triton.jit
+def uniform_entries(word0, word1, word2, word3):
+    """Uniform numbers of unit variance [M, 4C] in the order of their columns."""
+    even = tl.interleave(_uniform(word0), _uniform(word2))
+    odd = tl.interleave(_uniform(word1), _uniform(word3))
+    return tl.interleave(even, odd)
+
+
+@triton.jit
+def _uniform(word):
+    # 2u - 1 as an odd integer over 2^24: exact in float32, where u itself is not.
+    odd = (word >> 8).to(tl.int32) * 2 + (1 - 16777216)
+    return odd.to(tl.float32) * UNIFORM_SCALE
+
+
+@triton.jit
+def sign_entries(word0, word1, word2, word3, column):
+    """±1 [M, E] for columns [E] that lie in one call of 128 signs: words [M, 1]."""
+    which = ((column >> 5) & 3)[None, :]
+    word = tl.where(which < 2, tl.where(which == 0, word0, word1), tl.where(which == 2, word2, word3))
+    return bit_signs(word, column)
+
+
+@triton.jit
+def bit_signs(word, column):
+    """±1 from bit (column mod 32) of each word; a set bit is +1."""
+    bit = (word >> (column & 31)[None, :].to(tl.uint32)) & 1
+    return (bit * 2).to(tl.float32) - 1.0

@@ -1,0 +1,386 @@
+"""What a grouped launch runs: from the shapes of a step to a kernel, its grid and its constants.
+
+A plan is a pure function of a `GroupedProblem`, made once and kept; no tensor and no device is touched, so that any
+GPU's plan can be made and compiled anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...activations import ACTIVATIONS
+from ...feedback_spec import FeedbackSpec
+from .configs import Configs, OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for, first_that_fills
+from .epilogue import NUMBERS
+from .one_phase import one_phase
+from .project_taps import project_taps_kernel
+from .two_phase import two_phase
+
+# A hidden layer's tile holds its rows of U: beyond this many components they do not fit beside the gradient.
+LARGEST_HELD_ERROR = 64
+# δ made again by every tile costs arithmetic, δ written once costs a wait inside the launch. Estimated, not yet measured.
+MOST_REPEATED_DELTAS = 2**23
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALF)
+_TILE_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+class Derivatives(tuple[Any, ...]):
+    """Kernel functions as one constant of a kernel. Triton's disk cache must know their source, not only their names."""
+
+    @property
+    def cache_key(self) -> str:
+        return "-".join(getattr(function, "cache_key", str(function)) for function in self)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU a plan is for: compute capability (90 for sm_90) and number of multiprocessors."""
+
+    capability: int
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class Projected:
+    """How e Uᵀ comes about, for layers and taps alike: error [rows, error_size], and where U is from."""
+
+    rows: int
+    error_size: int
+    error_strides: tuple[int, int]
+    error_dtype: torch.dtype
+    feedback: FeedbackSpec
+    source: str
+    dtype: torch.dtype
+    """Of the activations."""
+    tf32: bool
+    """Whether float32 products may go through tensor cores, as torch's matmul precision says."""
+
+    @property
+    def arithmetic(self) -> str:
+        return "half" if self.dtype in HALF else "tf32" if self.tf32 else "ieee"
+
+    def constants(self) -> dict[str, Any]:
+        """DOT: what the factors of e Uᵀ are converted to. A random sign loses nothing in the error's own precision."""
+        signs = self.source in ("signs", "rademacher", "sparse", "sparse_seed")
+        entry = self.error_dtype if signs else self.feedback.dtype
+        dot = self.error_dtype if entry == self.error_dtype else torch.float32
+        narrow_error = self.error_dtype in HALF
+        return dict(
+            SOURCE=self.source,
+            ENTRY=_TILE_DTYPE[torch.float32 if signs or self.source == "projection" else entry],
+            DOT=_TILE_DTYPE[dot],
+            DELTA_PRECISION="tf32" if self.tf32 or narrow_error else "ieee",
+            ROUND=narrow_error and dot == torch.float32,
+        )
+
+    def numbers(self, widest: int) -> tuple[int, ...]:
+        """error_size, strides, key, nonzeros, widest, rows: the kernels' arguments in this order."""
+        seed = self.feedback.seed
+        sparse = self.source in ("sparse", "sparse_seed")
+        return (
+            self.error_size,
+            *self.error_strides,
+            _signed(seed & 0xFFFFFFFF),
+            _signed(seed >> 32),
+            self.feedback.nonzeros_per_row(self.error_size) if sparse else 0,
+            widest,
+            self.rows,
+        )
+
+    def scales(self, sizes: Sequence[int]) -> tuple[float, ...]:
+        """The factor from what the kernel sums to e Bᵀ, for each size. A given P is scaled for the widest already."""
+        widest = max(sizes, default=1)
+        if self.source == "projection":
+            return tuple(math.sqrt(widest / size) if self.feedback.normalize else 1.0 for size in sizes)
+        value = 1.0
+        if self.source in ("sparse", "sparse_seed"):
+            exact = math.sqrt(self.error_size / self.feedback.nonzeros_per_row(self.error_size))
+            value = float(torch.tensor(exact, dtype=self.feedback.dtype))
+        return tuple(value * self.feedback.scale(size, self.error_size) for size in sizes)
+
+
+@dataclass(frozen=True)
+class GroupedProblem:
+    """All of one `layer_grads` or `layer_update_` but the tensors' addresses."""
+
+    projected: Projected
+    widths_in: tuple[int, ...]
+    widths_out: tuple[int, ...]
+    positions: tuple[int, ...]
+    activations: tuple[str, ...]
+    """Of the hidden layers; one more width than these is the output layer's."""
+    parameters: tuple[float, ...]
+    noise: int
+    weights: int
+    biases: int
+    """Bit i tells whether layer i has the respective tensor or wants the respective gradient."""
+    parameter_dtype: torch.dtype
+    rule: str = "store"
+    weight_sets: tuple[int, ...] = (0,)
+    bias_sets: tuple[int, ...] = (0,)
+    """Where each layer's numbers for the rule begin."""
+
+    @property
+    def hidden(self) -> int:
+        return len(self.activations)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Units of every hidden layer's tap."""
+        return tuple(t * out for t, out in zip(self.positions, self.widths_out, strict=True))[: self.hidden]
+
+
+@dataclass(frozen=True)
+class TapsProblem:
+    """All of one `project_taps` but the tensors' addresses."""
+
+    projected: Projected
+    sizes: tuple[int, ...]
+    channels: tuple[int, ...]
+    activations: tuple[str, ...]
+    parameters: tuple[float, ...]
+    kept: int
+    noise: int
+    channels_last: int
+    """Bit i tells whether tap i has the respective tensor or order."""
+
+
+@dataclass
+class LaunchPlan:
+    """One launch, complete but for the tensors and the update's numbers."""
+
+    kernel: Any
+    config: OnePhaseConfig | TwoPhaseConfig | ProjectionConfig
+    programs: int
+    numbers: tuple[Any, ...]
+    """The kernel's arguments between the tensors and the update's numbers."""
+    constants: tuple[Any, ...]
+    counters: int
+    """int32 counters the launch needs; 0 for none."""
+    why: str
+    compiled: dict[bool, Any] = field(default_factory=dict)
+    """The compiled kernel, by whether every address is a multiple of 16."""
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    def constants_by_name(self) -> dict[str, Any]:
+        names = [name for name in self.kernel.arg_names if name.isupper()]
+        return dict(zip(names, self.constants, strict=True))
+
+
+@lru_cache(maxsize=512)
+def plan_grouped(problem: GroupedProblem, target: Target) -> LaunchPlan:
+    """The launch for this problem: in one phase or in two, with the tiles that fill the GPU."""
+    configs = configs_for(target.capability, problem.projected.arithmetic)
+    one = configs.one_phase[_that_fills([_gradient_tiles(problem, c) for c in configs.one_phase], target)]
+    repeated = sum(
+        problem.projected.rows * size * -(-width // one.block_n)
+        for size, width in zip(problem.sizes, problem.widths_in, strict=False)
+    )
+    held = problem.projected.error_size <= LARGEST_HELD_ERROR or problem.projected.source == "projection"
+    if held and repeated <= MOST_REPEATED_DELTAS:
+        return plan_one_phase(problem, one)
+    two = configs.two_phase[_that_fills([_gradient_tiles(problem, c) for c in configs.two_phase], target)]
+    plan = plan_two_phase(problem, two, target)
+    why = (
+        f"{repeated} values of δ would be made again in tiles, more than {MOST_REPEATED_DELTAS}"
+        if held
+        else f"{problem.projected.error_size} error components, more than {LARGEST_HELD_ERROR}, do not fit beside a tile"
+    )
+    return replace(plan, why=why)
+
+
+def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPlan:
+    """Every tile of a gradient makes its own δ."""
+    projected, widths_in = problem.projected, problem.widths_in
+    hidden_out = problem.widths_out[: problem.hidden]
+    block_e = max(16, triton.next_power_of_2(projected.error_size))
+    constants = _grouped_constants(problem) | dict(
+        ALIGN=_alignment(widths_in, hidden_out),
+        ONE_POSITION=all(t == 1 for t in problem.positions),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_E=16 if projected.source == "projection" else block_e,
+        GROUP_M=config.group_m,
+    )
+    return LaunchPlan(
+        one_phase,
+        config,
+        _gradient_tiles(problem, config),
+        (*_grouped_numbers(problem), *_layer_numbers(problem)),
+        _in_order(one_phase, constants),
+        0,
+        f"an error of {projected.error_size} components: every tile of a gradient makes its own δ",
+    )
+
+
+def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Target) -> LaunchPlan:
+    """δ of all layers into memory, then the gradients, ordered by tickets."""
+    projected = problem.projected
+    units = max(problem.sizes, default=0)
+    projections = -(-units // config.block_u) * -(-projected.rows // config.block_r)
+    total = projections + _gradient_tiles(problem, config)
+    align = _alignment(problem.widths_in, problem.widths_out[: problem.hidden])
+    contiguous = projected.error_strides[1] == 1
+    align_error = _alignment((projected.error_strides[0],)) if contiguous else 1
+    tma = can_use_tma(projected.dtype, align, target)
+    constants = _grouped_constants(problem) | dict(
+        ALIGN=align,
+        ALIGN_ERROR=align_error,
+        TMA=tma,
+        TMA_ERROR=tma and projected.error_dtype == projected.dtype and can_use_tma(projected.dtype, align_error, target),
+        BLOCK_U=config.block_u,
+        BLOCK_R=config.block_r,
+        BLOCK_E=config.block_e,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+    )
+    sizes = problem.sizes or (0,)
+    numbers = (*_grouped_numbers(problem), sizes, *_layer_numbers(problem), projections, total)
+    programs = min(total, target.multiprocessors * config.programs)
+    counters = 1 + -(-units // config.block_u)
+    return LaunchPlan(two_phase, config, programs, numbers, _in_order(two_phase, constants), counters, "chosen")
+
+
+@lru_cache(maxsize=512)
+def plan_taps(problem: TapsProblem, target: Target) -> LaunchPlan:
+    """δ of every tap."""
+    configs = configs_for(target.capability, problem.projected.arithmetic).project_taps
+    config = configs[_that_fills([_projection_tiles(problem, c) for c in configs], target)]
+    projected = problem.projected
+    longest = projected.rows * max(problem.sizes)
+    derivatives, which = _derivatives(problem.activations)
+    constants = projected.constants() | dict(
+        DERIVATIVES=derivatives,
+        WHICH=which,
+        KEPT=problem.kept,
+        NOISE=problem.noise,
+        CHANNELS_LAST=problem.channels_last,
+        INDEX=_index_dtype(longest, max(problem.sizes) * projected.error_size),
+        BLOCK_U=config.block_u,
+        BLOCK_R=config.block_r,
+        BLOCK_E=config.block_e,
+    )
+    numbers = (
+        *projected.numbers(max(problem.sizes)),
+        problem.sizes,
+        problem.channels,
+        projected.scales(problem.sizes),
+        problem.parameters[0::2],
+        problem.parameters[1::2],
+    )
+    why = f"one tile of the projection at a time serves all {len(problem.sizes)} taps"
+    return LaunchPlan(
+        project_taps_kernel,
+        config,
+        _projection_tiles(problem, config),
+        numbers,
+        _in_order(project_taps_kernel, constants),
+        0,
+        why,
+    )
+
+
+def can_use_tma(dtype: torch.dtype, alignment: int, target: Target) -> bool:
+    """Whether tiles may come by the tensor memory accelerator: sm_90 and newer, rows of a multiple of 16 bytes."""
+    return target.capability >= 90 and dtype in HALF and alignment * dtype.itemsize % 16 == 0
+
+
+def needs_int64(*counts: int) -> bool:
+    """Whether a tensor of one of these sizes has offsets that int32 cannot hold."""
+    return any(count >= 2**31 for count in counts)
+
+
+def _index_dtype(*counts: int) -> Any:
+    return tl.int64 if needs_int64(*counts) else tl.int32
+
+
+def _grouped_constants(problem: GroupedProblem) -> dict[str, Any]:
+    projected = problem.projected
+    derivatives, which = _derivatives(problem.activations)
+    longest = [projected.rows * t for t in problem.positions]
+    return projected.constants() | dict(
+        OUTPUT=len(problem.widths_in) > problem.hidden,
+        DERIVATIVES=derivatives,
+        WHICH=which,
+        NOISE=problem.noise,
+        WEIGHTS=problem.weights,
+        BIASES=problem.biases,
+        RULE=problem.rule,
+        WEIGHT_SETS=problem.weight_sets,
+        BIAS_SETS=problem.bias_sets,
+        PRECISION="ieee" if projected.arithmetic == "ieee" else "tf32",
+        INDEX=_index_dtype(
+            *[n * width for n, width in zip(longest, problem.widths_in, strict=True)],
+            *[n * width for n, width in zip(longest, problem.widths_out, strict=True)],
+            *[n * width for n, width in zip(problem.widths_in, problem.widths_out, strict=True)],
+            max(problem.sizes, default=0) * projected.error_size,
+            projected.rows * projected.error_strides[0],
+        ),
+    )
+
+
+def _grouped_numbers(problem: GroupedProblem) -> tuple[Any, ...]:
+    widest = max(problem.sizes, default=0)
+    return (*problem.projected.numbers(widest), problem.widths_in, problem.widths_out, problem.positions)
+
+
+def _layer_numbers(problem: GroupedProblem) -> tuple[tuple[float, ...], ...]:
+    """scales, p and q of every layer; the output layer's are without effect."""
+    scales = problem.projected.scales(problem.sizes)
+    p, q = problem.parameters[0::2], problem.parameters[1::2]
+    if len(problem.widths_in) > problem.hidden:
+        return (*scales, 1.0), (*p, 0.0), (*q, 0.0)
+    return scales, p, q
+
+
+def _derivatives(activations: Sequence[str]) -> tuple[Derivatives, tuple[int, ...]]:
+    """The distinct derivatives, and which of them each layer uses."""
+    names = sorted(set(activations)) or ["identity"]
+    functions = Derivatives(ACTIVATIONS[name].tile_gradient for name in names)
+    return functions, tuple(names.index(name) for name in activations) or (0,)
+
+
+def _gradient_tiles(problem: GroupedProblem, config: OnePhaseConfig | TwoPhaseConfig) -> int:
+    tiles = 0
+    for i, (width_in, width_out) in enumerate(zip(problem.widths_in, problem.widths_out, strict=True)):
+        wants_weight, wants_bias = problem.weights >> i & 1, problem.biases >> i & 1
+        across = -(-width_in // config.block_n) if wants_weight else wants_bias
+        tiles += -(-width_out // config.block_m) * across
+    return tiles
+
+
+def _projection_tiles(problem: TapsProblem, config: ProjectionConfig) -> int:
+    return -(-max(problem.sizes) // config.block_u) * -(-problem.projected.rows // config.block_r)
+
+
+def _that_fills(tiles: list[int], target: Target) -> int:
+    return first_that_fills(tiles, target.multiprocessors)
+
+
+def _alignment(*widths: Sequence[int]) -> int:
+    """The largest of 16, 8, 4, 2 and 1 that divides all."""
+    return math.gcd(16, *(width for group in widths for width in group))
+
+
+def _in_order(kernel: Any, constants: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(constants[name] for name in kernel.arg_names if name.isupper())
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits, so that every seed's launch has the same types."""
+    return word - 2**32 if word >= 2**31 else word

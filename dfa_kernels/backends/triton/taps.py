@@ -1,0 +1,87 @@
+"""`project_taps`: δ of every tap in one launch; shapes as in the torch backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...feedback_spec import FeedbackSpec
+from .. import torch_backend
+from .launch import check_device, launch, target_of
+from .plan import TapsProblem, plan_taps
+from .source import dense, projected, reason_for_torch
+
+
+def project_taps(
+    error: Tensor,
+    stored: Sequence[Tensor],
+    feedback: FeedbackSpec,
+    sizes: Sequence[int],
+    kept: Sequence[Tensor | None],
+    noise: Sequence[Tensor | None],
+    activations: Sequence[str],
+    parameters: Sequence[float],
+) -> list[Tensor]:
+    """δ of every tap; see `torch_backend.project_taps`."""
+    call = (error, stored, feedback, sizes, kept, noise, activations, parameters)
+    if torch.compiler.is_compiling():
+        deltas: list[Tensor] = torch.ops.dfa_kernels.project_taps(*call[:2], feedback.encode(), *call[3:])
+        return deltas
+    check_device(error.device)
+    saved = [h for h in kept if h is not None]
+    if reason_for_torch(error, saved):
+        return torch_backend.project_taps(*call)
+    ordered = [None if h is None else _ordered(h) for h in kept]
+    masks = [m if m is None or h is None else _like(m, h) for m, h in zip(noise, ordered, strict=True)]
+    results = [
+        error.new_empty((error.shape[0], size)) if h is None else torch.empty_like(h)
+        for size, h in zip(sizes, ordered, strict=True)
+    ]
+    if error.shape[0] == 0:
+        return results
+    how, error, parts = projected(error, stored, feedback, max(sizes), (saved or [error])[0].dtype)
+    problem = TapsProblem(
+        how,
+        tuple(sizes),
+        tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in ordered]),
+        tuple(activations),
+        tuple([float(number) for number in parameters]),
+        _mask([h is not None for h in ordered]),
+        _mask([m is not None for m in masks]),
+        _mask([h is not None and not h.is_contiguous() for h in ordered]),
+    )
+    plan = plan_taps(problem, target_of(error.device))
+    tensors = (
+        error,
+        parts,
+        tuple([error if h is None else h for h in ordered]),
+        tuple([error if m is None else m for m in masks]),
+        tuple(results),
+    )
+    launch(plan, error.device, tensors)
+    return results
+
+
+def _ordered(kept: Tensor) -> Tensor:
+    """kept, in one of the two orders the kernel knows: contiguous, or channels last."""
+    return kept if _is_channels_last(kept) else dense(kept)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Whether the channels of [b, C, …] vary fastest in memory, with nothing left out."""
+    if tensor.dim() < 3 or tensor.is_contiguous():
+        return False
+    return tensor.movedim(1, -1).is_contiguous()
+
+
+def _like(mask: Tensor, kept: Tensor) -> Tensor:
+    """mask, in the order of kept."""
+    return mask if mask.stride() == kept.stride() else torch.empty_like(kept).copy_(mask)
+
+
+def _mask(flags: Sequence[bool]) -> int:
+    """Bit i is flag i."""
+    return sum(bool(flag) << i for i, flag in enumerate(flags))
