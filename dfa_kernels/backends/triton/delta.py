@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .feedback_tile import projection_tile
-from .tiles import slope_product
+from .tiles import multiple, slope_product
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def write_deltas(
     rows, sizes, channels, scales, p, q,
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Writes δ at tile `tile` of the projection [widest units, rows] into every tap that reaches it.
 
@@ -26,11 +26,11 @@ def write_deltas(
     unit = ((tile // row_tiles) * BLOCK_U + tl.arange(0, BLOCK_U)).to(INDEX)
     row = ((tile % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)).to(INDEX)
     projection = projection_tile(
-        error, stored, key0, key1, unit, widest, row, rows, error_size, stride_row, stride_column, nonzeros,
-        SOURCE, BLOCK_E, ENTRY, DOT, DELTA_PRECISION, ROUND,
+        error, stored, key0, key1, unit, widest, row, rows, multiple(error_size, ALIGN_ERROR),
+        multiple(stride_row, ALIGN_ERROR), stride_column, nonzeros, SOURCE, BLOCK_E, ENTRY, DOT, DELTA_PRECISION, ROUND,
     )  # fmt: skip
     for i in tl.static_range(len(sizes)):
-        size = sizes[i]
+        size = multiple(sizes[i], ALIGN)
         if (tile // row_tiles) * BLOCK_U < size:
             inside = (unit < size)[:, None] & (row < rows)[None, :]
             place = unit

@@ -9,7 +9,52 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tiles import pick, pick_flag
+
+SLICE = tl.constexpr(32)
+
 NUMBERS = {"store": 0, "sgd": 2, "momentum": 4, "adamw": 7}
+
+
+@triton.jit
+def finish_layer(
+    gradient, bias_gradient, layer, out, first_in, width_in, width_out, with_bias, weights, biases, weight_state0,
+    weight_state1, bias_state0, bias_state1, hyper,
+    WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr, BIAS_SETS: tl.constexpr,
+):  # fmt: skip
+    """ΔW [M, N] at outputs `out` and inputs from first_in on, and Δb [M] if `with_bias`, go where they belong."""
+    if WEIGHTS:
+        _finish_slices(
+            gradient, out, first_in, width_in, tl.where(pick_flag(WEIGHTS, layer), width_out, 0), pick(weights, layer),
+            pick(weight_state0, layer), pick(weight_state1, layer), hyper, pick(WEIGHT_SETS, layer), RULE,
+        )  # fmt: skip
+    if BIASES:
+        if with_bias:
+            finish(
+                bias_gradient, out, (out < width_out) & pick_flag(BIASES, layer), pick(biases, layer),
+                pick(bias_state0, layer), pick(bias_state1, layer), hyper, pick(BIAS_SETS, layer), RULE,
+            )  # fmt: skip
+
+
+@triton.jit
+def _finish_slices(
+    gradient, out, first_in, width_in, width_out, destination, state0, state1, hyper, first, RULE: tl.constexpr
+):
+    """A slice of columns at a time: parameter and state beside a whole tile would not fit into the registers."""
+    M: tl.constexpr = gradient.shape[0]
+    N: tl.constexpr = gradient.shape[1]
+    if N > SLICE:
+        pair = tl.permute(tl.reshape(gradient, (M, 2, N // 2)), (0, 2, 1))
+        left, right = tl.split(pair)
+        _finish_slices(left, out, first_in, width_in, width_out, destination, state0, state1, hyper, first, RULE)
+        _finish_slices(
+            right, out, first_in + N // 2, width_in, width_out, destination, state0, state1, hyper, first, RULE
+        )  # fmt: skip
+    else:
+        column = (first_in + tl.arange(0, N)).to(out.dtype)
+        inside = (out < width_out)[:, None] & (column < width_in)[None, :]
+        at = out[:, None] * width_in + column[None, :]
+        finish(gradient, at, inside, destination, state0, state1, hyper, first, RULE)
 
 
 @triton.jit
@@ -36,24 +81,16 @@ def _write(tensor, at, inside, value):
 
 
 @triton.jit
-def _number(hyper, index):
-    chosen = hyper[0]
-    for i in tl.static_range(1, len(hyper)):
-        chosen = tl.where(index == i, hyper[i], chosen)
-    return chosen
-
-
-@triton.jit
 def _sgd(gradient, at, inside, weight, hyper, first):
-    rate, decay = _number(hyper, first), _number(hyper, first + 1)
+    rate, decay = pick(hyper, first), pick(hyper, first + 1)
     w = _read(weight, at, inside)
     _write(weight, at, inside, w - rate * (gradient + decay * w))
 
 
 @triton.jit
 def _momentum(gradient, at, inside, weight, velocity, hyper, first):
-    rate, decay = _number(hyper, first), _number(hyper, first + 1)
-    momentum, nesterov = _number(hyper, first + 2), _number(hyper, first + 3)
+    rate, decay = pick(hyper, first), pick(hyper, first + 1)
+    momentum, nesterov = pick(hyper, first + 2), pick(hyper, first + 3)
     w, v = _read(weight, at, inside), _read(velocity, at, inside)
     gradient += decay * w
     moved = momentum * v + gradient
@@ -65,9 +102,9 @@ def _momentum(gradient, at, inside, weight, velocity, hyper, first):
 
 @triton.jit
 def _adamw(gradient, at, inside, weight, mean, square, hyper, first):
-    shrink, share1 = _number(hyper, first), _number(hyper, first + 1)
-    beta2, share2 = _number(hyper, first + 2), _number(hyper, first + 3)
-    step, correction, eps = _number(hyper, first + 4), _number(hyper, first + 5), _number(hyper, first + 6)
+    shrink, share1 = pick(hyper, first), pick(hyper, first + 1)
+    beta2, share2 = pick(hyper, first + 2), pick(hyper, first + 3)
+    step, correction, eps = pick(hyper, first + 4), pick(hyper, first + 5), pick(hyper, first + 6)
     w, m, s = _read(weight, at, inside), _read(mean, at, inside), _read(square, at, inside)
     m += share1 * (gradient - m)
     s = beta2 * s + share2 * gradient * gradient

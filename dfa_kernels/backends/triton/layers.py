@@ -164,8 +164,12 @@ def _launch(call: _Call, update: _Update) -> None:
     noise = tuple([anything if mask is None else dense(mask) for mask in call.noise]) or (anything,)
     results = (per_layer.weights, per_layer.biases, *per_layer.weight_state, *per_layer.bias_state)
     if plan.kernel is two_phase:
-        deltas = tuple([torch.empty_like(h) for h in kept]) or (anything,)
-        begin = (counters(plan.counters, error.device), error, stored, inputs, hidden, noise, deltas)
+        deltas = [torch.empty_like(h) for h in kept]
+        if outputs:
+            deltas.append(
+                error.new_empty((error.shape[0], plan.copy_width), dtype=how.dtype) if plan.copy_width else error
+            )
+        begin = (counters(plan.counters, error.device), error, stored, inputs, hidden, noise, tuple(deltas))
     else:
         begin = (error, stored, inputs, hidden, noise)
     launch(plan, error.device, (*begin, *results), (per_layer.hyper,))

@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import finish
+from .epilogue import finish_layer
 from .feedback_tile import error_tile, feedback_tile
-from .tiles import locate, pick, pick_flag, slope_product
+from .tiles import locate, multiple, pick, pick_flag, slope_product
 
 
 @triton.jit(
@@ -28,7 +28,7 @@ def one_phase(
     SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, NOISE: tl.constexpr,
     WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr,
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-    ROUND: tl.constexpr, ALIGN: tl.constexpr, INDEX: tl.constexpr, ONE_POSITION: tl.constexpr,
+    ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, ONE_POSITION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
@@ -36,14 +36,13 @@ def one_phase(
     error [rows, error_size]; of layer i: inputs [rows · positions, widths_in], kept and noise [rows · positions,
     widths_out]. If OUTPUT, the last layer's δ is the error. weights and biases are where results go.
     """
+    error_size, stride_row = multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR)
     layer, m, n = locate(tl.program_id(0), widths_in, widths_out, BLOCK_M, BLOCK_N, GROUP_M, WEIGHTS, BIASES)
-    width_in, width_out = pick(widths_in, layer), pick(widths_out, layer)
+    width_in, width_out = multiple(pick(widths_in, layer), ALIGN), pick(widths_out, layer)
     x, h = pick(inputs, layer), pick(kept, layer)
     is_output = OUTPUT and layer == len(widths_in) - 1
     # The output layer has no use for U nor for a kept tensor, and its width is rarely a multiple of anything.
-    hidden_out = tl.where(is_output, 0, width_out)
-    if ALIGN > 1:
-        width_in, hidden_out = tl.multiple_of(width_in, ALIGN), tl.multiple_of(hidden_out, ALIGN)
+    hidden_out = multiple(tl.where(is_output, 0, width_out), ALIGN)
     scale, own_p, own_q, which = pick(scales, layer), pick(p, layer), pick(q, layer), pick(WHICH, layer)
 
     out = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
@@ -99,18 +98,7 @@ def one_phase(
             if n == 0:
                 bias_gradient += tl.sum(delta, axis=1)
 
-    if WEIGHTS:
-        first = pick(WEIGHT_SETS, layer)
-        inside = (out < width_out)[:, None] & (column < width_in)[None, :] & pick_flag(WEIGHTS, layer)
-        finish(
-            gradient, out[:, None] * width_in + column[None, :], inside, pick(weights, layer),
-            pick(weight_state0, layer), pick(weight_state1, layer), hyper, first, RULE,
-        )  # fmt: skip
-    if BIASES:
-        if n == 0:
-            first = pick(BIAS_SETS, layer)
-            inside = (out < width_out) & pick_flag(BIASES, layer)
-            finish(
-                bias_gradient, out, inside, pick(biases, layer), pick(bias_state0, layer), pick(bias_state1, layer),
-                hyper, first, RULE,
-            )  # fmt: skip
+    finish_layer(
+        gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases, weight_state0,
+        weight_state1, bias_state0, bias_state1, hyper, WEIGHTS, BIASES, RULE, WEIGHT_SETS, BIAS_SETS,
+    )  # fmt: skip

@@ -17,7 +17,12 @@ MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[1])
 KEY_STEP_0 = tl.constexpr(KEY_STEPS[0])
 KEY_STEP_1 = tl.constexpr(KEY_STEPS[1])
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
+PI = tl.constexpr(math.pi)
 TWO_PI = tl.constexpr(2.0 * math.pi)
+# π/2 in three parts, the first two so short that small multiples of them are exact.
+HALF_PI_HIGH = tl.constexpr(1.5703125)
+HALF_PI_MIDDLE = tl.constexpr(4.837512969970703125e-4)
+HALF_PI_LOW = tl.constexpr(math.pi / 2 - 1.5703125 - 4.837512969970703125e-4)
 TO_UNIT = tl.constexpr(2.0**-32)
 HALF_STEP = tl.constexpr(2.0**-33)
 UNIFORM_SCALE = tl.constexpr(math.sqrt(3.0) * 2.0**-24)
@@ -57,8 +62,23 @@ def normal_entries(word0, word1, word2, word3):
 @triton.jit
 def _box_muller(word0, word1):
     radius = tl.sqrt(tl.log(_uniform_open(word0)) * -2.0)
-    angle = _uniform_open(word1) * TWO_PI
-    return tl.cos(angle) * radius, tl.sin(angle) * radius
+    cosine, sine = _cosine_sine(_uniform_open(word1) * TWO_PI)
+    return cosine * radius, sine * radius
+
+
+@triton.jit
+def _cosine_sine(angle):
+    """Both of an angle in [0, 2π], to the last bit or two: the library's take any angle, and local memory for it."""
+    quarter = tl.floor(angle * (2 / PI) + 0.5)
+    r = angle - quarter * HALF_PI_HIGH - quarter * HALF_PI_MIDDLE - quarter * HALF_PI_LOW
+    square = r * r
+    s = r + r * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
+    series = 4.166664568298827e-2 - square * (1.388731625493765e-3 - square * 2.443315711809948e-5)
+    c = 1 - 0.5 * square + square * square * series
+    turn = quarter.to(tl.int32) & 3
+    cosine = tl.where(turn % 2 == 0, c, s)
+    sine = tl.where(turn % 2 == 0, s, c)
+    return tl.where((turn == 1) | (turn == 2), -cosine, cosine), tl.where(turn >= 2, -sine, sine)
 
 
 @triton.jit

@@ -80,6 +80,7 @@ class Projected:
             DOT=_TILE_DTYPE[dot],
             DELTA_PRECISION="tf32" if self.tf32 or narrow_error else "ieee",
             ROUND=narrow_error and dot == torch.float32,
+            ALIGN_ERROR=alignment((self.error_size, self.error_strides[0])) if self.error_strides[1] == 1 else 1,
         )
 
     def numbers(self, widest: int) -> tuple[int, ...]:
@@ -164,9 +165,11 @@ class LaunchPlan:
     numbers: tuple[Any, ...]
     """The kernel's arguments between the tensors and the update's numbers."""
     constants: tuple[Any, ...]
-    counters: int
-    """int32 counters the launch needs; 0 for none."""
     why: str
+    counters: int = 0
+    """int32 counters the launch needs."""
+    copy_width: int = 0
+    """Columns of the copy of the error that the launch makes, if any."""
     compiled: dict[bool, Any] = field(default_factory=dict)
     """The compiled kernel, by whether every address is a multiple of 16."""
 
@@ -207,7 +210,7 @@ def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPla
     hidden_out = problem.widths_out[: problem.hidden]
     block_e = max(16, triton.next_power_of_2(projected.error_size))
     constants = _grouped_constants(problem) | dict(
-        ALIGN=_alignment(widths_in, hidden_out),
+        ALIGN=alignment(widths_in, hidden_out),
         ONE_POSITION=all(t == 1 for t in problem.positions),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -221,26 +224,26 @@ def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPla
         _gradient_tiles(problem, config),
         (*_grouped_numbers(problem), *_layer_numbers(problem)),
         _in_order(one_phase, constants),
-        0,
         f"an error of {projected.error_size} components: every tile of a gradient makes its own δ",
     )
 
 
 def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Target) -> LaunchPlan:
     """δ of all layers into memory, then the gradients, ordered by tickets."""
-    projected = problem.projected
-    units = max(problem.sizes, default=0)
-    projections = -(-units // config.block_u) * -(-projected.rows // config.block_r)
-    total = projections + _gradient_tiles(problem, config)
-    align = _alignment(problem.widths_in, problem.widths_out[: problem.hidden])
-    contiguous = projected.error_strides[1] == 1
-    align_error = _alignment((projected.error_strides[0],)) if contiguous else 1
-    tma = can_use_tma(projected.dtype, align, target)
+    projected, has_output = problem.projected, len(problem.widths_in) > problem.hidden
+    row_tiles, unit_tiles = -(-projected.rows // config.block_r), -(-max(problem.sizes, default=0) // config.block_u)
+    align = alignment(problem.widths_in, problem.widths_out[: problem.hidden])
+    # The output layer's δ is the error itself if that lies in memory as the other δ do, else a copy that does.
+    align_error = projected.constants()["ALIGN_ERROR"]
+    copy = projected.error_dtype != projected.dtype or not _rows_of_16_bytes(projected.dtype, align_error)
+    if has_output and not copy:
+        align = math.gcd(align, align_error)
+    width = -(-projected.error_size // 16) * 16 if copy else projected.error_size
+    copy_tiles = -(-width // config.block_u) if copy and has_output else 0
     constants = _grouped_constants(problem) | dict(
         ALIGN=align,
-        ALIGN_ERROR=align_error,
-        TMA=tma,
-        TMA_ERROR=tma and projected.error_dtype == projected.dtype and can_use_tma(projected.dtype, align_error, target),
+        TMA=can_use_tma(projected.dtype, align, target),
+        COPY=copy_tiles > 0,
         BLOCK_U=config.block_u,
         BLOCK_R=config.block_r,
         BLOCK_E=config.block_e,
@@ -249,11 +252,28 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
     )
-    sizes = problem.sizes or (0,)
-    numbers = (*_grouped_numbers(problem), sizes, *_layer_numbers(problem), projections, total)
-    programs = min(total, target.multiprocessors * config.programs)
-    counters = 1 + -(-units // config.block_u)
-    return LaunchPlan(two_phase, config, programs, numbers, _in_order(two_phase, constants), counters, "chosen")
+    copies, projections = copy_tiles * row_tiles, unit_tiles * row_tiles
+    total = copies + projections + _gradient_tiles(problem, config)
+    numbers = (
+        *_grouped_numbers(problem),
+        problem.sizes or (0,),
+        *_layer_numbers(problem),
+        width,
+        width if copy else projected.error_strides[0],
+        copies,
+        projections,
+        total,
+    )
+    return LaunchPlan(
+        two_phase,
+        config,
+        min(total, target.multiprocessors * config.programs),
+        numbers,
+        _in_order(two_phase, constants),
+        "chosen",
+        counters=1 + unit_tiles + copy_tiles,
+        copy_width=width if copy_tiles else 0,
+    )
 
 
 @lru_cache(maxsize=512)
@@ -270,6 +290,7 @@ def plan_taps(problem: TapsProblem, target: Target) -> LaunchPlan:
         KEPT=problem.kept,
         NOISE=problem.noise,
         CHANNELS_LAST=problem.channels_last,
+        ALIGN=alignment(problem.sizes),
         INDEX=_index_dtype(longest, max(problem.sizes) * projected.error_size),
         BLOCK_U=config.block_u,
         BLOCK_R=config.block_r,
@@ -290,14 +311,17 @@ def plan_taps(problem: TapsProblem, target: Target) -> LaunchPlan:
         _projection_tiles(problem, config),
         numbers,
         _in_order(project_taps_kernel, constants),
-        0,
         why,
     )
 
 
 def can_use_tma(dtype: torch.dtype, alignment: int, target: Target) -> bool:
     """Whether tiles may come by the tensor memory accelerator: sm_90 and newer, rows of a multiple of 16 bytes."""
-    return target.capability >= 90 and dtype in HALF and alignment * dtype.itemsize % 16 == 0
+    return target.capability >= 90 and dtype in HALF and _rows_of_16_bytes(dtype, alignment)
+
+
+def _rows_of_16_bytes(dtype: torch.dtype, alignment: int) -> bool:
+    return alignment * dtype.itemsize % 16 == 0
 
 
 def needs_int64(*counts: int) -> bool:
@@ -372,7 +396,7 @@ def _that_fills(tiles: list[int], target: Target) -> int:
     return first_that_fills(tiles, target.multiprocessors)
 
 
-def _alignment(*widths: Sequence[int]) -> int:
+def alignment(*widths: Sequence[int]) -> int:
     """The largest of 16, 8, 4, 2 and 1 that divides all."""
     return math.gcd(16, *(width for group in widths for width in group))
 

@@ -20,6 +20,12 @@ def pick(values, index):
 
 
 @triton.jit
+def multiple(value, DIVISOR: tl.constexpr):
+    """value, which DIVISOR divides: said by arithmetic, since a hint would be lost when functions are inlined."""
+    return value // DIVISOR * DIVISOR
+
+
+@triton.jit
 def pick_flag(MASK: tl.constexpr, index):
     """Whether bit `index` of a constant mask is set."""
     return ((MASK >> index) & 1) == 1
@@ -46,12 +52,11 @@ def locate(
     layer = LAYERS - 1
     first = tile * 0
     end = tile * 0
-    for i in tl.static_range(LAYERS):
-        l: tl.constexpr = LAYERS - 1 - i
+    for i in tl.static_range(LAYERS - 1, -1, -1):
         here = tile >= end
-        layer = tl.where(here, l, layer)
+        layer = tl.where(here, i, layer)
         first = tl.where(here, end, first)
-        end += tl.cdiv(widths_out[l], BLOCK_M) * column_tiles(widths_in[l], l, BLOCK_N, WEIGHTS, BIASES)
+        end += tl.cdiv(widths_out[i], BLOCK_M) * column_tiles(widths_in[i], i, BLOCK_N, WEIGHTS, BIASES)
     across = first * 0
     for i in tl.static_range(LAYERS):
         across = tl.where(layer == i, column_tiles(widths_in[i], i, BLOCK_N, WEIGHTS, BIASES), across)

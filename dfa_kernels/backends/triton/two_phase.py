@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from .delta import write_deltas
-from .epilogue import finish
-from .tiles import locate, pick, pick_flag
+from .epilogue import finish_layer
+from .feedback_tile import error_tile
+from .tiles import locate, multiple, pick
 
 RESET_BLOCK = tl.constexpr(1024)
 
@@ -21,83 +22,90 @@ RESET_BLOCK = tl.constexpr(1024)
 @triton.jit(
     do_not_specialize=[
         "error_size", "stride_row", "stride_column", "key0", "key1", "nonzeros", "widest", "rows", "widths_in",
-        "widths_out", "positions", "sizes", "scales", "p", "q", "projections", "total", "hyper",
+        "widths_out", "positions", "sizes", "scales", "p", "q", "delta_width", "delta_stride", "copies", "projections",
+        "total", "hyper",
     ]
 )  # fmt: skip
 def two_phase(
     counters, error, stored, inputs, kept, noise, deltas, weights, biases, weight_state0, weight_state1, bias_state0,
     bias_state1, error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows, widths_in, widths_out,
-    positions, sizes, scales, p, q, projections, total, hyper,
+    positions, sizes, scales, p, q, delta_width, delta_stride, copies,
+    projections, total, hyper,
     SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, NOISE: tl.constexpr,
     WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr,
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
     ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, TMA: tl.constexpr,
-    TMA_ERROR: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
 
-    counters: int32 zeros, [1 + tiles of units]; zeros again afterwards. deltas: room for δ of every hidden layer
-    [rows · positions, widths_out]. projections: tiles of the projection [widest, rows]; total: those and the tiles of
-    all gradients. Otherwise as for `one_phase`.
+    counters: int32 zeros, one and one for every tile of units; zeros again afterwards. deltas: room for δ of every
+    hidden layer [rows · positions, widths_out], then the output layer's δ [rows, delta_width] in rows of delta_stride:
+    the error itself or, if COPY, room for a copy of it. The first `copies` tickets copy, the next `projections` make δ,
+    and all up to `total` gradients. Otherwise as for `one_phase`.
     """
     HIDDEN: tl.constexpr = len(sizes)
+    row_tiles, unit_tiles = tl.cdiv(rows, BLOCK_R), tl.cdiv(widest, BLOCK_U)
     ticket = tl.atomic_add(counters, 1)
     while ticket < total:
-        if ticket < projections:
-            write_deltas(
-                ticket, error, stored, kept, noise, deltas, error_size, stride_row, stride_column, key0, key1,
-                nonzeros, widest, rows, sizes, sizes, scales, p, q,
-                SOURCE, DERIVATIVES, WHICH, (1 << HIDDEN) - 1, NOISE, 0, ENTRY, DOT, DELTA_PRECISION, ROUND, INDEX,
-                BLOCK_U, BLOCK_R, BLOCK_E,
+        if ticket < copies:
+            _copy_error(
+                ticket, error, pick(deltas, len(deltas) - 1), rows, error_size, stride_row, stride_column, delta_width,
+                INDEX, BLOCK_U, BLOCK_R,
             )  # fmt: skip
-            _announce(counters + 1 + ticket // tl.cdiv(rows, BLOCK_R), TMA)
+            _announce(counters + 1 + unit_tiles + ticket // row_tiles, TMA)
+        elif ticket < copies + projections:
+            write_deltas(
+                ticket - copies, error, stored, kept, noise, deltas, error_size, stride_row, stride_column, key0,
+                key1, nonzeros, widest, rows, sizes, sizes, scales, p, q,
+                SOURCE, DERIVATIVES, WHICH, (1 << HIDDEN) - 1, NOISE, 0, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN,
+                ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E,
+            )  # fmt: skip
+            _announce(counters + 1 + (ticket - copies) // row_tiles, TMA)
         else:
             layer, m, n = locate(
-                ticket - projections, widths_in, widths_out, BLOCK_M, BLOCK_N, GROUP_M, WEIGHTS, BIASES
+                ticket - copies - projections, widths_in, widths_out, BLOCK_M, BLOCK_N, GROUP_M, WEIGHTS, BIASES
             )  # fmt: skip
-            width_in, width_out = pick(widths_in, layer), pick(widths_out, layer)
-            if ALIGN > 1:
-                width_in = tl.multiple_of(width_in, ALIGN)
-            if OUTPUT and layer == len(widths_in) - 1:
-                stride = stride_row
-                if ALIGN_ERROR > 1:
-                    stride = tl.multiple_of(stride, ALIGN_ERROR)
-                gradient, bias_gradient = product_tile(
-                    error, pick(inputs, layer), m * BLOCK_M, n * BLOCK_N, width_out, stride, stride_column, width_in,
-                    rows, n == 0, PRECISION, BIASES != 0, INDEX, TMA_ERROR, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-            else:
-                span = pick(positions, layer)
-                if ALIGN > 1:
-                    width_out = tl.multiple_of(width_out, ALIGN)
-                _wait(counters + 1, m * BLOCK_M, width_out, span, tl.cdiv(rows, BLOCK_R), BLOCK_M, BLOCK_U, TMA)
-                gradient, bias_gradient = product_tile(
-                    pick(deltas, layer), pick(inputs, layer), m * BLOCK_M, n * BLOCK_N, width_out, width_out, 1,
-                    width_in, rows * span, n == 0, PRECISION, BIASES != 0, INDEX, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
+            is_output = OUTPUT and layer == len(widths_in) - 1
+            width_in, width_out = multiple(pick(widths_in, layer), ALIGN), pick(widths_out, layer)
+            width_delta = multiple(tl.where(is_output, delta_width, width_out), ALIGN)
+            stride = multiple(tl.where(is_output, delta_stride, width_out), ALIGN)
+            span = pick(positions, layer)
+            if COPY or not is_output:
+                ready = counters + 1 + tl.where(is_output, unit_tiles, 0)
+                _wait(ready, m * BLOCK_M, width_delta, span, row_tiles, BLOCK_M, BLOCK_U, TMA)
+            gradient, bias_gradient = _product(
+                pick(deltas, layer), pick(inputs, layer), m * BLOCK_M, n * BLOCK_N, width_delta, stride, width_in,
+                rows * span, n == 0, PRECISION, BIASES != 0, INDEX, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
             out = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
-            column = (n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
-            if WEIGHTS:
-                inside = (out < width_out)[:, None] & (column < width_in)[None, :] & pick_flag(WEIGHTS, layer)
-                finish(
-                    gradient, out[:, None] * width_in + column[None, :], inside, pick(weights, layer),
-                    pick(weight_state0, layer), pick(weight_state1, layer), hyper, pick(WEIGHT_SETS, layer), RULE,
-                )  # fmt: skip
-            if BIASES:
-                if n == 0:
-                    finish(
-                        bias_gradient, out, (out < width_out) & pick_flag(BIASES, layer), pick(biases, layer),
-                        pick(bias_state0, layer), pick(bias_state1, layer), hyper, pick(BIAS_SETS, layer), RULE,
-                    )  # fmt: skip
+            finish_layer(
+                gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases, weight_state0,
+                weight_state1, bias_state0, bias_state1, hyper, WEIGHTS, BIASES, RULE, WEIGHT_SETS, BIAS_SETS,
+            )  # fmt: skip
         ticket = tl.atomic_add(counters, 1)
     # Every program draws one ticket too many; whoever draws the last of these is the last to look at the counters.
     if ticket == total + tl.num_programs(0) - 1:
-        used = 1 + tl.cdiv(widest, BLOCK_U)
+        used = 1 + unit_tiles + (tl.cdiv(delta_width, BLOCK_U) if COPY else 0)
         for first in range(0, used, RESET_BLOCK):
             at = first + tl.arange(0, RESET_BLOCK)
             tl.store(counters + at, tl.zeros((RESET_BLOCK,), tl.int32), mask=at < used)
+
+
+@triton.jit
+def _copy_error(
+    tile, error, copy, rows, error_size, stride_row, stride_column, width,
+    INDEX: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A tile of the error as the output layer's δ: in its dtype, in rows of `width`, zeros behind the last component."""
+    row_tiles = tl.cdiv(rows, BLOCK_R)
+    column = ((tile // row_tiles) * BLOCK_U + tl.arange(0, BLOCK_U)).to(INDEX)
+    row = ((tile % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)).to(INDEX)
+    e = error_tile(error, row, rows, stride_row, column, error_size, stride_column)
+    inside = (column < width)[:, None] & (row < rows)[None, :]
+    tl.store(copy + row[None, :] * width + column[:, None], e.to(copy.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -135,8 +143,8 @@ def _order_with_tma():
 
 
 @triton.jit
-def product_tile(
-    delta, x, first_out, first_in, width_out, stride_row, stride_column, width_in, length, with_bias,
+def _product(
+    delta, x, first_out, first_in, width_out, stride, width_in, length, with_bias,
     PRECISION: tl.constexpr, BIAS: tl.constexpr, INDEX: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +152,7 @@ def product_tile(
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     bias_gradient = tl.zeros((BLOCK_M,), tl.float32)
     if TMA:
-        delta_view = tl.make_tensor_descriptor(delta, [length, width_out], [stride_row, 1], [BLOCK_K, BLOCK_M])
+        delta_view = tl.make_tensor_descriptor(delta, [length, width_out], [stride, 1], [BLOCK_K, BLOCK_M])
         x_view = tl.make_tensor_descriptor(x, [length, width_in], [width_in, 1], [BLOCK_K, BLOCK_N])
     out = (first_out + tl.arange(0, BLOCK_M)).to(INDEX)
     column = (first_in + tl.arange(0, BLOCK_N)).to(INDEX)
@@ -155,11 +163,11 @@ def product_tile(
         else:
             row = (first + tl.arange(0, BLOCK_K)).to(INDEX)
             inside = (row < length)[:, None]
-            delta_at = delta + row[:, None] * stride_row + out[None, :] * stride_column
+            delta_at = delta + row[:, None] * stride + out[None, :]
             delta_tile = tl.load(delta_at, mask=inside & (out < width_out)[None, :], other=0.0)
             x_at = x + row[:, None] * width_in + column[None, :]
             x_tile = tl.load(x_at, mask=inside & (column < width_in)[None, :], other=0.0)
-        gradient = tl.dot(tl.trans(delta_tile.to(x_tile.dtype)), x_tile, gradient, input_precision=PRECISION)
+        gradient = tl.dot(tl.trans(delta_tile), x_tile, gradient, input_precision=PRECISION)
         if BIAS:
             if with_bias:
                 bias_gradient += tl.sum(delta_tile.to(tl.float32), axis=0)
