@@ -16,8 +16,8 @@ def main() -> None:
     print(f"dfa_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     for package in ("triton", "numpy"):
         print(f"{package}: {_version(package) or 'not installed'}")
-    for device_type, name in _devices():
-        backend, reason = automatic_choice(device_type)
+    for device, name in _devices():
+        backend, reason = automatic_choice(device)
         print(f"{name}: backend {backend} ({reason})")
     if not torch.cuda.is_available():
         print("no CUDA device is visible to torch")
@@ -31,13 +31,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _devices() -> list[tuple[str, str]]:
-    """(device type, its name) for the CPU and every visible CUDA device."""
-    gpus = [
-        f"cuda:{i} {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
-        for i in range(torch.cuda.device_count())
-    ]
-    return [("cpu", f"cpu, {torch.get_num_threads()} threads"), *(("cuda", name) for name in gpus)]
+def _devices() -> list[tuple[torch.device, str]]:
+    """The CPU and every visible CUDA device, each with its name."""
+    devices = [(torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads")]
+    for i in range(torch.cuda.device_count()):
+        capability = "".join(map(str, torch.cuda.get_device_capability(i)))
+        devices.append((torch.device("cuda", i), f"cuda:{i} {torch.cuda.get_device_name(i)}, sm_{capability}"))
+    return devices
 
 
 if __name__ == "__main__":

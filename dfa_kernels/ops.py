@@ -1,7 +1,8 @@
 """The registered operators: one boundary per hot path, for compilers, exporters and other languages' callers.
 
-Without a better implementation on a device each of them runs the torch backend. The torch backend itself is called
-directly by the autograd node, so that compilers, profilers and counters see its products.
+On CUDA they run what "auto" means there, elsewhere the torch backend. The autograd node calls its backend directly,
+without the operators' overhead, and so that compilers, profilers and counters see the torch backend's products; what
+compilers cannot look into, they get as an operator.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import torch_backend
+from .backends import BACKENDS, resolve, torch_backend
 from .feedback_spec import FeedbackSpec
 
 LAYER_ARGUMENTS = (
@@ -38,8 +39,16 @@ def _with_decoded_feedback(implementation: Callable[..., Any]) -> Callable[..., 
     return run
 
 
+def _automatic(name: str) -> Callable[..., Any]:
+    def run(error: Tensor, *rest: Any) -> Any:
+        return getattr(BACKENDS[resolve("auto", error.device)], name)(error, *rest)
+
+    return run
+
+
 for _op in (torch_backend.layer_grads, torch_backend.layer_update_, torch_backend.project_taps):
     library.impl(_op.__name__, _with_decoded_feedback(_op), "CompositeExplicitAutograd")
+    library.impl(_op.__name__, _with_decoded_feedback(_automatic(_op.__name__)), "CUDA")
 
 
 @torch.library.register_fake("dfa_kernels::layer_grads", lib=library)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from types import ModuleType
 
@@ -11,32 +12,57 @@ from . import torch_backend
 
 logger = logging.getLogger("dfa_kernels")
 
+OLDEST_FOR_TRITON = 80
+"""sm_70 and sm_75 have tensor cores that Triton no longer uses."""
+
 BACKENDS: dict[str, ModuleType] = {"torch": torch_backend}
 
-_announced: set[str] = set()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from . import triton as triton_backend
+
+    BACKENDS["triton"] = triton_backend
+
+_announced: set[torch.device] = set()
 
 
 def check_backend(backend: str) -> str:
     """``backend`` itself, or a ValueError if there is none of that name."""
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError("backend: got 'triton', but the package triton is not installed; use 'auto' or 'torch'")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {['auto', *BACKENDS]}")
     return backend
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """The name of the backend that ``backend`` means on ``device``."""
-    return _automatic(device.type) if backend == "auto" else backend
+    """The name of the backend that ``backend`` means on ``device``; ValueError if it cannot run there."""
+    if backend == "auto":
+        return _automatic(device.type, device.index)
+    if backend == "triton":
+        triton_backend.check_device(device)
+    return backend
 
 
 @torch.compiler.assume_constant_result
-def _automatic(device_type: str) -> str:
-    chosen, reason = automatic_choice(device_type)
-    if device_type not in _announced:
-        _announced.add(device_type)
-        logger.info("%s: backend %s (%s)", device_type, chosen, reason)
+def _automatic(device_type: str, index: int | None) -> str:
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    chosen, reason = automatic_choice(device)
+    if device not in _announced:
+        _announced.add(device)
+        logger.info("%s: backend %s (%s)", device, chosen, reason)
     return chosen
 
 
-def automatic_choice(device_type: str) -> tuple[str, str]:
-    """(backend, reason) for a device type."""
-    return "torch", "the only backend of this version; it runs on every device"
+def automatic_choice(device: torch.device) -> tuple[str, str]:
+    """(backend, reason) for a device."""
+    if device.type != "cuda":
+        return "torch", "the fastest on this kind of device"
+    if torch.version.hip is not None:
+        return "torch", "the kernels are for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not HAS_TRITON:
+        return "torch", "the package triton is not installed"
+    if major * 10 + minor < OLDEST_FOR_TRITON:
+        return "torch", f"sm_{major}{minor}: Triton uses tensor cores from sm_{OLDEST_FOR_TRITON} on"
+    return "triton", f"one launch for all layers on sm_{major}{minor}"

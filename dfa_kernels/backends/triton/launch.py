@@ -42,7 +42,7 @@ def launch(plan: LaunchPlan, device: torch.device, tensors: Arguments, hyper: Hy
 
 def check_device(device: torch.device) -> None:
     """ValueError for a device on which no kernel can run."""
-    if not INTERPRETED and device.type != "cuda":
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         raise ValueError(
             f"backend: 'triton' got tensors on {device}, expected cuda; on a CPU use 'auto' or 'torch', or set "
             "TRITON_INTERPRET=1 before the import to have the kernels interpreted, slowly"

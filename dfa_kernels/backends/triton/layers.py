@@ -14,9 +14,26 @@ from ...feedback_spec import FeedbackSpec
 from .. import torch_backend
 from .epilogue import NUMBERS
 from .launch import check_device, counters, launch, target_of
-from .plan import GroupedProblem, plan_grouped
-from .source import dense, projected, reason_for_torch
-from .two_phase import two_phase
+from .plan import GroupedProblem, LaunchPlan, Target, plan_grouped
+from .source import dense, describe_projection, mask_of, projection_tensors, reason_for_torch
+
+Sets = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class LayerCall:
+    """The arguments that the two operators share."""
+
+    error: Tensor
+    stored: Sequence[Tensor]
+    feedback: FeedbackSpec
+    inputs: Sequence[Tensor]
+    kept: Sequence[Tensor]
+    noise: Sequence[Tensor | None]
+    activations: Sequence[str]
+    parameters: Sequence[float]
+    weight_grads: Sequence[bool]
+    bias_grads: Sequence[bool]
 
 
 def layer_grads(
@@ -48,7 +65,7 @@ def layer_grads(
         if bias_grads[i]:
             gradients.append(x.new_empty((out,), dtype=dtype))
     if gradients:
-        _launch(_Call(*call), _Update(gradients, [], "store", [()] * len(gradients)))
+        _launch(LayerCall(*call), _Update(gradients, [], "store", [()] * len(gradients)))
     return gradients
 
 
@@ -82,7 +99,7 @@ def layer_update_(
     each = len(hyper) // len(weights)
     numbers = [update_numbers(rule, hyper[i * each : (i + 1) * each], bool(state)) for i in range(len(weights))]
     kernel_rule = "momentum" if rule == "sgd" and state else rule
-    _launch(_Call(*call), _Update(weights, state, kernel_rule, numbers))
+    _launch(LayerCall(*call), _Update(weights, state, kernel_rule, numbers))
     torch.autograd.graph.increment_version(changed)
 
 
@@ -94,22 +111,6 @@ def update_numbers(rule: str, hyper: Sequence[float], has_state: bool) -> tuple[
         return (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, rate, math.sqrt(1 - beta2**step), eps)
     lr, momentum, weight_decay, nesterov = hyper
     return (lr, weight_decay, momentum, float(nesterov)) if has_state else (lr, weight_decay)
-
-
-@dataclass(slots=True)
-class _Call:
-    """The arguments that the two operators share."""
-
-    error: Tensor
-    stored: Sequence[Tensor]
-    feedback: FeedbackSpec
-    inputs: Sequence[Tensor]
-    kept: Sequence[Tensor]
-    noise: Sequence[Tensor | None]
-    activations: Sequence[str]
-    parameters: Sequence[float]
-    weight_grads: Sequence[bool]
-    bias_grads: Sequence[bool]
 
 
 @dataclass(slots=True)
@@ -135,47 +136,55 @@ class _PerLayer:
     hyper: tuple[float, ...]
 
 
-def _launch(call: _Call, update: _Update) -> None:
-    per_layer = _per_layer(call, update)
-    kept = [dense(h) for h in call.kept]
-    inputs = tuple([dense(x) for x in call.inputs])
-    positions = [torch_backend.positions(h, call.error) for h in kept]
-    sizes = [t * h.shape[1] for t, h in zip(positions, kept, strict=True)]
-    how, error, stored = projected(call.error, call.stored, call.feedback, max(sizes, default=0), inputs[0].dtype)
-    outputs = len(inputs) - len(kept)
+def plan_layers(
+    call: LayerCall, target: Target, dtype: torch.dtype, rule: str, weight_sets: Sets = (0,), bias_sets: Sets = (0,)
+) -> LaunchPlan:
+    """What will run for layers of these shapes; dtype: of the parameters. Reads no values, so meta tensors do."""
+    positions = [torch_backend.positions(h, call.error) for h in call.kept]
+    sizes = [t * h.shape[1] for t, h in zip(positions, call.kept, strict=True)]
+    outputs = len(call.inputs) - len(call.kept)
+    how = describe_projection(
+        call.error, call.stored, call.feedback, max(sizes, default=0), call.inputs[0].dtype
+    )
     problem = GroupedProblem(
         how,
-        tuple([x.shape[1] for x in inputs]),
-        tuple([h.shape[1] for h in kept] + [error.shape[1]] * outputs),
+        tuple([x.shape[1] for x in call.inputs]),
+        tuple([h.shape[1] for h in call.kept] + [call.error.shape[1]] * outputs),
         tuple(positions + [1] * outputs),
         tuple(call.activations),
         tuple([float(number) for number in call.parameters]),
-        _mask([mask is not None for mask in call.noise]),
-        _mask(call.weight_grads),
-        _mask(call.bias_grads),
-        update.destinations[0].dtype,
-        update.rule,
-        per_layer.weight_sets,
-        per_layer.bias_sets,
+        mask_of([mask is not None for mask in call.noise]),
+        mask_of(call.weight_grads),
+        mask_of(call.bias_grads),
+        dtype,
+        rule,
+        weight_sets,
+        bias_sets,
     )
-    plan = plan_grouped(problem, target_of(error.device))
+    return plan_grouped(problem, target)
+
+
+def _launch(call: LayerCall, update: _Update) -> None:
+    per_layer = _per_layer(call, update)
+    device, dtype = call.error.device, update.destinations[0].dtype
+    plan = plan_layers(call, target_of(device), dtype, update.rule, per_layer.weight_sets, per_layer.bias_sets)
+    widest = max(plan.problem.sizes, default=0)
+    error, stored = projection_tensors(plan.problem.projected, call.error, call.stored, widest)
+    inputs, kept = tuple([dense(x) for x in call.inputs]), tuple([dense(h) for h in call.kept])
     anything = inputs[0]
-    hidden = tuple(kept) or (anything,)
-    noise = tuple([anything if mask is None else dense(mask) for mask in call.noise]) or (anything,)
-    results = (per_layer.weights, per_layer.biases, *per_layer.weight_state, *per_layer.bias_state)
-    if plan.kernel is two_phase:
+    noise = tuple([anything if mask is None else dense(mask) for mask in call.noise])
+    tensors = (error, stored, inputs, kept or (anything,), noise or (anything,))
+    if plan.counters:
         deltas = [torch.empty_like(h) for h in kept]
-        if outputs:
-            deltas.append(
-                error.new_empty((error.shape[0], plan.copy_width), dtype=how.dtype) if plan.copy_width else error
-            )
-        begin = (counters(plan.counters, error.device), error, stored, inputs, hidden, noise, tuple(deltas))
-    else:
-        begin = (error, stored, inputs, hidden, noise)
-    launch(plan, error.device, (*begin, *results), (per_layer.hyper,))
+        if len(inputs) > len(kept):
+            shape = (error.shape[0], plan.copy_width)
+            deltas.append(anything.new_empty(shape) if plan.copy_width else error)
+        tensors = (counters(plan.counters, device), *tensors, tuple(deltas))
+    results = (per_layer.weights, per_layer.biases, *per_layer.weight_state, *per_layer.bias_state)
+    launch(plan, device, (*tensors, *results), (per_layer.hyper,))
 
 
-def _per_layer(call: _Call, update: _Update) -> _PerLayer:
+def _per_layer(call: LayerCall, update: _Update) -> _PerLayer:
     """Destinations, state and numbers by layer, from their order in the operators."""
     spare = update.destinations[0]
     share = len(update.state) // len(update.destinations)
@@ -205,8 +214,3 @@ def _per_layer(call: _Call, update: _Update) -> _PerLayer:
         bias_sets,
         tuple(number for numbers in sets for number in numbers) or (0.0,),
     )
-
-
-def _mask(flags: Sequence[bool]) -> int:
-    """Bit i is flag i."""
-    return sum(bool(flag) << i for i, flag in enumerate(flags))

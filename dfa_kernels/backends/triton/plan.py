@@ -159,6 +159,8 @@ class TapsProblem:
 class LaunchPlan:
     """One launch, complete but for the tensors and the update's numbers."""
 
+    problem: Any
+    """The `GroupedProblem` or `TapsProblem` it is for."""
     kernel: Any
     config: OnePhaseConfig | TwoPhaseConfig | ProjectionConfig
     programs: int
@@ -219,6 +221,7 @@ def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPla
         GROUP_M=config.group_m,
     )
     return LaunchPlan(
+        problem,
         one_phase,
         config,
         _gradient_tiles(problem, config),
@@ -265,6 +268,7 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
         total,
     )
     return LaunchPlan(
+        problem,
         two_phase,
         config,
         min(total, target.multiprocessors * config.programs),
@@ -306,6 +310,7 @@ def plan_taps(problem: TapsProblem, target: Target) -> LaunchPlan:
     )
     why = f"one tile of the projection at a time serves all {len(problem.sizes)} taps"
     return LaunchPlan(
+        problem,
         project_taps_kernel,
         config,
         _projection_tiles(problem, config),

@@ -12,9 +12,6 @@ from ...projection import PLAIN_KINDS
 from ..torch_backend import shared_projection
 from .plan import DTYPES, Projected
 
-Parts = tuple[Tensor, ...]
-
-
 def reason_for_torch(error: Tensor, tensors: Sequence[Tensor], *dtypes: torch.dtype) -> str | None:
     """Why the torch backend has to compute this, or None."""
     wanted = {error.dtype, *dtypes, *[tensor.dtype for tensor in tensors]}
@@ -41,29 +38,42 @@ def source_of(feedback: FeedbackSpec, is_stored: bool, is_elsewhere: bool) -> st
     return "signs" if feedback.kind == "rademacher" else "sparse"
 
 
-def projected(
+def describe_projection(
     error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec, size: int, dtype: torch.dtype
-) -> tuple[Projected, Tensor, Parts]:
-    """How e Uᵀ of the widest tap comes about, the error, and the tensors that U is read from, if any."""
+) -> Projected:
+    """How e Uᵀ of the widest tap, of `size` units, comes about; dtype: of the activations. Reads no values."""
     is_elsewhere = bool(stored) and stored[0].device != error.device
-    source = source_of(feedback, bool(stored), is_elsewhere)
-    parts: Parts = tuple(stored)
-    if source == "projection" or not size:
-        source, error = "projection", error.float()
-        parts = (shared_projection(error, stored, feedback, size).values.float().contiguous(),) if size else ()
-    problem = Projected(
+    source = source_of(feedback, bool(stored), is_elsewhere) if size else "projection"
+    given = source == "projection"
+    return Projected(
         error.shape[0],
         error.shape[1],
-        (error.stride(0), error.stride(1)),
-        error.dtype,
+        (error.shape[1], 1) if given else (error.stride(0), error.stride(1)),
+        torch.float32 if given else error.dtype,
         feedback,
         source,
         dtype,
         torch.backends.cuda.matmul.fp32_precision == "tf32",
     )
-    return problem, error, parts or (error,)
+
+
+def projection_tensors(
+    how: Projected, error: Tensor, stored: Sequence[Tensor], size: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The kernels' error and `stored`: parts of U, or P; any tensor where the kernel reads none."""
+    if how.source != "projection":
+        return error, tuple(stored) or (error,)
+    wide = dense(error.float())
+    if not size:
+        return wide, (wide,)
+    return wide, (dense(shared_projection(error, stored, how.feedback, size).values.float()),)
 
 
 def dense(tensor: Tensor) -> Tensor:
     """The tensor, its elements one after the other."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def mask_of(flags: Sequence[bool]) -> int:
+    """Bit i is flag i."""
+    return sum(bool(flag) << i for i, flag in enumerate(flags))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from ...feedback_spec import FeedbackSpec
 from .. import torch_backend
 from .launch import check_device, launch, target_of
-from .plan import TapsProblem, plan_taps
-from .source import dense, projected, reason_for_torch
+from .plan import LaunchPlan, TapsProblem, Target, plan_taps
+from .source import dense, describe_projection, mask_of, projection_tensors, reason_for_torch
 
 
 def project_taps(
@@ -42,18 +41,8 @@ def project_taps(
     ]
     if error.shape[0] == 0:
         return results
-    how, error, parts = projected(error, stored, feedback, max(sizes), (saved or [error])[0].dtype)
-    problem = TapsProblem(
-        how,
-        tuple(sizes),
-        tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in ordered]),
-        tuple(activations),
-        tuple([float(number) for number in parameters]),
-        _mask([h is not None for h in ordered]),
-        _mask([m is not None for m in masks]),
-        _mask([h is not None and not h.is_contiguous() for h in ordered]),
-    )
-    plan = plan_taps(problem, target_of(error.device))
+    plan = plan_project_taps(error, stored, feedback, sizes, ordered, masks, activations, parameters, target_of(error.device))
+    error, parts = projection_tensors(plan.problem.projected, error, stored, max(sizes))
     tensors = (
         error,
         parts,
@@ -63,6 +52,32 @@ def project_taps(
     )
     launch(plan, error.device, tensors)
     return results
+
+
+def plan_project_taps(
+    error: Tensor,
+    stored: Sequence[Tensor],
+    feedback: FeedbackSpec,
+    sizes: Sequence[int],
+    kept: Sequence[Tensor | None],
+    noise: Sequence[Tensor | None],
+    activations: Sequence[str],
+    parameters: Sequence[float],
+    target: Target,
+) -> LaunchPlan:
+    """What will run for taps of these shapes. Reads no values, so meta tensors do."""
+    saved = [h for h in kept if h is not None]
+    problem = TapsProblem(
+        describe_projection(error, stored, feedback, max(sizes), (saved or [error])[0].dtype),
+        tuple(sizes),
+        tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in kept]),
+        tuple(activations),
+        tuple([float(number) for number in parameters]),
+        mask_of([h is not None for h in kept]),
+        mask_of([mask is not None for mask in noise]),
+        mask_of([h is not None and not h.is_contiguous() for h in kept]),
+    )
+    return plan_taps(problem, target)
 
 
 def _ordered(kept: Tensor) -> Tensor:
@@ -80,8 +95,3 @@ def _is_channels_last(tensor: Tensor) -> bool:
 def _like(mask: Tensor, kept: Tensor) -> Tensor:
     """mask, in the order of kept."""
     return mask if mask.stride() == kept.stride() else torch.empty_like(kept).copy_(mask)
-
-
-def _mask(flags: Sequence[bool]) -> int:
-    """Bit i is flag i."""
-    return sum(bool(flag) << i for i, flag in enumerate(flags))
