@@ -18,13 +18,17 @@ from torch import Tensor, nn
 try:
     import triton
     import triton.language as tl
-except ImportError:  # Without Triton nothing ever runs a tile's gradient.
-    tile_function: Callable[[Any], Any] = lambda function: function
-else:
-    tile_function = triton.jit
+except ImportError:
+    triton = None
 
 aten = torch.ops.aten
 T = torch.Tensor
+
+
+def tile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tiles in Triton kernels. Without Triton there are none, and it is never called."""
+    compiled: Callable[..., Any] = function if triton is None else triton.jit(function)
+    return compiled
 
 
 @dataclass(frozen=True)
@@ -58,37 +62,37 @@ def _slope_keeps_sign(slope: float, q: float) -> bool:
 
 
 @tile_function
-def _identity_tile(g, h, p, q):  # type: ignore[no-untyped-def]
+def _identity_tile(g, h, p, q):
     return g
 
 
 @tile_function
-def _tanh_tile(g, h, p, q):  # type: ignore[no-untyped-def]
+def _tanh_tile(g, h, p, q):
     return g * (1 - h * h)
 
 
 @tile_function
-def _relu_tile(g, h, p, q):  # type: ignore[no-untyped-def]
+def _relu_tile(g, h, p, q):
     return tl.where(h <= 0, 0.0, g)
 
 
 @tile_function
-def _leaky_relu_tile(g, kept, slope, q):  # type: ignore[no-untyped-def]
+def _leaky_relu_tile(g, kept, slope, q):
     return tl.where(kept > 0, g, g * slope)
 
 
 @tile_function
-def _abs_tile(g, a, p, q):  # type: ignore[no-untyped-def]
+def _abs_tile(g, a, p, q):
     return tl.where(a > 0, g, tl.where(a < 0, -g, g * a))
 
 
 @tile_function
-def _sigmoid_tile(g, h, p, q):  # type: ignore[no-untyped-def]
+def _sigmoid_tile(g, h, p, q):
     return g * (1 - h) * h
 
 
 @tile_function
-def _gelu_tile(g, a, tanh_form, q):  # type: ignore[no-untyped-def]
+def _gelu_tile(g, a, tanh_form, q):
     density = tl.exp(-0.5 * a * a) * 0.3989422804014327
     exact = 0.5 * (1 + tl.erf(a * 0.7071067811865476)) + a * density
     # 1 + tanh(u) = 2 sigmoid(2u), which does not cancel for negative u.
@@ -99,25 +103,25 @@ def _gelu_tile(g, a, tanh_form, q):  # type: ignore[no-untyped-def]
 
 
 @tile_function
-def _silu_tile(g, a, p, q):  # type: ignore[no-untyped-def]
+def _silu_tile(g, a, p, q):
     s = tl.sigmoid(a)
     return g * s * (1 + a * (1 - s))
 
 
 @tile_function
-def _elu_tile(g, kept, alpha, q):  # type: ignore[no-untyped-def]
+def _elu_tile(g, kept, alpha, q):
     # alpha >= 0: kept is h, and f' = h + alpha; else it is a.
     below = tl.where(alpha < 0, alpha * tl.exp(tl.minimum(kept, 0.0)), kept + alpha)
     return tl.where(kept > 0, g, g * below)
 
 
 @tile_function
-def _softplus_tile(g, a, beta, threshold):  # type: ignore[no-untyped-def]
+def _softplus_tile(g, a, beta, threshold):
     return tl.where(a * beta > threshold, g, g * tl.sigmoid(a * beta))
 
 
 @tile_function
-def _hardtanh_tile(g, h, low, high):  # type: ignore[no-untyped-def]
+def _hardtanh_tile(g, h, low, high):
     return tl.where((h <= low) | (h >= high), 0.0, g)
 
 

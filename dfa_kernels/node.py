@@ -7,6 +7,7 @@ may interleave, and several may be alive before their backward passes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,11 +40,10 @@ def attach(
     ledger: Ledger | None,
 ) -> Tensor:
     """The output [..., E], now with an autograd node that turns its gradient into every segment's."""
-    rows, error_size = error_shape(output)
+    rows, _ = error_shape(output)
     check_units(segments, last, rows)
     backend = backends.resolve(backend, output.device)
-    widest = max([0, *[math.prod(segment.units) for segment in segments]])
-    stored = feedback.stored(widest, error_size, output.device) if segments else []
+    stored = stored_feedback(output, segments, feedback)
     output = output if last is None else output.detach()
     call = None
     if ledger is not None:
@@ -55,6 +55,17 @@ def attach(
     if ledger is not None and call is not None:
         output = DeferringNode.apply(ledger, call, output, call.weights[0])
     return output
+
+
+def stored_feedback(output: Tensor, segments: list[Segment], feedback: Feedback) -> list[Tensor]:
+    """What the feedback keeps for the widest of the segments."""
+    if not segments:
+        return []
+    return feedback.stored(
+        max(math.prod(segment.units) for segment in segments),
+        output.shape[-1] if output.dim() > 1 else 1,
+        output.device,
+    )
 
 
 def _defer(
@@ -128,20 +139,7 @@ def _finish_taps(
     grads: list[Tensor | None],
 ) -> None:
     """δ for every root, for autograd to go on with, and the gradients of the fused convolutions."""
-    taps: list[tuple[Any, ...]] = [(slot.units, None, None, "identity", 0.0, 0.0) for slot in plan.roots]
-    for slot in plan.convolutions:
-        taps.append((slot.units, _get(saved, slot.kept), _get(saved, slot.noise), slot.activation, slot.p, slot.q))
-    units, kept, noise, activations, p, q = zip(*taps, strict=True)
-    deltas = backends.BACKENDS[plan.backend].project_taps(
-        error,
-        [saved[i] for i in plan.stored],
-        plan.feedback,
-        [math.prod(u) for u in units],
-        kept,
-        noise,
-        activations,
-        [number for pair in zip(p, q, strict=True) for number in pair],
-    )
+    deltas = backends.BACKENDS[plan.backend].project_taps(*tap_arguments(plan, saved, error))
     free = len(plan.roots)
     for root, delta in zip(plan.roots, deltas[:free], strict=True):
         _add(grads, root.root, delta.reshape(rows + root.units))
@@ -179,10 +177,41 @@ def _linear_grads(
     plan: NodePlan, saved: dict[int, Tensor], error: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
 ) -> None:
     """ΔW and Δb of the fused linear layers."""
+    arguments = linear_arguments(plan, saved, error, wanted)
+    layer_grads = backends.BACKENDS[plan.backend].layer_grads(*arguments, plan.dtype)
+    weight_grads, bias_grads = arguments[-2:]
+    remaining = iter(layer_grads)
+    for slot, wants_weight, wants_bias in zip(plan.linears, weight_grads, bias_grads, strict=True):
+        if wants_weight:
+            _add(grads, slot.weight, next(remaining))
+        if slot.bias is not None and wants_bias:
+            _add(grads, slot.bias, next(remaining))
+
+
+def tap_arguments(plan: NodePlan, saved: dict[int, Tensor], error: Tensor) -> tuple[Any, ...]:
+    """The arguments of `project_taps`: the roots, then the convolutions."""
+    taps: list[tuple[Any, ...]] = [(slot.units, None, None, "identity", 0.0, 0.0) for slot in plan.roots]
+    for slot in plan.convolutions:
+        taps.append((slot.units, _get(saved, slot.kept), _get(saved, slot.noise), slot.activation, slot.p, slot.q))
+    units, kept, noise, activations, p, q = zip(*taps, strict=True)
+    return (
+        error,
+        [saved[i] for i in plan.stored],
+        plan.feedback,
+        [math.prod(u) for u in units],
+        kept,
+        noise,
+        activations,
+        [number for pair in zip(p, q, strict=True) for number in pair],
+    )
+
+
+def linear_arguments(
+    plan: NodePlan, saved: dict[int, Tensor], error: Tensor, wanted: Sequence[bool]
+) -> tuple[Any, ...]:
+    """The arguments of `layer_grads` up to its dtype; wanted: whether each of the node's tensors needs a gradient."""
     hidden = [slot for slot in plan.linears if slot.kept is not None]
-    weight_grads = [wanted[slot.weight] for slot in plan.linears]
-    bias_grads = [slot.bias is not None and wanted[slot.bias] for slot in plan.linears]
-    layer_grads = backends.BACKENDS[plan.backend].layer_grads(
+    return (
         error,
         [saved[i] for i in plan.stored],
         plan.feedback,
@@ -191,16 +220,9 @@ def _linear_grads(
         [None if slot.noise is None else as_rows(saved[slot.noise]) for slot in hidden],
         [slot.activation for slot in hidden],
         [number for slot in hidden for number in (slot.p, slot.q)],
-        weight_grads,
-        bias_grads,
-        plan.dtype,
+        [wanted[slot.weight] for slot in plan.linears],
+        [slot.bias is not None and wanted[slot.bias] for slot in plan.linears],
     )
-    remaining = iter(layer_grads)
-    for slot, wants_weight, wants_bias in zip(plan.linears, weight_grads, bias_grads, strict=True):
-        if wants_weight:
-            _add(grads, slot.weight, next(remaining))
-        if slot.bias is not None and wants_bias:
-            _add(grads, slot.bias, next(remaining))
 
 
 def _add(grads: list[Tensor | None], i: int, grad: Tensor) -> None:

@@ -17,6 +17,7 @@ from .feedback import Feedback
 from .plan import error_shape, tap_units
 from .segments import FusedLayer, Segment, SegmentedPass
 from .sequence import plain_modules, run_sequence
+from .step_plan import Sketch, StepPlan, sketch, step_plan
 from .taps import OutputTap, Tap, TapInfo, TapPolicy, tap_names
 from .weight_layers import count_weight_layers
 
@@ -65,6 +66,8 @@ class DFA(nn.Module):
         self._weight_layers: int | None = None
         self._taps: tuple[TapInfo, ...] | None = None
         self._error_size: int | None = None
+        self._looks: tuple[Any, ...] | None = None
+        self._sketch: Sketch | None = None
         self._backprop = False
         self._optimizer: weakref.ref[FusedOptimizer] | None = None
 
@@ -95,6 +98,17 @@ class DFA(nn.Module):
         assert self._error_size is not None
         return self.feedback.matrix(sizes[name], self._error_size)
 
+    def plan(self) -> StepPlan:
+        """What the backward pass of a forward pass like the last one runs, and why; for people: print it.
+
+        Raises:
+            RuntimeError: before the first forward pass.
+        """
+        if self._sketch is None:
+            raise RuntimeError("plan: it follows from a forward pass, and there has been none yet")
+        optimizer = None if self._optimizer is None else self._optimizer()
+        return step_plan(self._sketch, None if optimizer is None else optimizer.rule)
+
     @contextlib.contextmanager
     def backprop(self) -> Iterator[None]:
         """Within it the same network learns by exact backpropagation."""
@@ -116,10 +130,11 @@ class DFA(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.feedback = Feedback.from_state_dict(state["feedback"], device=self.feedback.device)
+        self._looks = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy belongs to no optimizer."""
-        return {**self.__dict__, "_optimizer": None}
+        """A copy belongs to no optimizer, and has seen no pass."""
+        return {**self.__dict__, "_optimizer": None, "_looks": None, "_sketch": None}
 
     def extra_repr(self) -> str:
         return f"feedback={self.feedback!r}, backend={self.backend!r}"
@@ -130,7 +145,7 @@ class DFA(nn.Module):
         for segment in segments:
             segment.units = tap_units(segment, rows)
         if self._taps is None or not torch.compiler.is_compiling():
-            self._remember_taps(error_size, segments)
+            self._remember(output, rows, error_size, segments, last)
         return node.attach(output, segments, last, self.feedback, self.backend, self._ledger())
 
     def _run_segments(
@@ -155,13 +170,25 @@ class DFA(nn.Module):
             self._weight_layers = count_weight_layers(self.net, args, kwargs)
         return -1 if self._weight_layers is None else self._weight_layers
 
-    def _remember_taps(self, error_size: int, segments: list[Segment]) -> None:
+    def _remember(
+        self,
+        output: Tensor,
+        rows: tuple[int, ...],
+        error_size: int,
+        segments: list[Segment],
+        last: FusedLayer | None,
+    ) -> None:
+        """What `taps` and `plan` tell; nothing to do as long as passes look the same."""
         units = [segment.units for segment in segments]
-        if self._taps is not None and self._error_size == error_size and units == [tap.shape for tap in self._taps]:
+        looks = (units, rows, error_size, output.dtype, output.device)
+        if looks == self._looks:
             return
-        self._error_size = error_size
         names = tap_names(self.net, [segment.origin for segment in segments])
         self._taps = tuple(TapInfo(n, u, math.prod(u)) for n, u in zip(names, units, strict=True))
+        self._looks, self._error_size = looks, error_size
+        if not torch.compiler.is_compiling():
+            stored = node.stored_feedback(output, segments, self.feedback)
+            self._sketch = sketch(output, segments, last, stored, self.feedback.spec, self.backend)
 
     def _check_pass(self, segmented: SegmentedPass) -> None:
         if self._policy.kind == "named":

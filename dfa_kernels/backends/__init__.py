@@ -38,7 +38,8 @@ def check_backend(backend: str) -> str:
 def resolve(backend: str, device: torch.device) -> str:
     """The name of the backend that ``backend`` means on ``device``; ValueError if it cannot run there."""
     if backend == "auto":
-        return _automatic(device.type, device.index)
+        chosen: str = _automatic(device.type, device.index)
+        return chosen
     if backend == "triton":
         triton_backend.check_device(device)
     return backend

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -188,3 +188,15 @@ def _bias_grad(delta: Tensor, dtype: torch.dtype) -> Tensor:
 def _shares(values: Sequence[T], n: int) -> list[Sequence[T]]:
     each = len(values) // n if n else 0
     return [values[i * each : (i + 1) * each] for i in range(n)]
+
+
+def describe_layers(arguments: tuple[Any, ...], dtype: torch.dtype, rule: str, device: torch.device) -> str:
+    """What `layer_grads` or `layer_update_` runs for these arguments, in words."""
+    kept, inputs = arguments[4], arguments[3]
+    projection = "e Uᵀ once for all, then " if kept else ""
+    return f"{projection}one product for each of {len(inputs)} layers"
+
+
+def describe_taps(arguments: tuple[Any, ...], device: torch.device) -> str:
+    """What `project_taps` runs for these arguments, in words."""
+    return f"e Uᵀ once for all, sliced for each of {len(arguments[3])} taps"

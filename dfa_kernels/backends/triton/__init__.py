@@ -4,8 +4,9 @@ layers.py (the operators) → plan.py (what will run, and why) → launch.py →
 taps.py → project_taps.py. Tiles of U and of the projection come from feedback_tile.py, δ from delta.py.
 """
 
+from .describe import describe_layers, describe_taps
 from .launch import check_device
 from .layers import layer_grads, layer_update_
 from .taps import project_taps
 
-__all__ = ["check_device", "layer_grads", "layer_update_", "project_taps"]
+__all__ = ["check_device", "describe_layers", "describe_taps", "layer_grads", "layer_update_", "project_taps"]

@@ -1,6 +1,6 @@
 """Tile shapes of the kernels, a committed table per GPU architecture (`configs.json`, rewritten by `bench/tune.py`).
 
-Nothing is tuned when a network trains: a launch takes the first row of its list whose tiles fill the GPU, else the last.
+Nothing is tuned while a network trains: a launch takes the first row of its list whose tiles fill the GPU, or the last.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ def write_deltas(
     tile, error, stored, kept, noise, deltas, error_size, stride_row, stride_column, key0, key1, nonzeros, widest,
     rows, sizes, channels, scales, p, q,
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr,
-    ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
+    ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Writes δ at tile `tile` of the projection [widest units, rows] into every tap that reaches it.
 

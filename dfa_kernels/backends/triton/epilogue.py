@@ -28,9 +28,8 @@ def finish_layer(
             gradient, out, first_in, width_in, tl.where(pick_flag(WEIGHTS, layer), width_out, 0), pick(weights, layer),
             pick(weight_state0, layer), pick(weight_state1, layer), hyper, pick(WEIGHT_SETS, layer), RULE,
         )  # fmt: skip
-    if BIASES:
-        if with_bias:
-            finish(
+    if BIASES and with_bias:
+        finish(
                 bias_gradient, out, (out < width_out) & pick_flag(BIASES, layer), pick(biases, layer),
                 pick(bias_state0, layer), pick(bias_state1, layer), hyper, pick(BIAS_SETS, layer), RULE,
             )  # fmt: skip

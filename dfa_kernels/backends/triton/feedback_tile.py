@@ -27,7 +27,9 @@ def feedback_tile(
     stored, key0, key1, unit, units, first_column, error_size, nonzeros,
     SOURCE: tl.constexpr, BLOCK_E: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """U[unit, first_column : first_column + BLOCK_E], rounded to ENTRY, as DOT [M, BLOCK_E]; 0 for unit >= units and beyond the error.
+    """U[unit, first_column : first_column + BLOCK_E], rounded to ENTRY, as DOT [M, BLOCK_E].
+
+    0 for unit >= units and for columns beyond the error.
 
     ROUND: to the nearest tf32, which tensor cores would otherwise truncate to.
     """
@@ -114,7 +116,8 @@ def error_tile(error, row, rows, stride_row, column, error_size, stride_column):
 @triton.jit
 def projection_tile(
     error, stored, key0, key1, unit, units, row, rows, error_size, stride_row, stride_column, nonzeros,
-    SOURCE: tl.constexpr, BLOCK_E: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    SOURCE: tl.constexpr, BLOCK_E: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     """(e Uᵀ)ᵀ at units [M] and rows [R]: float32 [M, R], not scaled."""
     if SOURCE == "projection":

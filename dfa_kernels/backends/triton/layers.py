@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from ...feedback_spec import FeedbackSpec
 from .. import torch_backend
 from .epilogue import NUMBERS
-from .launch import check_device, counters, launch, target_of
+from .launch import Arguments, check_device, counters, launch, target_of
 from .plan import GroupedProblem, LaunchPlan, Target, plan_grouped
 from .source import dense, describe_projection, mask_of, projection_tensors, reason_for_torch
 
@@ -143,9 +142,7 @@ def plan_layers(
     positions = [torch_backend.positions(h, call.error) for h in call.kept]
     sizes = [t * h.shape[1] for t, h in zip(positions, call.kept, strict=True)]
     outputs = len(call.inputs) - len(call.kept)
-    how = describe_projection(
-        call.error, call.stored, call.feedback, max(sizes, default=0), call.inputs[0].dtype
-    )
+    how = describe_projection(call.error, call.stored, call.feedback, max(sizes, default=0), call.inputs[0].dtype)
     problem = GroupedProblem(
         how,
         tuple([x.shape[1] for x in call.inputs]),
@@ -173,7 +170,7 @@ def _launch(call: LayerCall, update: _Update) -> None:
     inputs, kept = tuple([dense(x) for x in call.inputs]), tuple([dense(h) for h in call.kept])
     anything = inputs[0]
     noise = tuple([anything if mask is None else dense(mask) for mask in call.noise])
-    tensors = (error, stored, inputs, kept or (anything,), noise or (anything,))
+    tensors: Arguments = (error, stored, inputs, kept or (anything,), noise or (anything,))
     if plan.counters:
         deltas = [torch.empty_like(h) for h in kept]
         if len(inputs) > len(kept):

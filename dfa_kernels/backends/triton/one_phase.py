@@ -17,7 +17,7 @@ from .tiles import locate, multiple, pick, pick_flag, slope_product
 
 @triton.jit(
     do_not_specialize=[
-        "error_size", "stride_row", "stride_column", "key0", "key1", "nonzeros", "widest", "rows", "widths_in",
+        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows", "widths_in",
         "widths_out", "positions", "scales", "p", "q", "hyper",
     ]
 )  # fmt: skip
@@ -27,8 +27,9 @@ def one_phase(
     p, q, hyper,
     SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, NOISE: tl.constexpr,
     WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr,
-    BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-    ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, ONE_POSITION: tl.constexpr,
+    BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
+    INDEX: tl.constexpr, ONE_POSITION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
@@ -94,9 +95,8 @@ def one_phase(
             mask=(row < rows)[:, None] & (column < width_in)[None, :], other=0.0,
         )  # fmt: skip
         gradient = tl.dot(delta.to(x_tile.dtype), x_tile, gradient, input_precision=PRECISION)
-        if BIASES:
-            if n == 0:
-                bias_gradient += tl.sum(delta, axis=1)
+        if BIASES and n == 0:
+            bias_gradient += tl.sum(delta, axis=1)
 
     finish_layer(
         gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases, weight_state0,

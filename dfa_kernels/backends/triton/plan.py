@@ -7,7 +7,7 @@ GPU's plan can be made and compiled anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -18,15 +18,14 @@ import triton.language as tl
 
 from ...activations import ACTIVATIONS
 from ...feedback_spec import FeedbackSpec
-from .configs import Configs, OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for, first_that_fills
-from .epilogue import NUMBERS
+from .configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for, first_that_fills
 from .one_phase import one_phase
 from .project_taps import project_taps_kernel
 from .two_phase import two_phase
 
 # A hidden layer's tile holds its rows of U: beyond this many components they do not fit beside the gradient.
 LARGEST_HELD_ERROR = 64
-# δ made again by every tile costs arithmetic, δ written once costs a wait inside the launch. Estimated, not yet measured.
+# δ made again by every tile costs arithmetic, δ written once costs a wait in the launch. Estimated, not yet measured.
 MOST_REPEATED_DELTAS = 2**23
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -34,7 +33,7 @@ _TILE_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloa
 
 
 class Derivatives(tuple[Any, ...]):
-    """Kernel functions as one constant of a kernel. Triton's disk cache must know their source, not only their names."""
+    """Kernel functions as one constant of a kernel. Triton's disk cache must know their source, not their names only."""
 
     @property
     def cache_key(self) -> str:
@@ -198,12 +197,10 @@ def plan_grouped(problem: GroupedProblem, target: Target) -> LaunchPlan:
         return plan_one_phase(problem, one)
     two = configs.two_phase[_that_fills([_gradient_tiles(problem, c) for c in configs.two_phase], target)]
     plan = plan_two_phase(problem, two, target)
-    why = (
-        f"{repeated} values of δ would be made again in tiles, more than {MOST_REPEATED_DELTAS}"
-        if held
-        else f"{problem.projected.error_size} error components, more than {LARGEST_HELD_ERROR}, do not fit beside a tile"
-    )
-    return replace(plan, why=why)
+    size = problem.projected.error_size
+    repeats = f"{repeated} values of δ would be made again in tiles, more than {MOST_REPEATED_DELTAS}"
+    too_large = f"{size} error components, more than {LARGEST_HELD_ERROR}, do not fit beside a tile"
+    return replace(plan, why=repeats if held else too_large)
 
 
 def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPlan:

@@ -12,6 +12,7 @@ from ...projection import PLAIN_KINDS
 from ..torch_backend import shared_projection
 from .plan import DTYPES, Projected
 
+
 def reason_for_torch(error: Tensor, tensors: Sequence[Tensor], *dtypes: torch.dtype) -> str | None:
     """Why the torch backend has to compute this, or None."""
     wanted = {error.dtype, *dtypes, *[tensor.dtype for tensor in tensors]}

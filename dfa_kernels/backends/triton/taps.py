@@ -41,7 +41,9 @@ def project_taps(
     ]
     if error.shape[0] == 0:
         return results
-    plan = plan_project_taps(error, stored, feedback, sizes, ordered, masks, activations, parameters, target_of(error.device))
+    plan = plan_project_taps(
+        target_of(error.device), error, stored, feedback, sizes, ordered, masks, activations, parameters
+    )
     error, parts = projection_tensors(plan.problem.projected, error, stored, max(sizes))
     tensors = (
         error,
@@ -55,6 +57,7 @@ def project_taps(
 
 
 def plan_project_taps(
+    target: Target,
     error: Tensor,
     stored: Sequence[Tensor],
     feedback: FeedbackSpec,
@@ -63,7 +66,6 @@ def plan_project_taps(
     noise: Sequence[Tensor | None],
     activations: Sequence[str],
     parameters: Sequence[float],
-    target: Target,
 ) -> LaunchPlan:
     """What will run for taps of these shapes. Reads no values, so meta tensors do."""
     saved = [h for h in kept if h is not None]

@@ -21,7 +21,7 @@ RESET_BLOCK = tl.constexpr(1024)
 
 @triton.jit(
     do_not_specialize=[
-        "error_size", "stride_row", "stride_column", "key0", "key1", "nonzeros", "widest", "rows", "widths_in",
+        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows", "widths_in",
         "widths_out", "positions", "sizes", "scales", "p", "q", "delta_width", "delta_stride", "copies", "projections",
         "total", "hyper",
     ]
@@ -29,13 +29,12 @@ RESET_BLOCK = tl.constexpr(1024)
 def two_phase(
     counters, error, stored, inputs, kept, noise, deltas, weights, biases, weight_state0, weight_state1, bias_state0,
     bias_state1, error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows, widths_in, widths_out,
-    positions, sizes, scales, p, q, delta_width, delta_stride, copies,
-    projections, total, hyper,
+    positions, sizes, scales, p, q, delta_width, delta_stride, copies, projections, total, hyper,
     SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, NOISE: tl.constexpr,
     WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr,
-    BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-    ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, TMA: tl.constexpr,
-    COPY: tl.constexpr,
+    BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
+    INDEX: tl.constexpr, TMA: tl.constexpr, COPY: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -82,8 +81,9 @@ def two_phase(
             )  # fmt: skip
             out = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
             finish_layer(
-                gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases, weight_state0,
-                weight_state1, bias_state0, bias_state1, hyper, WEIGHTS, BIASES, RULE, WEIGHT_SETS, BIAS_SETS,
+                gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases,
+                weight_state0, weight_state1, bias_state0, bias_state1, hyper,
+                WEIGHTS, BIASES, RULE, WEIGHT_SETS, BIAS_SETS,
             )  # fmt: skip
         ticket = tl.atomic_add(counters, 1)
     # Every program draws one ticket too many; whoever draws the last of these is the last to look at the counters.
@@ -99,7 +99,7 @@ def _copy_error(
     tile, error, copy, rows, error_size, stride_row, stride_column, width,
     INDEX: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the error as the output layer's δ: in its dtype, in rows of `width`, zeros behind the last component."""
+    """A tile of the error as the output layer's δ: in its dtype, rows of `width`, zeros behind the last component."""
     row_tiles = tl.cdiv(rows, BLOCK_R)
     column = ((tile // row_tiles) * BLOCK_U + tl.arange(0, BLOCK_U)).to(INDEX)
     row = ((tile % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)).to(INDEX)
@@ -168,7 +168,6 @@ def _product(
             x_at = x + row[:, None] * width_in + column[None, :]
             x_tile = tl.load(x_at, mask=inside & (column < width_in)[None, :], other=0.0)
         gradient = tl.dot(tl.trans(delta_tile), x_tile, gradient, input_precision=PRECISION)
-        if BIAS:
-            if with_bias:
-                bias_gradient += tl.sum(delta_tile.to(tl.float32), axis=0)
+        if BIAS and with_bias:
+            bias_gradient += tl.sum(delta_tile.to(tl.float32), axis=0)
     return gradient, bias_gradient
