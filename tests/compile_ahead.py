@@ -15,9 +15,8 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dfa_kernels.backends.triton.configs import Configs, table
+from dfa_kernels.backends.triton.configs import Configs, ProjectionConfig, table
 from dfa_kernels.backends.triton.epilogue import NUMBERS
 from dfa_kernels.backends.triton.plan import (
     GroupedProblem,
@@ -153,7 +152,7 @@ def planned(case: Case, arch: int) -> tuple[LaunchPlan, list[Any], tuple[Any, ..
     stored = STORED.get(case.source, (error,))
     config = getattr(table()[arch][how.arithmetic], case.kernel)[case.config]
     if case.kernel == "project_taps":
-        plan = plan_taps(taps(case), target, config)
+        plan = _with_config(plan_taps(taps(case), target), config)
         return plan, [error, stored, (x, x), (x, x), (x, x)], plan.numbers
     problem = grouped(case)
     layers, hidden = len(problem.widths_in), problem.hidden
@@ -165,6 +164,13 @@ def planned(case: Case, arch: int) -> tuple[LaunchPlan, list[Any], tuple[Any, ..
         tensors = ["*i32", *tensors, (x,) * layers]
     tensors += [(POINTERS[problem.parameter_dtype],) * layers] * 6
     return plan, tensors, (*plan.numbers, (0.5,) * max(NUMBERS[case.rule], 1))
+
+
+def _with_config(plan: LaunchPlan, config: ProjectionConfig) -> LaunchPlan:
+    """plan_taps picks the config by itself."""
+    constants = plan.constants_by_name()
+    constants |= dict(BLOCK_U=config.block_u, BLOCK_R=config.block_r, BLOCK_E=config.block_e)
+    return replace(plan, config=config, constants=tuple(constants.values()))
 
 
 def compile_plan(plan: LaunchPlan, tensors: list[Any], numbers: tuple[Any, ...], arch: int) -> Any:

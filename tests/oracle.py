@@ -174,25 +174,30 @@ def mlp_gradients(
     inputs, pre, _ = mlp_forward(layers, x)
     last = len(layers) - 1
     return [
-        _layer_gradient(layer, inputs[i], pre[i], e, None if i == last else feedback[i], mask_before_tap)
+        layer_gradient(layer, inputs[i], pre[i], e, None if i == last else feedback[i], mask_before_tap)
         for i, layer in enumerate(layers)
     ]
 
 
-def _layer_gradient(
-    layer: Layer, x: Tensor, a: Tensor, e: Tensor, B: Tensor | None, mask_before_tap: bool
-) -> LayerGrad:
+def layer_gradient(layer: Layer, x: Tensor, a: Tensor, e: Tensor, B: Tensor | None, mask_before_tap: bool) -> LayerGrad:
+    """One layer's gradient, from its input x and pre-activation a; of the output layer if B is None."""
     delta, size = e, e.abs()
     if B is not None:
-        rate = _widened(slope(layer.activation, a, layer.p, layer.q))
-        if mask_before_tap and layer.mask is not None:
-            rate = rate * layer.mask
-        B, wide = B.to(rate.dtype), _widened(e)
-        delta = ((wide @ B.T) * rate).to(e.dtype)
-        # f' taken from h is only known to an absolute precision, so it counts as at least one.
-        size = ((wide.abs() @ B.abs().T) * rate.abs().clamp(min=1)).to(e.dtype)
+        delta, size = tap_delta(layer, a, e, B, mask_before_tap)
     bias = _widened(delta).sum(0).to(e.dtype)
     return LayerGrad(delta.T @ x, bias, _largest(size.T @ x.abs()), _largest(size.sum(0)))
+
+
+def tap_delta(layer: Layer, a: Tensor, e: Tensor, B: Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
+    """(δa, the size of its terms), both of a's shape: the units of B [units, E] are a's elements for one row of e."""
+    rate = _widened(slope(layer.activation, a, layer.p, layer.q))
+    if with_mask and layer.mask is not None:
+        rate = rate * layer.mask
+    B, wide = B.to(rate.dtype), _widened(e)
+    delta = (wide @ B.T).reshape(rate.shape) * rate
+    # f' taken from h is only known to an absolute precision, so it counts as at least one.
+    size = (wide.abs() @ B.abs().T).reshape(rate.shape) * rate.abs().clamp(min=1)
+    return delta.to(e.dtype), size.to(e.dtype)
 
 
 def conv_gradient(

@@ -33,7 +33,7 @@ _TILE_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloa
 
 
 class Derivatives(tuple[Any, ...]):
-    """Kernel functions as one constant of a kernel. Triton's disk cache must know their source, not their names only."""
+    """Kernel functions as one constant of a kernel. Triton's disk cache must know their source, not only names."""
 
     @property
     def cache_key(self) -> str:

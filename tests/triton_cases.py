@@ -1,0 +1,364 @@
+"""Calls of the operators for the tests of the Triton kernels: what they get, what runs, what the formulas say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import strategies as st
+from oracle import Layer, LayerGrad, layer_gradient
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from triton.runtime import interpreter
+
+import dfa_kernels as dfa
+from dfa_kernels.activations import ACTIVATIONS
+from dfa_kernels.backends.triton import launch, layers, taps
+from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton.plan import GroupedProblem, LaunchPlan, Target, plan_one_phase, plan_two_phase
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+CASES = [
+    ("identity", 0.0, 0.0),
+    ("tanh", 0.0, 0.0),
+    ("relu", 0.0, 0.0),
+    ("leaky_relu", 0.01, 0.0),
+    ("leaky_relu", 0.0, 0.0),
+    ("leaky_relu", -0.5, 0.0),
+    ("abs", 0.0, 0.0),
+    ("sigmoid", 0.0, 0.0),
+    ("gelu", 0.0, 0.0),
+    ("gelu", 1.0, 0.0),
+    ("silu", 0.0, 0.0),
+    ("elu", 1.0, 0.0),
+    ("elu", 0.3, 0.0),
+    ("elu", -0.7, 0.0),
+    ("softplus", 1.0, 20.0),
+    ("softplus", 3.0, 2.0),
+    ("hardtanh", -1.0, 1.0),
+    ("hardtanh", -0.3, 2.0),
+]
+FEEDBACKS = [
+    *[
+        (kind, storage)
+        for kind in ("gaussian", "rademacher", "uniform", "sparse")
+        for storage in ("dense", "procedural")
+    ],
+    ("fastfood", "dense"),
+    ("fastfood", "procedural"),
+    ("matrix", "dense"),
+]
+WIDTHS = [1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 64, 67, 97, 127, 128, 199, 200]
+BATCHES = [0, 1, 2, 15, 16, 17, 31, 33, 64, 67, 70]
+ERROR_SIZES = [1, 2, 3, 10, 16, 17, 31, 33, 63, 64]
+LARGE_ERROR_SIZES = [65, 97, 127, 128, 129, 130]
+LAYOUTS = ["plain", "gaps", "offset", "transposed"]
+
+# From small tiles to large: a test begins at one of them and goes on to the first with few enough tiles.
+ONE_PHASE = [
+    OnePhaseConfig(16, 16, 16, 1, 4, 1),
+    OnePhaseConfig(32, 16, 32, 2, 4, 1),
+    OnePhaseConfig(16, 64, 16, 8, 4, 1),
+    OnePhaseConfig(64, 64, 16, 8, 4, 1),
+    OnePhaseConfig(128, 128, 32, 3, 4, 1),
+]
+TWO_PHASE = [
+    TwoPhaseConfig(16, 16, 16, 16, 16, 16, 1, 1, 4, 1),
+    TwoPhaseConfig(32, 16, 32, 16, 32, 16, 2, 2, 4, 1),
+    TwoPhaseConfig(16, 32, 64, 32, 16, 32, 3, 1, 4, 1),
+    TwoPhaseConfig(64, 32, 16, 64, 64, 16, 8, 2, 4, 1),
+    TwoPhaseConfig(128, 64, 32, 128, 128, 32, 8, 1, 4, 1),
+]
+PROJECTIONS = [
+    ProjectionConfig(16, 16, 16, 4, 1),
+    ProjectionConfig(64, 32, 32, 4, 1),
+    ProjectionConfig(128, 64, 64, 4, 1),
+]
+MOST_TILES = 24
+GUARD = 64
+
+
+def guarded(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(memory full of NaN, a dense view of shape and stride inside of it)."""
+    numel = math.prod(shape)
+    memory = torch.full((numel + 2 * GUARD,), math.nan, dtype=dtype, device=DEVICE)
+    return memory, memory.as_strided(shape, stride, GUARD)
+
+
+def in_nans(tensor: Tensor) -> Tensor:
+    """A contiguous copy with NaN on both sides of it in memory."""
+    plain = tensor.to(DEVICE).contiguous()
+    view = guarded(plain.shape, plain.stride(), plain.dtype)[1]
+    return view.copy_(plain)
+
+
+def margins_are_nan(view: Tensor) -> bool:
+    """Whether nothing was written beside a dense view of `guarded` memory."""
+    memory = view.as_strided((view.numel() + 2 * GUARD,), (1,), view.storage_offset() - GUARD)
+    return bool(memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all())
+
+
+def lay(tensor: Tensor, layout: str) -> Tensor:
+    """The same values [rows, columns], elsewhere in memory, with NaN around and between them."""
+    rows, columns = tensor.shape
+    if layout == "transposed":
+        return in_nans(tensor.t()).t()
+    if layout == "gaps":
+        memory = in_nans(torch.full((rows, 2 * columns), math.nan, dtype=tensor.dtype))
+        return memory[:, ::2].copy_(tensor)
+    if layout == "offset":
+        memory = in_nans(torch.full((rows, columns + 3), math.nan, dtype=tensor.dtype))
+        return memory[:, 1 : columns + 1].copy_(tensor)
+    return in_nans(tensor)
+
+
+def lay_error(error: Tensor, layout: str) -> Tensor:
+    """`lay`, or one row for all (a broadcast gradient), or one number for all (that of a sum)."""
+    if layout == "one row" and error.shape[0]:
+        return in_nans(error[:1]).expand(error.shape)
+    if layout == "one number" and error.shape[0]:
+        return in_nans(error[:1, :1]).expand(error.shape)
+    return lay(error, layout if layout in LAYOUTS else "plain")
+
+
+class Poison(TorchFunctionMode):
+    """Fresh memory is full of NaN, with more of it on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func not in (torch.empty, torch.empty_like, Tensor.new_empty) or not out.numel():
+            return out
+        view = guarded(tuple(out.shape), out.stride(), out.dtype)[1]
+        self.made.append(view)
+        return view
+
+
+@dataclass
+class Launches:
+    """What ran."""
+
+    plans: list[LaunchPlan] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+    counters: list[Tensor] = field(default_factory=list)
+
+
+MARK = 7
+
+
+@contextmanager
+def watched() -> Iterator[Launches]:
+    """Fresh memory is poisoned and launches are counted; afterwards every counter has to be zero again."""
+    seen = Launches()
+    start, run = launch.launch, interpreter.GridExecutor.__call__
+
+    def counting_launch(plan: LaunchPlan, *args: Any) -> None:
+        seen.plans.append(plan)
+        start(plan, *args)
+
+    def counting_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.kernels.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    def counters(n: int, device: torch.device) -> Tensor:
+        made = torch.zeros(n + GUARD, dtype=torch.int32, device=device)
+        made[n:] = MARK
+        seen.counters.append(made)
+        return made
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(layers, "launch", counting_launch))
+        stack.enter_context(mock.patch.object(taps, "launch", counting_launch))
+        stack.enter_context(mock.patch.object(layers, "counters", counters))
+        stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", counting_run))
+        poison = stack.enter_context(Poison())
+        yield seen
+    assert all(margins_are_nan(view) for view in poison.made)
+    for made in seen.counters:
+        assert not made[:-GUARD].any()
+        assert (made[-GUARD:] == MARK).all()
+
+
+def tiles_of(problem: GroupedProblem, block_m: int, block_n: int) -> int:
+    """An upper bound."""
+    pairs = zip(problem.widths_in, problem.widths_out, strict=True)
+    return sum(-(-out // block_m) * -(-width // block_n) for width, out in pairs)
+
+
+def few_tiles(configs: list[Any], start: int, count: Callable[[Any], int]) -> Any:
+    """The first config from `start` on with few enough tiles for the interpreter, else the last."""
+    return next((config for config in configs[start:] if count(config) <= MOST_TILES), configs[-1])
+
+
+@contextmanager
+def forced(kernel: str, start: int = 0, multiprocessors: int = 4) -> Iterator[None]:
+    """`layer_grads` and `layer_update_` run this kernel, whatever the plan would choose."""
+
+    def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
+        configs: list[Any] = ONE_PHASE if kernel == "one_phase" else TWO_PHASE
+        config = few_tiles(configs, start, lambda c: tiles_of(problem, c.block_m, c.block_n))
+        if kernel == "one_phase":
+            return plan_one_phase(problem, config)
+        return plan_two_phase(problem, config, Target(target.capability, multiprocessors))
+
+    with mock.patch.object(layers, "plan_grouped", plan):
+        yield
+
+
+@lru_cache(maxsize=256)
+def make_feedback(
+    kind: str, storage: str, seed: int, error_size: int, normalize: bool, gain: float, nonzeros: int | None
+) -> dfa.Feedback:
+    if kind == "matrix":
+        U = torch.randn(600, error_size, generator=torch.Generator().manual_seed(seed % 1000))
+        return dfa.Feedback.from_matrix(U, normalize=normalize, gain=gain)
+    nonzeros = min(nonzeros, error_size) if nonzeros and kind == "sparse" else None
+    return dfa.Feedback(kind, storage, seed=seed, normalize=normalize, gain=gain, nonzeros=nonzeros)
+
+
+@lru_cache(maxsize=256)
+def entries(feedback: dfa.Feedback, size: int, error_size: int) -> Tensor:
+    """U [size, E] in float64, without any scale."""
+    spec = feedback.spec
+    if spec.kind == "matrix":
+        return feedback.stored(size, error_size, "cpu")[0][:size].double()
+    plain = dfa.Feedback(
+        spec.kind, spec.storage, seed=spec.seed, dtype=spec.dtype, nonzeros=spec.nonzeros, normalize=False
+    )
+    return plain.matrix(size, error_size).double()
+
+
+def scaled(feedback: dfa.Feedback, size: int, error_size: int) -> Tensor:
+    """B [size, E] in float64."""
+    scale = 1 / math.sqrt(size * error_size) if feedback.spec.normalize else 1.0
+    return entries(feedback, size, error_size) * (feedback.spec.gain * scale)
+
+
+feedbacks = st.fixed_dictionaries(
+    {
+        "place": st.sampled_from(FEEDBACKS),
+        "seed": st.integers(0, 2**64 - 1),
+        "normalize": st.booleans(),
+        "gain": st.sampled_from([1.0, -0.5, 3.0]),
+        "nonzeros": st.sampled_from([None, 1, 2, 5, 100]),
+    }
+)
+
+
+def feedback_of(options: dict[str, Any], error_size: int) -> dfa.Feedback:
+    rest = {name: value for name, value in options.items() if name != "place"}
+    return make_feedback(*options["place"], error_size=error_size, **rest)
+
+
+@st.composite
+def networks(draw: Any, kernel: str, most_hidden: int = 5) -> dict[str, Any]:
+    """All of a call but its numbers. Without hidden layers there is an output layer."""
+    feedback = draw(feedbacks)
+    # The plan leaves larger errors to the other kernel, but for a P that lies in memory.
+    small = kernel == "one_phase" and feedback["place"][0] != "fastfood"
+    hidden = draw(st.integers(0, most_hidden))
+    layer = st.fixed_dictionaries(
+        {
+            "case": st.sampled_from(CASES),
+            "width_in": st.sampled_from(WIDTHS),
+            "width_out": st.sampled_from(WIDTHS),
+            "positions": st.sampled_from([1, 1, 1, 2, 3]),
+            "mask": st.sampled_from([False, False, True]),
+            "layout": st.sampled_from(["plain", *LAYOUTS]),
+        }
+    )
+    has_output = hidden == 0 or draw(st.booleans())
+    wanted = st.lists(st.sampled_from([True, True, False]), min_size=hidden + has_output, max_size=hidden + has_output)
+    weight_grads, bias_grads = draw(wanted), draw(wanted)
+    if not any(weight_grads + bias_grads):
+        weight_grads[0] = True
+    return {
+        "layers": draw(st.lists(layer, min_size=hidden, max_size=hidden)),
+        "output_width": draw(st.sampled_from(WIDTHS)) if has_output else None,
+        "rows": draw(st.sampled_from(BATCHES)),
+        "error_size": draw(st.sampled_from(ERROR_SIZES if small else ERROR_SIZES + LARGE_ERROR_SIZES)),
+        "error_layout": draw(st.sampled_from(["plain", "plain", *LAYOUTS, "one row", "one number"])),
+        "feedback": feedback,
+        "wanted": (weight_grads, bias_grads),
+        "config": draw(st.integers(0, 4)),
+        "seed": draw(st.integers(0, 10**6)),
+    }
+
+
+def keep(case: tuple[str, float, float], a: Tensor) -> Tensor:
+    """What a fused segment keeps of the pre-activation a."""
+    row = ACTIVATIONS[case[0]]
+    return row.apply(a.clone(), *case[1:]) if row.keeps_output(*case[1:]) else a
+
+
+@dataclass
+class Call:
+    """One call of `layer_grads`, and what the oracle needs to know of it."""
+
+    feedback: dfa.Feedback
+    error: Tensor
+    inputs: list[Tensor]
+    pre: list[Tensor]
+    kept: list[Tensor]
+    masks: list[Tensor | None]
+    cases: list[tuple[str, float, float]]
+    wanted: tuple[list[bool], list[bool]]
+
+    def arguments(self) -> list[Any]:
+        """Of the operators, up to what they share."""
+        widest = max((a.numel() // max(1, self.error.shape[0]) for a in self.pre), default=1)
+        stored = self.feedback.stored(max(1, widest), self.error.shape[1], DEVICE)
+        names, numbers = [case[0] for case in self.cases], [number for case in self.cases for number in case[1:]]
+        return [
+            self.error, stored, self.feedback.spec, self.inputs, self.kept, self.masks, names, numbers, *self.wanted,
+        ]  # fmt: skip
+
+    def reference(self) -> list[LayerGrad]:
+        """Every layer's gradients by the formulas, in float64."""
+        e = self.error.cpu().double()
+        return [self._reference(i, e) for i in range(len(self.inputs))]
+
+    def _reference(self, i: int, e: Tensor) -> LayerGrad:
+        x = self.inputs[i].cpu().double()
+        if i == len(self.kept):
+            return layer_gradient(Layer(x), x, x, e, None, True)
+        a, mask = self.pre[i].double(), self.masks[i]
+        layer = Layer(x, None, *self.cases[i], None if mask is None else mask.cpu().double())
+        size = a.numel() // e.shape[0] if e.shape[0] else a.shape[1]
+        return layer_gradient(layer, x, a, e, scaled(self.feedback, size, e.shape[1]), True)
+
+    def wanted_gradients(self) -> list[tuple[str, Tensor, float]]:
+        """(name, gradient, size of its terms) of those asked for, in the order of the operators."""
+        found = []
+        for i, (gradient, weight, bias) in enumerate(zip(self.reference(), *self.wanted, strict=True)):
+            found += [(f"W{i}", gradient.weight, gradient.weight_scale)] if weight else []
+            found += [(f"b{i}", gradient.bias, gradient.bias_scale)] if bias else []
+        return found
+
+
+def make_call(network: dict[str, Any], dtype: torch.dtype = torch.float32) -> Call:
+    torch.manual_seed(network["seed"])
+    rows, error_size = network["rows"], network["error_size"]
+    inputs, pre, kept, masks = [], [], [], []
+    for layer in network["layers"]:
+        long, layout = rows * layer["positions"], layer["layout"]
+        a = torch.randn(long, layer["width_out"], dtype=dtype)
+        inputs.append(lay(torch.randn(long, layer["width_in"], dtype=dtype), layout))
+        pre.append(a)
+        kept.append(lay(keep(layer["case"], a), layout))
+        masks.append(lay(torch.randint(2, a.shape).to(dtype) * 1.25, layout) if layer["mask"] else None)
+    if network["output_width"] is not None:
+        inputs.append(lay(torch.randn(rows, network["output_width"], dtype=dtype), "offset"))
+    error = lay_error(torch.randn(rows, error_size, dtype=dtype), network["error_layout"])
+    cases = [layer["case"] for layer in network["layers"]]
+    return Call(feedback_of(network["feedback"], error_size), error, inputs, pre, kept, masks, cases, network["wanted"])
