@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from random import Random
 from typing import Any
 from unittest import mock
 
 import torch
+from hypothesis import Phase
 from hypothesis import strategies as st
 from oracle import Layer, LayerGrad, layer_gradient
 from torch import Tensor
@@ -19,7 +21,7 @@ from triton.runtime import interpreter
 
 import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
-from dfa_kernels.backends.triton import launch, layers, taps
+from dfa_kernels.backends.triton import launch, layers, route, taps
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.plan import GroupedProblem, LaunchPlan, Target, plan_one_phase, plan_two_phase
 
@@ -164,6 +166,8 @@ def watched() -> Iterator[Launches]:
 
     def counting_launch(plan: LaunchPlan, *args: Any) -> None:
         seen.plans.append(plan)
+        if not launch.INTERPRETED:
+            seen.kernels.append(plan.name)
         start(plan, *args)
 
     def counting_run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,8 +215,12 @@ def forced(kernel: str, start: int = 0, multiprocessors: int = 4) -> Iterator[No
             return plan_one_phase(problem, config)
         return plan_two_phase(problem, config, Target(target.capability, multiprocessors))
 
-    with mock.patch.object(layers, "plan_grouped", plan):
-        yield
+    route.route_of.cache_clear()
+    try:
+        with mock.patch.object(route, "plan_grouped", plan):
+            yield
+    finally:
+        route.route_of.cache_clear()
 
 
 @lru_cache(maxsize=256)
@@ -244,15 +252,14 @@ def scaled(feedback: dfa.Feedback, size: int, error_size: int) -> Tensor:
     return entries(feedback, size, error_size) * (feedback.spec.gain * scale)
 
 
-feedbacks = st.fixed_dictionaries(
-    {
-        "place": st.sampled_from(FEEDBACKS),
-        "seed": st.integers(0, 2**64 - 1),
-        "normalize": st.booleans(),
-        "gain": st.sampled_from([1.0, -0.5, 3.0]),
-        "nonzeros": st.sampled_from([None, 1, 2, 5, 100]),
+def some_feedback(random: Random) -> dict[str, Any]:
+    return {
+        "place": random.choice(FEEDBACKS),
+        "seed": random.randrange(2**64),
+        "normalize": random.choice([True, False]),
+        "gain": random.choice([1.0, -0.5, 3.0]),
+        "nonzeros": random.choice([None, 1, 2, 5, 100]),
     }
-)
 
 
 def feedback_of(options: dict[str, Any], error_size: int) -> dfa.Feedback:
@@ -260,39 +267,73 @@ def feedback_of(options: dict[str, Any], error_size: int) -> dfa.Feedback:
     return make_feedback(*options["place"], error_size=error_size, **rest)
 
 
-@st.composite
-def networks(draw: Any, kernel: str, most_hidden: int = 5) -> dict[str, Any]:
+# Hypothesis repeats parts of an example in the next ones, which is good for finding what makes text or lists special,
+# but leaves few different networks. So it only draws the seed.
+randoms = st.randoms(use_true_random=True)
+FRESH: dict[str, Any] = {"deadline": None, "derandomize": True, "phases": [Phase.generate]}
+
+
+def some_network(random: Random, kernel: str, most_hidden: int = 5) -> dict[str, Any]:
     """All of a call but its numbers. Without hidden layers there is an output layer."""
-    feedback = draw(feedbacks)
+    feedback = some_feedback(random)
     # The plan leaves larger errors to the other kernel, but for a P that lies in memory.
     small = kernel == "one_phase" and feedback["place"][0] != "fastfood"
-    hidden = draw(st.integers(0, most_hidden))
-    layer = st.fixed_dictionaries(
-        {
-            "case": st.sampled_from(CASES),
-            "width_in": st.sampled_from(WIDTHS),
-            "width_out": st.sampled_from(WIDTHS),
-            "positions": st.sampled_from([1, 1, 1, 2, 3]),
-            "mask": st.sampled_from([False, False, True]),
-            "layout": st.sampled_from(["plain", *LAYOUTS]),
-        }
-    )
-    has_output = hidden == 0 or draw(st.booleans())
-    wanted = st.lists(st.sampled_from([True, True, False]), min_size=hidden + has_output, max_size=hidden + has_output)
-    weight_grads, bias_grads = draw(wanted), draw(wanted)
-    if not any(weight_grads + bias_grads):
-        weight_grads[0] = True
+    hidden = random.randint(0, most_hidden)
+    has_output = hidden == 0 or random.random() < 0.5
     return {
-        "layers": draw(st.lists(layer, min_size=hidden, max_size=hidden)),
-        "output_width": draw(st.sampled_from(WIDTHS)) if has_output else None,
-        "rows": draw(st.sampled_from(BATCHES)),
-        "error_size": draw(st.sampled_from(ERROR_SIZES if small else ERROR_SIZES + LARGE_ERROR_SIZES)),
-        "error_layout": draw(st.sampled_from(["plain", "plain", *LAYOUTS, "one row", "one number"])),
+        "layers": [_some_layer(random) for _ in range(hidden)],
+        "output_width": random.choice(WIDTHS) if has_output else None,
+        "rows": random.choice(BATCHES),
+        "error_size": random.choice(ERROR_SIZES if small else ERROR_SIZES + LARGE_ERROR_SIZES),
+        "error_layout": random.choice(["plain", "plain", *LAYOUTS, "one row", "one number"]),
         "feedback": feedback,
-        "wanted": (weight_grads, bias_grads),
-        "config": draw(st.integers(0, 4)),
-        "seed": draw(st.integers(0, 10**6)),
+        "wanted": _some_wanted(random, hidden + has_output),
+        "config": random.randrange(5),
+        "seed": random.randrange(10**6),
     }
+
+
+def _some_layer(random: Random) -> dict[str, Any]:
+    return {
+        "case": random.choice(CASES),
+        "width_in": random.choice(WIDTHS),
+        "width_out": random.choice(WIDTHS),
+        "positions": random.choice([1, 1, 1, 2, 3]),
+        "mask": random.choice([False, False, True]),
+        "layout": random.choice(["plain", *LAYOUTS]),
+    }
+
+
+def _some_wanted(random: Random, layers: int) -> tuple[list[bool], list[bool]]:
+    """Of weights and of biases; at least one gradient."""
+    weights, biases = ([random.random() < 2 / 3 for _ in range(layers)] for _ in range(2))
+    return ([True] * layers if not any(weights + biases) else weights), biases
+
+
+def plain_layer(
+    case: tuple[str, float, float] = ("tanh", 0.0, 0.0),
+    width_in: int = 19,
+    width_out: int = 21,
+    positions: int = 1,
+    mask: bool = False,
+    layout: str = "plain",
+) -> dict[str, Any]:
+    """A hidden layer of `plain_network`."""
+    return {
+        "case": case, "width_in": width_in, "width_out": width_out, "positions": positions, "mask": mask,
+        "layout": layout,
+    }  # fmt: skip
+
+
+def plain_network(layers: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """A small network as `some_network` makes them, with an output layer and all gradients wanted."""
+    every = [True] * (len(layers) + 1)
+    feedback = {"place": ("gaussian", "dense"), "seed": 5, "normalize": True, "gain": 1.0, "nonzeros": None}
+    network = {
+        "layers": layers, "output_width": 18, "rows": 17, "error_size": 10, "error_layout": "plain",
+        "feedback": feedback, "wanted": (every, every), "config": 0, "seed": 0,
+    }  # fmt: skip
+    return {**network, **changes}
 
 
 def keep(case: tuple[str, float, float], a: Tensor) -> Tensor:
@@ -316,8 +357,9 @@ class Call:
 
     def arguments(self) -> list[Any]:
         """Of the operators, up to what they share."""
-        widest = max((a.numel() // max(1, self.error.shape[0]) for a in self.pre), default=1)
-        stored = self.feedback.stored(max(1, widest), self.error.shape[1], DEVICE)
+        rows = self.error.shape[0]
+        widest = max((a.numel() // rows if rows else a.shape[1] for a in self.pre), default=1)
+        stored = self.feedback.stored(widest, self.error.shape[1], DEVICE)
         names, numbers = [case[0] for case in self.cases], [number for case in self.cases for number in case[1:]]
         return [
             self.error, stored, self.feedback.spec, self.inputs, self.kept, self.masks, names, numbers, *self.wanted,

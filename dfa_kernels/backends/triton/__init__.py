@@ -1,7 +1,7 @@
 """The operators as Triton kernels: one launch for all layers.
 
-layers.py (the operators) → plan.py (what will run, and why) → launch.py → one_phase.py or two_phase.py (the kernels);
-taps.py → project_taps.py. Tiles of U and of the projection come from feedback_tile.py, δ from delta.py.
+layers.py (the operators) → route.py → plan.py (what will run, and why) → launch.py → one_phase.py or two_phase.py (the
+kernels); taps.py → project_taps.py. Tiles of U and of the projection come from feedback_tile.py, δ from delta.py.
 """
 
 from .describe import describe_layers, describe_taps

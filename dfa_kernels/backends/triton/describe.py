@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from .launch import target_of
-from .layers import LayerCall, plan_layers
 from .plan import LaunchPlan
-from .source import reason_for_torch
-from .taps import plan_project_taps
+from .route import LayerCall, looks_of, route_of
+from .taps import plan_project_taps, reason_taps_for_torch
 
 _FROM = {
     "matrix": "U from memory",
@@ -22,15 +21,16 @@ _FROM = {
 
 def describe_layers(arguments: tuple[Any, ...], dtype: torch.dtype, rule: str, device: torch.device) -> str:
     """What `layer_grads` (rule "store") or `layer_update_` runs for these arguments."""
-    call = LayerCall(*arguments)
-    if reason := reason_for_torch(call.error, [*call.inputs, *call.kept], dtype):
-        return f"by the torch backend: {reason}"
-    return _describe(plan_layers(call, target_of(device), dtype, rule))
+    route = route_of(looks_of(LayerCall(*arguments), dtype, rule), target_of(device))
+    if route.reason:
+        return f"by the torch backend: {route.reason}"
+    return "nothing: no gradient is wanted" if route.plan is None else _describe(route.plan)
 
 
 def describe_taps(arguments: tuple[Any, ...], device: torch.device) -> str:
     """What `project_taps` runs for these arguments."""
-    if reason := reason_for_torch(arguments[0], [h for h in arguments[4] if h is not None]):
+    error, kept, noise = arguments[0], arguments[4], arguments[5]
+    if reason := reason_taps_for_torch(error, kept, noise):
         return f"by the torch backend: {reason}"
     return _describe(plan_project_taps(target_of(device), *arguments))
 
@@ -39,7 +39,7 @@ def _describe(plan: LaunchPlan) -> str:
     how = plan.problem.projected
     arithmetic = {"half": str(how.dtype).removeprefix("torch."), "tf32": "tf32", "ieee": "float32"}[how.arithmetic]
     U = _FROM.get(how.source, "U regenerated from its seed")
-    tma = ", through TMA" if plan.constants_by_name().get("TMA") else ""
+    tma = ", through TMA" if plan.uses_tma else ""
     tiles = " × ".join(f"{name.removeprefix('block_')} {n}" for name, n in vars(plan.config).items() if "block" in name)
     return (
         f"one launch of {plan.name} with {plan.programs} programs of {plan.config.num_warps} warps{tma} "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -34,10 +35,10 @@ def launch(plan: LaunchPlan, device: torch.device, tensors: Arguments, hyper: Hy
     if INTERPRETED:
         plan.kernel[(plan.programs,)](*tensors, *plan.numbers, *hyper, *plan.constants)
     elif device.index == torch.cuda.current_device():
-        _launch(plan, tensors, hyper)
+        _launch(plan, device.index, tensors, hyper)
     else:
         with torch.cuda.device(device):
-            _launch(plan, tensors, hyper)
+            _launch(plan, device.index, tensors, hyper)
 
 
 def check_device(device: torch.device) -> None:
@@ -49,32 +50,35 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def _launch(plan: LaunchPlan, tensors: Arguments, hyper: Hyper) -> None:
-    """Through Triton's compiler the first time; from then on straight to the compiled kernel, with plain addresses."""
-    addresses = [_addresses(argument) for argument in tensors]
-    aligned = all(address % 16 == 0 for group in addresses for address in _each(group))
-    compiled = plan.compiled.get(aligned)
+def _launch(plan: LaunchPlan, device: int, tensors: Arguments, hyper: Hyper) -> None:
+    """Through Triton's compiler at first; from then on straight to the compiled kernel, with plain addresses.
+
+    Tensors at other than multiples of 16 always go through it: what it makes depends on which of them do not.
+    """
+    addresses: list[int | tuple[int, ...]] = []
+    bits = 0
+    for argument in tensors:
+        if isinstance(argument, tuple):
+            group = tuple([tensor.data_ptr() for tensor in argument])
+            bits = reduce(or_, group, bits)
+            addresses.append(group)
+        else:
+            addresses.append(argument.data_ptr())
+            bits |= argument.data_ptr()
     grid = (plan.programs, 1, 1)
-    # Descriptors made inside a kernel live in scratch memory. The allocator is a context variable, so it is set here,
-    # on whichever thread autograd runs.
-    triton.set_allocator(_scratch)
-    if compiled is None:
-        plan.compiled[aligned] = plan.kernel[grid](
-            *tensors, *plan.numbers, *hyper, *plan.constants,
-            num_warps=plan.config.num_warps, num_stages=plan.config.num_stages,
-        )  # fmt: skip
-    else:
-        compiled[grid](*addresses, *plan.numbers, *hyper, *plan.constants)
-
-
-def _addresses(argument: Tensor | tuple[Tensor, ...]) -> int | tuple[int, ...]:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return tuple([tensor.data_ptr() for tensor in argument])
-
-
-def _each(addresses: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (addresses,) if isinstance(addresses, int) else addresses
+    if plan.uses_tma:
+        # The allocator is a context variable, so it is set here, on whichever thread autograd runs.
+        triton.set_allocator(_scratch)
+    aligned = bits % 16 == 0
+    if aligned and device in plan.compiled:
+        plan.compiled[device][grid](*addresses, *plan.numbers, *hyper, *plan.constants)
+        return
+    compiled = plan.kernel[grid](
+        *tensors, *plan.numbers, *hyper, *plan.constants,
+        num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if aligned:
+        plan.compiled[device] = compiled
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

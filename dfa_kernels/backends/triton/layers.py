@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...feedback_spec import FeedbackSpec
 from .. import torch_backend
-from .epilogue import NUMBERS
 from .launch import Arguments, check_device, counters, launch, target_of
-from .plan import GroupedProblem, LaunchPlan, Target, plan_grouped
-from .source import dense, describe_projection, mask_of, projection_tensors, reason_for_torch
-
-Sets = tuple[int, ...]
-
-
-@dataclass(slots=True)
-class LayerCall:
-    """The arguments that the two operators share."""
-
-    error: Tensor
-    stored: Sequence[Tensor]
-    feedback: FeedbackSpec
-    inputs: Sequence[Tensor]
-    kept: Sequence[Tensor]
-    noise: Sequence[Tensor | None]
-    activations: Sequence[str]
-    parameters: Sequence[float]
-    weight_grads: Sequence[bool]
-    bias_grads: Sequence[bool]
+from .plan import LaunchPlan
+from .route import LayerCall, Route, looks_of, route_of
+from .source import dense, projection_tensors
 
 
 def layer_grads(
@@ -49,22 +30,18 @@ def layer_grads(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """Gradients of every fused linear layer; see `torch_backend.layer_grads`."""
-    call = (error, stored, feedback, inputs, kept, noise, activations, parameters, weight_grads, bias_grads)
+    call = LayerCall(
+        error, stored, feedback, inputs, kept, noise, activations, parameters, weight_grads, bias_grads
+    )  # fmt: skip
     if torch.compiler.is_compiling():
         grads: list[Tensor] = torch.ops.dfa_kernels.layer_grads(*call[:2], feedback.encode(), *call[3:], dtype)
         return grads
     check_device(error.device)
-    if reason_for_torch(error, [*inputs, *kept], dtype):
+    route = route_of(looks_of(call, dtype, "store"), target_of(error.device))
+    if route.reason:
         return torch_backend.layer_grads(*call, dtype)
-    gradients = []
-    for i, x in enumerate(inputs):
-        out = kept[i].shape[1] if i < len(kept) else error.shape[1]
-        if weight_grads[i]:
-            gradients.append(x.new_empty((out, x.shape[1]), dtype=dtype))
-        if bias_grads[i]:
-            gradients.append(x.new_empty((out,), dtype=dtype))
-    if gradients:
-        _launch(LayerCall(*call), _Update(gradients, [], "store", [()] * len(gradients)))
+    gradients = [torch.empty(shape, dtype=dtype, device=error.device) for shape in route.shapes]
+    _launch(route, call, gradients, (), (0.0,))
     return gradients
 
 
@@ -85,129 +62,83 @@ def layer_update_(
     hyper: Sequence[float],
 ) -> None:
     """Gradients and the optimizer's update in one launch; see `torch_backend.layer_update_`."""
-    call = (error, stored, feedback, inputs, kept, noise, activations, parameters, weight_grads, bias_grads)
-    check_device(error.device)
-    changed = [*weights, *state]
-    scattered = not all(tensor.is_contiguous() for tensor in changed)
-    mixed = len({tensor.dtype for tensor in changed}) > 1
-    if scattered or mixed or reason_for_torch(error, [*inputs, *kept], *[p.dtype for p in weights[:1]]):
-        torch_backend.layer_update_(*call, weights, state, rule, hyper)
-        return
     if not weights:
         return
-    each = len(hyper) // len(weights)
-    numbers = [update_numbers(rule, hyper[i * each : (i + 1) * each], bool(state)) for i in range(len(weights))]
+    call = LayerCall(
+        error, stored, feedback, inputs, kept, noise, activations, parameters, weight_grads, bias_grads
+    )  # fmt: skip
+    check_device(error.device)
+    changed = [*weights, *state]
+    numbers, sets = _numbers_and_sets(rule, hyper, len(weights), bool(state))
     kernel_rule = "momentum" if rule == "sgd" and state else rule
-    _launch(LayerCall(*call), _Update(weights, state, kernel_rule, numbers))
+    route = route_of(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(error.device))
+    if route.reason:
+        torch_backend.layer_update_(*call, weights, state, rule, hyper)
+        return
+    _launch(route, call, weights, state, numbers)
     torch.autograd.graph.increment_version(changed)
+
+
+def _launch(
+    route: Route, call: LayerCall, destinations: Sequence[Tensor], state: Sequence[Tensor], numbers: tuple[float, ...]
+) -> None:
+    """destinations: of the gradients, in the operators' order; state: an equal number of tensors for each of them."""
+    plan = route.plan
+    if plan is None:
+        return
+    error, stored = projection_tensors(plan.problem.projected, call.error, call.stored, plan.problem.widest)
+    inputs, kept = tuple([dense(x) for x in call.inputs]), tuple([dense(h) for h in call.kept])
+    # A kernel's tuple is never empty: any tensor stands in where there is none.
+    anything = (inputs[0],)
+    noise = tuple([inputs[0] if mask is None else dense(mask) for mask in call.noise])
+    tensors: Arguments = (error, stored, inputs, kept or anything, noise if plan.problem.noise else anything)
+    if plan.counters:
+        tensors = (counters(plan.counters, error.device), *tensors, _rooms_for_deltas(plan, error, inputs, kept))
+    results = [tuple([destinations[i] for i in places]) for places in (route.weights, route.biases)]
+    each = len(state) // len(destinations)
+    for places in (route.weights, route.biases):
+        for which in range(2):
+            results.append(tuple([state[i * each + which] for i in places]) if which < each else anything)
+    launch(plan, error.device, (*tensors, *results), (numbers,))
+
+
+def _rooms_for_deltas(
+    plan: LaunchPlan, error: Tensor, inputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Memory for δ of every layer; the output layer's is the error itself, or room for a copy."""
+    rooms = tuple([torch.empty_like(h) for h in kept])
+    if len(inputs) == len(kept):
+        return rooms
+    return (*rooms, inputs[0].new_empty((error.shape[0], plan.copy_width)) if plan.copy_width else error)
+
+
+def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The one dtype of what is updated in place; None if there are several, or gaps in memory."""
+    dtype = tensors[0].dtype
+    return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None
+
+
+def _numbers_and_sets(
+    rule: str, hyper: Sequence[float], parameters: int, has_state: bool
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The numbers for the kernel's epilogue, and where in them each parameter's set begins."""
+    each, hyper = len(hyper) // parameters, list(hyper)
+    if hyper == hyper[:each] * parameters:
+        return update_numbers(rule, hyper[:each], has_state), ()
+    places: dict[tuple[float, ...], int] = {}
+    sets = []
+    for first in range(0, len(hyper), each):
+        numbers = update_numbers(rule, hyper[first : first + each], has_state)
+        sets.append(places.setdefault(numbers, len(places) * len(numbers)))
+    return tuple([number for numbers in places for number in numbers]), tuple(sets)
 
 
 def update_numbers(rule: str, hyper: Sequence[float], has_state: bool) -> tuple[float, ...]:
     """What the kernels' epilogue takes for one parameter. Differences from 1 are taken here, in double precision."""
+    # Floats all of them: a launch is compiled for the types of its numbers.
     if rule == "adamw":
-        lr, beta1, beta2, eps, weight_decay, step = hyper
+        lr, beta1, beta2, eps, weight_decay, step = map(float, hyper)
         rate = lr / (1 - beta1**step)
         return (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, rate, math.sqrt(1 - beta2**step), eps)
-    lr, momentum, weight_decay, nesterov = hyper
-    return (lr, weight_decay, momentum, float(nesterov)) if has_state else (lr, weight_decay)
-
-
-@dataclass(slots=True)
-class _Update:
-    """Where the gradients go: into fresh tensors (rule "store"), or into parameters and their state."""
-
-    destinations: Sequence[Tensor]
-    state: Sequence[Tensor]
-    rule: str
-    numbers: Sequence[tuple[float, ...]]
-
-
-@dataclass(slots=True)
-class _PerLayer:
-    """A tensor of each kind for every layer; any tensor stands in where a layer has none of its own."""
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-    weight_state: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-    bias_state: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-    weight_sets: tuple[int, ...]
-    bias_sets: tuple[int, ...]
-    hyper: tuple[float, ...]
-
-
-def plan_layers(
-    call: LayerCall, target: Target, dtype: torch.dtype, rule: str, weight_sets: Sets = (0,), bias_sets: Sets = (0,)
-) -> LaunchPlan:
-    """What will run for layers of these shapes; dtype: of the parameters. Reads no values, so meta tensors do."""
-    positions = [torch_backend.positions(h, call.error) for h in call.kept]
-    sizes = [t * h.shape[1] for t, h in zip(positions, call.kept, strict=True)]
-    outputs = len(call.inputs) - len(call.kept)
-    how = describe_projection(call.error, call.stored, call.feedback, max(sizes, default=0), call.inputs[0].dtype)
-    problem = GroupedProblem(
-        how,
-        tuple([x.shape[1] for x in call.inputs]),
-        tuple([h.shape[1] for h in call.kept] + [call.error.shape[1]] * outputs),
-        tuple(positions + [1] * outputs),
-        tuple(call.activations),
-        tuple([float(number) for number in call.parameters]),
-        mask_of([mask is not None for mask in call.noise]),
-        mask_of(call.weight_grads),
-        mask_of(call.bias_grads),
-        dtype,
-        rule,
-        weight_sets,
-        bias_sets,
-    )
-    return plan_grouped(problem, target)
-
-
-def _launch(call: LayerCall, update: _Update) -> None:
-    per_layer = _per_layer(call, update)
-    device, dtype = call.error.device, update.destinations[0].dtype
-    plan = plan_layers(call, target_of(device), dtype, update.rule, per_layer.weight_sets, per_layer.bias_sets)
-    widest = max(plan.problem.sizes, default=0)
-    error, stored = projection_tensors(plan.problem.projected, call.error, call.stored, widest)
-    inputs, kept = tuple([dense(x) for x in call.inputs]), tuple([dense(h) for h in call.kept])
-    anything = inputs[0]
-    noise = tuple([anything if mask is None else dense(mask) for mask in call.noise])
-    tensors: Arguments = (error, stored, inputs, kept or (anything,), noise or (anything,))
-    if plan.counters:
-        deltas = [torch.empty_like(h) for h in kept]
-        if len(inputs) > len(kept):
-            shape = (error.shape[0], plan.copy_width)
-            deltas.append(anything.new_empty(shape) if plan.copy_width else error)
-        tensors = (counters(plan.counters, device), *tensors, tuple(deltas))
-    results = (per_layer.weights, per_layer.biases, *per_layer.weight_state, *per_layer.bias_state)
-    launch(plan, device, (*tensors, *results), (per_layer.hyper,))
-
-
-def _per_layer(call: LayerCall, update: _Update) -> _PerLayer:
-    """Destinations, state and numbers by layer, from their order in the operators."""
-    spare = update.destinations[0]
-    share = len(update.state) // len(update.destinations)
-    sets: dict[tuple[float, ...], int] = {}
-    weights, biases = [], []
-    remaining = iter(range(len(update.destinations)))
-    for wants_weight, wants_bias in zip(call.weight_grads, call.bias_grads, strict=True):
-        weights.append(next(remaining) if wants_weight else None)
-        biases.append(next(remaining) if wants_bias else None)
-
-    def destination(i: int | None) -> Tensor:
-        return spare if i is None else update.destinations[i]
-
-    def state(i: int | None, which: int) -> Tensor:
-        return spare if i is None or which >= share else update.state[i * share + which]
-
-    def first_number(i: int | None) -> int:
-        return 0 if i is None else sets.setdefault(update.numbers[i], len(sets) * NUMBERS[update.rule])
-
-    weight_sets, bias_sets = tuple(map(first_number, weights)), tuple(map(first_number, biases))
-    return _PerLayer(
-        tuple(map(destination, weights)),
-        tuple(map(destination, biases)),
-        (tuple(state(i, 0) for i in weights), tuple(state(i, 1) for i in weights)),
-        (tuple(state(i, 0) for i in biases), tuple(state(i, 1) for i in biases)),
-        weight_sets,
-        bias_sets,
-        tuple(number for numbers in sets for number in numbers) or (0.0,),
-    )
+    lr, momentum, weight_decay, nesterov = map(float, hyper)
+    return (lr, weight_decay, momentum, nesterov) if has_state else (lr, weight_decay)

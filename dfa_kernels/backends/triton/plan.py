@@ -138,6 +138,11 @@ class GroupedProblem:
         """Units of every hidden layer's tap."""
         return tuple(t * out for t, out in zip(self.positions, self.widths_out, strict=True))[: self.hidden]
 
+    @property
+    def widest(self) -> int:
+        """Rows of U that are needed."""
+        return max(self.sizes, default=0)
+
 
 @dataclass(frozen=True)
 class TapsProblem:
@@ -171,8 +176,10 @@ class LaunchPlan:
     """int32 counters the launch needs."""
     copy_width: int = 0
     """Columns of the copy of the error that the launch makes, if any."""
-    compiled: dict[bool, Any] = field(default_factory=dict)
-    """The compiled kernel, by whether every address is a multiple of 16."""
+    uses_tma: bool = False
+    """Whether tiles come by the tensor memory accelerator, whose descriptors need scratch memory."""
+    compiled: dict[int, Any] = field(default_factory=dict)
+    """The kernel compiled for addresses that are multiples of 16, by the index of the GPU it is loaded on."""
 
     @property
     def name(self) -> str:
@@ -183,7 +190,6 @@ class LaunchPlan:
         return dict(zip(names, self.constants, strict=True))
 
 
-@lru_cache(maxsize=512)
 def plan_grouped(problem: GroupedProblem, target: Target) -> LaunchPlan:
     """The launch for this problem: in one phase or in two, with the tiles that fill the GPU."""
     configs = configs_for(target.capability, problem.projected.arithmetic)
@@ -240,9 +246,10 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
         align = math.gcd(align, align_error)
     width = -(-projected.error_size // 16) * 16 if copy else projected.error_size
     copy_tiles = -(-width // config.block_u) if copy and has_output else 0
+    uses_tma = can_use_tma(projected.dtype, align, target)
     constants = _grouped_constants(problem) | dict(
         ALIGN=align,
-        TMA=can_use_tma(projected.dtype, align, target),
+        TMA=uses_tma,
         COPY=copy_tiles > 0,
         BLOCK_U=config.block_u,
         BLOCK_R=config.block_r,
@@ -274,6 +281,7 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
         "chosen",
         counters=1 + unit_tiles + copy_tiles,
         copy_width=width if copy_tiles else 0,
+        uses_tma=uses_tma,
     )
 
 

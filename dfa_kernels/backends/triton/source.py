@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,18 +14,44 @@ from ..torch_backend import shared_projection
 from .plan import DTYPES, Projected
 
 
-def reason_for_torch(error: Tensor, tensors: Sequence[Tensor], *dtypes: torch.dtype) -> str | None:
-    """Why the torch backend has to compute this, or None."""
-    wanted = {error.dtype, *dtypes, *[tensor.dtype for tensor in tensors]}
-    if not wanted.issubset(DTYPES):
-        return f"the kernels compute in {_names(DTYPES)}, not in {_names(wanted - set(DTYPES))}"
-    activations = {tensor.dtype for tensor in tensors}
+class ErrorLooks(NamedTuple):
+    """All of the error and of what the feedback stores that decides what runs; plain values, cheap to hash."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    feedback: FeedbackSpec
+    is_stored: bool
+    is_elsewhere: bool
+    """Whether what is stored is on another device than the error."""
+    fp32_precision: str
+
+
+def looks_of_error(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec) -> ErrorLooks:
+    """What the projection's arguments look like. Reads no values, so meta tensors do."""
+    return ErrorLooks(
+        error.shape,
+        error.stride(),
+        error.dtype,
+        feedback,
+        bool(stored),
+        bool(stored) and stored[0].device != error.device,
+        torch.backends.cuda.matmul.fp32_precision,
+    )
+
+
+def reason_for_torch(error: torch.dtype, activations: Set[torch.dtype], parameters: torch.dtype | None) -> str:
+    """Why the torch backend has to compute with these dtypes; empty if it has not."""
+    if parameters is None:
+        return "the parameters and their state differ in dtype or have gaps in memory"
+    if lacking := {error, parameters, *activations} - set(DTYPES):
+        return f"the kernels compute in {_names(DTYPES)}, not in {_names(lacking)}"
     if len(activations) > 1:
         return f"the layers' activations differ in dtype: {_names(activations)}"
-    return None
+    return ""
 
 
-def _names(dtypes: Sequence[torch.dtype] | set[torch.dtype]) -> str:
+def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
@@ -39,22 +66,20 @@ def source_of(feedback: FeedbackSpec, is_stored: bool, is_elsewhere: bool) -> st
     return "signs" if feedback.kind == "rademacher" else "sparse"
 
 
-def describe_projection(
-    error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec, size: int, dtype: torch.dtype
-) -> Projected:
-    """How e Uᵀ of the widest tap, of `size` units, comes about; dtype: of the activations. Reads no values."""
-    is_elsewhere = bool(stored) and stored[0].device != error.device
-    source = source_of(feedback, bool(stored), is_elsewhere) if size else "projection"
+def projected_for(looks: ErrorLooks, size: int, dtype: torch.dtype) -> Projected:
+    """How e Uᵀ of the widest tap, of `size` units, comes about; dtype: of the activations."""
+    source = source_of(looks.feedback, looks.is_stored, looks.is_elsewhere) if size else "projection"
     given = source == "projection"
+    rows, error_size = looks.shape
     return Projected(
-        error.shape[0],
-        error.shape[1],
-        (error.shape[1], 1) if given else (error.stride(0), error.stride(1)),
-        torch.float32 if given else error.dtype,
-        feedback,
+        rows,
+        error_size,
+        (error_size, 1) if given else (looks.strides[0], looks.strides[1]),
+        torch.float32 if given else looks.dtype,
+        looks.feedback,
         source,
         dtype,
-        torch.backends.cuda.matmul.fp32_precision == "tf32",
+        looks.fp32_precision == "tf32",
     )
 
 

@@ -11,7 +11,7 @@ from ...feedback_spec import FeedbackSpec
 from .. import torch_backend
 from .launch import check_device, launch, target_of
 from .plan import LaunchPlan, TapsProblem, Target, plan_taps
-from .source import dense, describe_projection, mask_of, projection_tensors, reason_for_torch
+from .source import dense, looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
 
 
 def project_taps(
@@ -30,8 +30,7 @@ def project_taps(
         deltas: list[Tensor] = torch.ops.dfa_kernels.project_taps(*call[:2], feedback.encode(), *call[3:])
         return deltas
     check_device(error.device)
-    saved = [h for h in kept if h is not None]
-    if reason_for_torch(error, saved):
+    if reason_taps_for_torch(error, kept, noise):
         return torch_backend.project_taps(*call)
     ordered = [None if h is None else _ordered(h) for h in kept]
     masks = [m if m is None or h is None else _like(m, h) for m, h in zip(noise, ordered, strict=True)]
@@ -56,6 +55,12 @@ def project_taps(
     return results
 
 
+def reason_taps_for_torch(error: Tensor, kept: Sequence[Tensor | None], noise: Sequence[Tensor | None]) -> str:
+    """Why the torch backend has to make these δ; empty if it has not."""
+    dtypes = {tensor.dtype for tensor in (*kept, *noise) if tensor is not None}
+    return reason_for_torch(error.dtype, dtypes, error.dtype)
+
+
 def plan_project_taps(
     target: Target,
     error: Tensor,
@@ -70,7 +75,7 @@ def plan_project_taps(
     """What will run for taps of these shapes. Reads no values, so meta tensors do."""
     saved = [h for h in kept if h is not None]
     problem = TapsProblem(
-        describe_projection(error, stored, feedback, max(sizes), (saved or [error])[0].dtype),
+        projected_for(looks_of_error(error, stored, feedback), max(sizes), (saved or [error])[0].dtype),
         tuple(sizes),
         tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in kept]),
         tuple(activations),
