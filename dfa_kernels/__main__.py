@@ -1,14 +1,18 @@
-"""`python -m dfa_kernels`: what is installed, which backend each device gets and why, what is missing."""
+"""`python -m dfa_kernels`: what is installed, which backend each device gets, what it runs there, what is missing."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
+import textwrap
 
 import torch
+from torch import nn
 
-from . import __version__
+from . import DFA, __version__
 from .backends import BACKENDS, automatic_choice
+from .optim import SGD
 
 
 def main() -> None:
@@ -19,9 +23,20 @@ def main() -> None:
     for device, name in _devices():
         backend, reason = automatic_choice(device)
         print(f"{name}: backend {backend} ({reason})")
+        print(textwrap.indent(_example(device), "  "))
     if not torch.cuda.is_available():
         print("no CUDA device is visible to torch")
     print(f"backends of this version: {', '.join(BACKENDS)}")
+
+
+def _example(device: torch.device) -> str:
+    """The plan of a backward pass and SGD's update of the paper's network for CIFAR-10."""
+    widths = (3072, 800, 800, 800)
+    hidden = [m for pair in itertools.pairwise(widths) for m in (nn.Linear(*pair, device=device), nn.Tanh())]
+    model = DFA(nn.Sequential(*hidden, nn.Linear(widths[-1], 10, device=device)))
+    optimizer = SGD(model, lr=0.01)
+    model(torch.zeros(128, widths[0], device=device))
+    return f"for example {'-'.join(map(str, widths))}-10, batch 128, {type(optimizer).__name__}:\n{model.plan()}"
 
 
 def _version(package: str) -> str | None:

@@ -77,9 +77,9 @@ def step_plan(seen: Sketch, rule: str | None) -> StepPlan:
         said = backend.describe_layers(arguments, plan.dtype, rule or "store", seen.device)
         lines.append(f"linear layers {widths}{update}: {said}")
     if plan.convolutions:
-        lines.append(f"{len(plan.convolutions)} convolutions: δ below, weight gradients from torch")
+        lines.append(f"fused convolutions ({len(plan.convolutions)}): δ below, weight gradients from torch")
     if plan.roots:
-        lines.append(f"{len(plan.roots)} segments with local graphs: δ below, then autograd")
+        lines.append(f"segments with local graphs ({len(plan.roots)}): δ below, then autograd")
     if plan.roots or plan.convolutions:
         lines.append(
             f"δ of these taps: {backend.describe_taps(tap_arguments(plan, seen.tensors, seen.error), seen.device)}"

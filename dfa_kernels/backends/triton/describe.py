@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .launch import target_of
-from .plan import LaunchPlan
+from .plan import GroupedProblem, LaunchPlan
 from .route import LayerCall, looks_of, route_of
 from .taps import plan_project_taps, reason_taps_for_torch
 
@@ -38,10 +38,11 @@ def describe_taps(arguments: tuple[Any, ...], device: torch.device) -> str:
 def _describe(plan: LaunchPlan) -> str:
     how = plan.problem.projected
     arithmetic = {"half": str(how.dtype).removeprefix("torch."), "tf32": "tf32", "ieee": "float32"}[how.arithmetic]
-    U = _FROM.get(how.source, "U regenerated from its seed")
+    hidden = not isinstance(plan.problem, GroupedProblem) or plan.problem.hidden
+    U = "; " + _FROM.get(how.source, "U regenerated from its seed") if hidden else ""
     tma = ", through TMA" if plan.uses_tma else ""
     tiles = " × ".join(f"{name.removeprefix('block_')} {n}" for name, n in vars(plan.config).items() if "block" in name)
     return (
         f"one launch of {plan.name} with {plan.programs} programs of {plan.config.num_warps} warps{tma} "
-        f"(tiles {tiles}; {arithmetic}; {U}): {plan.why}"
+        f"(tiles {tiles}; {arithmetic}{U}): {plan.why}"
     )

@@ -101,9 +101,11 @@ def sparse_entry(stored, key0, key1, unit, units, offset, j, error_size, nonzero
 def _sparse_offset(unit, error_size, key0, key1, SOURCE: tl.constexpr):
     """The rotation of every row's strata, [M]."""
     if SOURCE == "sparse":
-        return unit
-    word0, _, _, _ = row_words(unit, tl.arange(0, 1), SPARSE, key0, key1)
-    return tl.umulhi(tl.reshape(word0, unit.shape), tl.broadcast_to(error_size.to(tl.uint32), unit.shape))
+        offset = unit
+    else:
+        word0, _, _, _ = row_words(unit, tl.arange(0, 1), SPARSE, key0, key1)
+        offset = tl.umulhi(tl.reshape(word0, unit.shape), tl.broadcast_to(error_size.to(tl.uint32), unit.shape))
+    return offset
 
 
 @triton.jit

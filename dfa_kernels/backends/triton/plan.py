@@ -230,8 +230,16 @@ def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPla
         _gradient_tiles(problem, config),
         (*_grouped_numbers(problem), *_layer_numbers(problem)),
         _in_order(one_phase, constants),
-        f"an error of {projected.error_size} components: every tile of a gradient makes its own δ",
+        _why_one_phase(problem),
     )
+
+
+def _why_one_phase(problem: GroupedProblem) -> str:
+    if problem.hidden == 0:
+        return "the output layer alone, whose δ is the error"
+    if problem.projected.source == "projection":
+        return "every tile of a gradient makes its own δ from the projection"
+    return f"an error of {problem.projected.error_size} components: every tile of a gradient makes its own δ"
 
 
 def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Target) -> LaunchPlan:
@@ -313,7 +321,8 @@ def plan_taps(problem: TapsProblem, target: Target) -> LaunchPlan:
         problem.parameters[0::2],
         problem.parameters[1::2],
     )
-    why = f"one tile of the projection at a time serves all {len(problem.sizes)} taps"
+    taps = len(problem.sizes)
+    why = f"a tile of the projection serves all {taps} taps" if taps > 1 else "a tile of the projection at a time"
     return LaunchPlan(
         problem,
         project_taps_kernel,

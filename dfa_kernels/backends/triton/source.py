@@ -75,7 +75,7 @@ def projected_for(looks: ErrorLooks, size: int, dtype: torch.dtype) -> Projected
         rows,
         error_size,
         (error_size, 1) if given else (looks.strides[0], looks.strides[1]),
-        torch.float32 if given else looks.dtype,
+        torch.float32 if given and size else looks.dtype,
         looks.feedback,
         source,
         dtype,
@@ -89,10 +89,9 @@ def projection_tensors(
     """The kernels' error and `stored`: parts of U, or P; any tensor where the kernel reads none."""
     if how.source != "projection":
         return error, tuple(stored) or (error,)
-    wide = dense(error.float())
     if not size:
-        return wide, (wide,)
-    return wide, (dense(shared_projection(error, stored, how.feedback, size).values.float()),)
+        return dense(error), (dense(error),)
+    return dense(error.float()), (dense(shared_projection(error, stored, how.feedback, size).values.float()),)
 
 
 def dense(tensor: Tensor) -> Tensor:
