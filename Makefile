@@ -6,8 +6,11 @@ READY := $(VENV)/.ready
 # Present while .venv is being built, so it is outside of it: an interrupted set-up starts from nothing.
 UNFINISHED := .venv-unfinished
 
+# Where `make gpu` writes.
+OUT ?= runs/gpu
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -28,11 +31,16 @@ lint: $(READY) ## check style, format and types
 bench: $(READY) ## compare with backpropagation; pass options as ARGS="..."
 	PYTHONPATH=. $(BIN) bench/compare.py $(ARGS)
 
+gpu: ## tests, checks and times on the GPU here, in OUT=dir; pass options as ARGS="..."
+	@if $(PYTHON) -c 'import torch, triton; assert torch.cuda.is_available()' 2> /dev/null; \
+		then PYTHONPATH=. $(PYTHON) -m bench.gpu $(OUT) $(ARGS); \
+		else $(MAKE) setup && PYTHONPATH=. $(BIN) -m bench.gpu $(OUT) $(ARGS); fi
+
 clean: ## remove .venv, caches and build products; data/ and runs/ stay
 	rm -rf $(VENV) $(UNFINISHED) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find bench csrc dfa_kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): requirements.txt pyproject.toml setup.py
+$(READY): requirements.txt requirements-triton.txt pyproject.toml setup.py
 	@command -v $(PYTHON) > /dev/null || \
 		{ echo "$(PYTHON) not found, expected Python 3.10 or newer: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -42,4 +50,9 @@ $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN) -m pip install --disable-pip-version-check --requirement requirements.txt
 	$(BIN) -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	grep '^triton==' requirements-triton.txt | while read -r requirement; do \
+		folder=$(VENV)/triton/$$(expr "$$requirement" : 'triton==\([0-9.]*\)'); \
+		[ -e $$folder ] || $(BIN) -m pip install --disable-pip-version-check --no-deps --target $$folder "$$requirement" \
+			< /dev/null || exit 1; \
+	done
 	mv $(UNFINISHED) $@

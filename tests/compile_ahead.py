@@ -1,8 +1,9 @@
 """Compiles the kernels for GPUs that are not here and prints, as a JSON line each, what the machine code is like.
 
     python tests/compile_ahead.py sm_90                     everything
-    python tests/compile_ahead.py sm_90 --first             the first config of every kernel only
+    python tests/compile_ahead.py sm_90 --usual             without rare networks and sources of U
     python tests/compile_ahead.py sm_90 --select two_phase  cases whose name contains this
+    python tests/compile_ahead.py sm_90 --known FOLDER      what an earlier call left there is not compiled again
 
 A program of its own, because it needs real kernels where the other tests need interpreted ones, and because it runs
 under several versions of Triton.
@@ -11,12 +12,13 @@ under several versions of Triton.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from triton.compiler import ASTSource
 from dfa_kernels.backends.triton.configs import Configs, ProjectionConfig, table
 from dfa_kernels.backends.triton.epilogue import NUMBERS
 from dfa_kernels.backends.triton.plan import (
+    LARGEST_HELD_ERROR,
     GroupedProblem,
     LaunchPlan,
     Projected,
@@ -55,9 +58,11 @@ INSTRUCTIONS = {
     "tma": r"\bcp\.async\.bulk\.tensor",
     "cp.async": r"\bcp\.async\.c[ag]\.shared",
 }
-# Where every source of U and every unusual network is compiled: the oldest and the newest kind of tensor core with
-# the least registers to spare, in both precisions.
-THOROUGH = {(86, "bf16"), (86, "fp32"), (90, "bf16"), (100, "fp32")}
+# Where all sources of U and rare networks are compiled: each kind of tensor core, and both precisions.
+THOROUGH = {(86, "bf16"), (90, "bf16"), (100, "fp32")}
+RARE = ("noise", "positions", "activations")
+# Widths of the network's input and hidden layers: multiples of 16 bytes, of 4 and of 2 in half precision.
+WIDTHS = {"even": (3070, 802), "odd": (3071, 801)}
 
 
 @dataclass(frozen=True)
@@ -76,36 +81,44 @@ class Case:
     def name(self) -> str:
         return f"{self.kernel} {self.config} {self.dtype} {self.rule} {self.source} E={self.error_size} {self.network}"
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether there is a matrix product in it: a sparse U is summed up, a given P only read."""
+        return self.kernel != "project_taps" or self.source not in ("sparse", "sparse_seed", "projection")
 
-def cases(arch: int, first_only: bool) -> Iterator[Case]:
+
+def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
     for dtype in DTYPES:
         configs = table()[arch]["ieee" if dtype == "ieee" else "tf32" if dtype == "fp32" else "half"]
-        yield from _tables(dtype, configs, first_only)
-        if first_only or dtype == "ieee":
-            continue
+        # float16 has bfloat16's configs, and another product's instruction only.
+        yield from _tables(dtype, configs, first_only=usual_only and dtype == "fp16")
         one, two = Case("one_phase", 0, dtype), Case("two_phase", 0, dtype, error_size=1000)
-        for case in (one, two):
-            yield from (replace(case, rule=rule) for rule in ("sgd", "momentum", "adamw"))
-        if (arch, dtype) in THOROUGH:
-            yield from _unusual(one, two)
-        elif dtype == "bf16":
-            yield from (replace(case, source="gaussian") for case in (one, two))
+        if dtype in ("fp32", "bf16"):
+            # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
+            yield replace(two, error_size=10)
+            yield from (replace(case, rule="adamw", source="gaussian") for case in (one, two))
+        if not usual_only and (arch, dtype) in THOROUGH:
+            without_tma = next(i for i, config in enumerate(configs.two_phase) if not config.needs_tma)
+            yield from _rare(one, two, replace(two, config=without_tma))
 
 
 def _tables(dtype: str, configs: Configs, first_only: bool) -> Iterator[Case]:
-    """Every config with plain gradients. The output layer's error goes through a copy where its rows are unaligned."""
-    for kernel, error_sizes in {"one_phase": (10,), "two_phase": (1000, 10), "project_taps": (1000,)}.items():
+    """Every config with plain gradients."""
+    for kernel, error_size in {"one_phase": 10, "two_phase": 1000, "project_taps": 1000}.items():
         for config in range(1 if first_only else len(getattr(configs, kernel))):
-            for error_size in error_sizes[: 1 if config else None]:
-                yield Case(kernel, config, dtype, error_size=error_size)
+            yield Case(kernel, config, dtype, error_size=error_size)
 
 
-def _unusual(one: Case, two: Case) -> Iterator[Case]:
+def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
     taps = replace(two, kernel="project_taps")
-    for case in (one, two, taps):
-        yield from (replace(case, source=source) for source in SOURCES[1:])
+    yield from (replace(taps, source=source) for source in ("gaussian", "sparse_seed", "projection"))
     for case in (one, two):
-        yield from (replace(case, network=network) for network in ("unaligned", "noise", "positions", "activations"))
+        yield from (replace(case, source=source) for source in SOURCES if source not in ("matrix", "gaussian"))
+        yield from (replace(case, rule=rule) for rule in ("sgd", "momentum", "adamw"))
+        yield from (replace(case, rule="adamw", network=network) for network in RARE)
+    for case in (one, two_without_tma):
+        yield from (replace(case, rule="adamw", network=network) for network in WIDTHS)
+    yield replace(one, rule="adamw", error_size=LARGEST_HELD_ERROR)
 
 
 def projected(case: Case) -> Projected:
@@ -119,12 +132,11 @@ def projected(case: Case) -> Projected:
 
 def grouped(case: Case) -> GroupedProblem:
     """The paper's network, all gradients wanted, float32 parameters."""
-    unaligned = case.network == "unaligned"
-    hidden = 801 if unaligned else 800
+    width, hidden = WIDTHS.get(case.network, (3072, 800))
     activations = ("tanh", "relu", "gelu") if case.network == "activations" else ("tanh",) * 3
     return GroupedProblem(
         projected(case),
-        (3071 if unaligned else 3072, *(hidden,) * 3),
+        (width, *(hidden,) * 3),
         (*(hidden,) * 3, case.error_size),
         (4 if case.network == "positions" else 1,) * 4,
         activations,
@@ -173,7 +185,7 @@ def _with_config(plan: LaunchPlan, config: ProjectionConfig) -> LaunchPlan:
     return replace(plan, config=config, constants=tuple(constants.values()))
 
 
-def compile_plan(plan: LaunchPlan, tensors: list[Any], numbers: tuple[Any, ...], arch: int) -> Any:
+def source_of(plan: LaunchPlan, tensors: list[Any], numbers: tuple[Any, ...]) -> ASTSource:
     """Specialised as a launch on torch's tensors is: every address a multiple of 16, the error's columns adjacent."""
     constants = plan.constants_by_name()
     names = plan.kernel.arg_names
@@ -182,14 +194,12 @@ def compile_plan(plan: LaunchPlan, tensors: list[Any], numbers: tuple[Any, ...],
     stride = names.index("stride_column")
     constexprs = {(names.index(name),): value for name, value in constants.items()} | {(stride,): 1}
     signature |= dict.fromkeys([*constants, "stride_column"], "constexpr")
-    source = ASTSource(
+    return ASTSource(
         fn=plan.kernel,
         signature={name: signature[name] for name in names},
         constexprs=constexprs,
         attrs={path: [["tt.divisibility", 16]] for path in _pointers(names, signature)},
     )
-    options = {"num_warps": plan.config.num_warps, "num_stages": plan.config.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def _number_type(value: Any) -> Any:
@@ -228,26 +238,42 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
 
 
+def machine_code(case: Case, arch: int, known: Path | None) -> dict[str, Any]:
+    """What `describe` says of a case, or why it does not compile; and what its config promises."""
+    plan, tensors, numbers = planned(case, arch)
+    source, options = source_of(plan, tensors, numbers), plan.options
+    promised = {"multiplies": case.multiplies, "tma": plan.uses_tma, "warps": plan.config.num_warps}
+    promised |= {"programs": plan.config.programs, "stages": plan.config.num_stages}
+    identity = f"{triton.__version__} {arch} {sorted(options.items())} {source.hash()} {Path(__file__).read_text()}"
+    file = known / f"{hashlib.sha256(identity.encode()).hexdigest()}.json" if known else None
+    if file and file.exists():
+        return promised | json.loads(file.read_text())
+    try:
+        found = describe(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
+    except Exception as error:
+        return promised | {"error": _first_cause(error)}
+    if file:
+        file.write_text(json.dumps(found))
+    return promised | found
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("arch", type=lambda name: int(name.removeprefix("sm_")))
-    parser.add_argument("--first", action="store_true")
+    parser.add_argument("--usual", action="store_true")
     parser.add_argument("--select", default="")
+    parser.add_argument("--known", type=Path)
     arguments = parser.parse_args()
-    for case in cases(arguments.arch, arguments.first):
-        if arguments.select not in case.name:
-            continue
-        plan, tensors, numbers = planned(case, arguments.arch)
-        found = describe(compile_plan(plan, tensors, numbers, arguments.arch))
-        plain = {
-            "triton": triton.__version__,
-            "case": case.name,
-            "dtype": case.dtype,
-            "warps": plan.config.num_warps,
-            "programs": getattr(plan.config, "programs", 1),
-            "can_use_tma": bool(plan.constants_by_name().get("TMA")),
-        }
-        print(json.dumps(plain | found), flush=True)
+    for case in cases(arguments.arch, arguments.usual):
+        if arguments.select in case.name:
+            about = {"triton": triton.__version__, "name": case.name, **asdict(case)}
+            print(json.dumps(about | machine_code(case, arguments.arch, arguments.known)), flush=True)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,11 @@ class Projected:
     def arithmetic(self) -> str:
         return "half" if self.dtype in HALF else "tf32" if self.tf32 else "ieee"
 
+    @property
+    def error_reach(self) -> int:
+        """No number of the error lies this far behind its first one in memory."""
+        return self.rows * self.error_strides[0] + self.error_size * self.error_strides[1]
+
     def constants(self) -> dict[str, Any]:
         """DOT: what the factors of e Uᵀ are converted to. A random sign loses nothing in the error's own precision."""
         signs = self.source in ("signs", "rademacher", "sparse", "sparse_seed")
@@ -255,7 +260,7 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
     width = -(-projected.error_size // 16) * 16 if copy else projected.error_size
     copy_tiles = -(-width // config.block_u) if copy and has_output else 0
     uses_tma = can_use_tma(projected.dtype, align, target)
-    constants = _grouped_constants(problem) | dict(
+    constants = _grouped_constants(problem, projected.rows * width) | dict(
         ALIGN=align,
         TMA=uses_tma,
         COPY=copy_tiles > 0,
@@ -308,7 +313,7 @@ def plan_taps(problem: TapsProblem, target: Target) -> LaunchPlan:
         NOISE=problem.noise,
         CHANNELS_LAST=problem.channels_last,
         ALIGN=alignment(problem.sizes),
-        INDEX=_index_dtype(longest, max(problem.sizes) * projected.error_size),
+        INDEX=_index_dtype(longest, max(problem.sizes) * projected.error_size, projected.error_reach),
         BLOCK_U=config.block_u,
         BLOCK_R=config.block_r,
         BLOCK_E=config.block_e,
@@ -352,7 +357,8 @@ def _index_dtype(*counts: int) -> Any:
     return tl.int64 if needs_int64(*counts) else tl.int32
 
 
-def _grouped_constants(problem: GroupedProblem) -> dict[str, Any]:
+def _grouped_constants(problem: GroupedProblem, *counts: int) -> dict[str, Any]:
+    """counts: of numbers in tensors that the kernel reads or writes beside those of the problem."""
     projected = problem.projected
     derivatives, which = _derivatives(problem.activations)
     longest = [projected.rows * t for t in problem.positions]
@@ -372,7 +378,8 @@ def _grouped_constants(problem: GroupedProblem) -> dict[str, Any]:
             *[n * width for n, width in zip(longest, problem.widths_out, strict=True)],
             *[n * width for n, width in zip(problem.widths_in, problem.widths_out, strict=True)],
             max(problem.sizes, default=0) * projected.error_size,
-            projected.rows * projected.error_strides[0],
+            projected.error_reach,
+            *counts,
         ),
     )
 

@@ -1,0 +1,104 @@
+"""What every variant has to compute, in plain torch in any precision; in float64 it is the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gpu.cases import Problem
+from bench.gpu.precision import TruncatedProducts, tf32
+
+Gradients = list[Tensor]
+"""Of every weight and bias, in the order of the network's parameters."""
+
+VISIBLE = 0.25
+"""The check's learning rate moves every tensor by this share of its largest entry, so that no rounding hides it."""
+
+
+@torch.no_grad()
+def gradients(rule: str, weights: Sequence[Tensor], x: Tensor, target: Tensor, U: Tensor) -> Gradients:
+    """By "BP" or "DFA", for classes [batch] as target, or for a given error [batch, classes]."""
+    layers = list(zip(weights[0::2], weights[1::2], strict=True))
+    outputs = [x]
+    for i, (weight, bias) in enumerate(layers):
+        a = torch.addmm(bias, outputs[-1], weight.t())
+        outputs.append(a.tanh_() if i < len(layers) - 1 else a)
+    error = target if target.is_floating_point() else _error(outputs[-1], target)
+    found: Gradients = []
+    delta = error
+    for i in reversed(range(len(layers))):
+        if i < len(layers) - 1:
+            chained = delta @ layers[i + 1][0] if rule == "BP" else _projected(error, U, len(layers[i][1]))
+            delta = torch.ops.aten.tanh_backward(chained, outputs[i + 1])
+        found += [delta.sum(0), delta.t() @ outputs[i]]
+    return found[::-1]
+
+
+def _error(output: Tensor, y: Tensor) -> Tensor:
+    with torch.enable_grad():
+        output = output.detach().requires_grad_()
+        (error,) = torch.autograd.grad(F.cross_entropy(output, y), output)
+    return error
+
+
+def _projected(error: Tensor, U: Tensor, size: int) -> Tensor:
+    return error @ (U[:size].to(error.dtype) / math.sqrt(size * U.shape[1])).t()
+
+
+@dataclass
+class Reference:
+    """Right values for one rule and one target, and how far plain torch in the same precision is from them."""
+
+    exact: Gradients
+    plain: list[Gradients]
+    weights: list[Tensor]
+    learning_rate: float
+
+    def deviation(self, found: Sequence[Tensor], updated: bool) -> tuple[float, float]:
+        """(error, allowed) of gradients, or of weights after one step: of the tensor that fares worst."""
+        worst, ratio = (0.0, 0.0), -1.0
+        for i, tensor in enumerate(found):
+            error, allowed = self._deviation(i, tensor, updated)
+            if not math.isfinite(error):
+                return error, allowed
+            if error / allowed > ratio:
+                worst, ratio = (error, allowed), error / allowed
+        return worst
+
+    def _deviation(self, i: int, found: Tensor, updated: bool) -> tuple[float, float]:
+        exact, plain = self.exact[i], [gradients[i] for gradients in self.plain]
+        if updated:
+            before, rate = self.weights[i], self.learning_rate
+            exact = before.double() - rate * exact
+            plain = [(before.double() - rate * p.double()).to(before.dtype) for p in plain]
+        tiny = 4 * torch.finfo(found.dtype).eps * _largest(exact) + 1e-300
+        baseline = max(_largest(p.double() - exact) for p in plain)
+        return _largest(found.double() - exact), 2 * baseline + tiny
+
+
+def make_reference(problem: Problem, rule: str, given_error: bool) -> Reference:
+    """For the error that `problem` gives, or for its classes from a forward pass."""
+    weights = [p.detach() for p in problem.net.parameters()]
+    target = problem.error if given_error else problem.y
+    exact = _in_precision(problem, rule, weights, target, torch.float64)
+    with tf32(problem.case.tf32):
+        plain = [_in_precision(problem, rule, weights, target, problem.case.torch_dtype)]
+    if problem.case.tf32:
+        with tf32(False), TruncatedProducts():
+            plain.append(_in_precision(problem, rule, weights, target, problem.case.torch_dtype))
+    shares = [_largest(w) / _largest(g) for w, g in zip(weights, exact, strict=True)]
+    return Reference(exact, plain, weights, VISIBLE * max(shares))
+
+
+def _in_precision(problem: Problem, rule: str, weights: list[Tensor], target: Tensor, dtype: torch.dtype) -> Gradients:
+    target = target.to(dtype) if target.is_floating_point() else target
+    return gradients(rule, [w.to(dtype) for w in weights], problem.x.to(dtype), target, problem.U)
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item()

@@ -1,0 +1,98 @@
+"""Running a step: a process of its own, with a limit, and its output in a file as it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LONGEST_LOG = 8 * 2**20
+TICK = 0.5
+
+
+@dataclass(frozen=True)
+class Step:
+    """A module that takes --json FILE and --limit SECONDS, and what it may take before it is ended."""
+
+    name: str
+    module: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended."""
+
+    name: str
+    status: str
+    """"ok", "failed" or "ended at its limit"."""
+    exit_code: int
+    seconds: float
+
+
+def run_step(
+    name: str, command: Sequence[str], log: Path, limit: float, on_tick: Callable[[], None] = lambda: None
+) -> Outcome:
+    """Runs a command from the repository's root; whatever it started is gone afterwards. `on_tick` runs meanwhile."""
+    begin = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            ended = _wait(process, begin + limit, on_tick)
+        finally:
+            _end_group(process)
+    seconds = time.monotonic() - begin
+    shorten(log, LONGEST_LOG)
+    if not ended:
+        return Outcome(name, "ended at its limit", 124, seconds)
+    return Outcome(name, "ok" if process.returncode == 0 else "failed", process.returncode, seconds)
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float, on_tick: Callable[[], None]) -> bool:
+    """Whether it ended by itself."""
+    while process.poll() is None:
+        if time.monotonic() >= deadline:
+            return False
+        on_tick()
+        time.sleep(min(TICK, max(0.0, deadline - time.monotonic())))
+    return True
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process and all that it started: they share its group, which is its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def environment() -> dict[str, str]:
+    """For a process that runs from a plain checkout and whose output shall come at once."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module with this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def shorten(log: Path, longest: int) -> None:
+    """Keeps the first and the last half of what is allowed."""
+    size = log.stat().st_size
+    if size <= longest:
+        return
+    with log.open("rb") as file:
+        head = file.read(longest // 2)
+        file.seek(size - longest // 2)
+        tail = file.read()
+    log.write_bytes(head + f"\n[{size - longest} bytes left out]\n".encode() + tail)

@@ -1,0 +1,199 @@
+"""What must be reached, what was, and the report for a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.gpu import timing
+from bench.gpu.cases import LARGE, SMALL, SMALL_IEEE
+from bench.gpu.kernel_counts import PROFILED
+from bench.gpu.kernel_times import CHOSEN, LIBRARY
+from bench.gpu.variants import BACKWARD, BP, BP_GRAPHED, OURS, OURS_GRAPHED, STEP, UPDATE
+
+Results = dict[str, Any]
+Measure = Callable[[Results], float]
+HOST_MICROSECONDS = 25.0
+FACTS = ("gpu", "capability", "driver", "cuda", "torch", "triton", "python", "commit", "dirty", "date")
+
+
+class NotMeasuredError(Exception):
+    """Why there is no number; the message is for the report."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A number that has to be reached: at least ``wanted``, or with a negative sign, at most."""
+
+    name: str
+    relation: str
+    wanted: float
+    measure: Measure
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A requirement, measured. Without a number it is not met, for ``note``."""
+
+    name: str
+    wanted: str
+    measured: float | None
+    met: bool
+    note: str = ""
+
+
+def requirements() -> list[Requirement]:
+    found = []
+    for case in PROFILED:
+        found += [
+            Requirement(f"{case.name}: backward, kernels", "=", 1, _kernels(case.name, BACKWARD)),
+            Requirement(f"{case.name}: backward and SGD, kernels", "=", 1, _kernels(case.name, UPDATE)),
+        ]
+    for case in (SMALL, SMALL_IEEE):
+        small = _faster(case.name)
+        found += [
+            Requirement(f"{case.name}: step over BP, both eager", "≥", 3, small(STEP, BP, OURS), "×"),
+            Requirement(f"{case.name}: step over BP, both graphed", "≥", 2, small(STEP, BP_GRAPHED, OURS_GRAPHED), "×"),
+            Requirement(
+                f"{case.name}: backward and update over BP's, both graphed", "≥", 3,
+                small(UPDATE, BP_GRAPHED, OURS_GRAPHED), "×",
+            ),
+        ]  # fmt: skip
+    large = _faster(LARGE.name)
+    return [
+        *found,
+        Requirement(f"{LARGE.name}: backward over BP's", "≥", 1.8, large(BACKWARD, BP, OURS), "×"),
+        Requirement(f"{LARGE.name}: step over BP", "≥", 1.4, large(STEP, BP, OURS), "×"),
+        Requirement(f"{LARGE.name}: layer_grads, of cuBLAS's rate", "≥", 0.9, _of_library_rate),
+        Requirement("host's part of one layer_grads", "≤", HOST_MICROSECONDS, _host_microseconds, " µs"),
+    ]
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    return [_verdict(requirement, results) for requirement in requirements()]
+
+
+def _verdict(requirement: Requirement, results: Results) -> Verdict:
+    wanted = f"{requirement.relation} {requirement.wanted:g}{requirement.unit}"
+    try:
+        measured = requirement.measure(results)
+    except NotMeasuredError as reason:
+        return Verdict(requirement.name, wanted, None, False, str(reason))
+    holds = {
+        "=": measured == requirement.wanted,
+        "≥": measured >= requirement.wanted,
+        "≤": measured <= requirement.wanted,
+    }
+    return Verdict(requirement.name, wanted, measured, holds[requirement.relation])
+
+
+def _kernels(case: str, region: str) -> Measure:
+    def measure(results: Results) -> float:
+        made = _found(results, "profile", case)
+        names = made[OURS][region]
+        own = made[
+            "backward is one of our kernels" if region == BACKWARD else "backward and SGD are one of our kernels"
+        ]
+        if len(names) == 1 and not own:
+            raise NotMeasuredError(f"the one kernel is not ours: {names[0]}")
+        return float(len(names))
+
+    return measure
+
+
+def _faster(case: str) -> Callable[[str, str, str], Measure]:
+    def of(region: str, baseline: str, ours: str) -> Measure:
+        def measure(results: Results) -> float:
+            rows = _found(results, "time", "items", case)["regions"][region]
+            return _seconds(rows, baseline) / _seconds(rows, ours)
+
+        return measure
+
+    return of
+
+
+def _of_library_rate(results: Results) -> float:
+    rows = _found(results, "time", "items", LARGE.name)["kernels"]
+    return _seconds(rows, LIBRARY) / _seconds(rows, CHOSEN)
+
+
+def _host_microseconds(results: Results) -> float:
+    made = _found(results, "time", "items", timing.HOST)
+    if results.get("quick"):
+        raise NotMeasuredError("tiny sizes")
+    if not made["correct"]:
+        raise NotMeasuredError(f"wrong result: off by {made['error']:.2g}, allowed {made['allowed']:.2g}")
+    return float(made[CHOSEN]) * 1e6
+
+
+def _found(results: Results, *path: str) -> Any:
+    made: Any = results
+    for name in path:
+        made = (made or {}).get(name)
+    if not made:
+        raise NotMeasuredError("not measured")
+    if "reason" in made:
+        raise NotMeasuredError(made["reason"])
+    return made
+
+
+def _seconds(rows: dict[str, Any], variant: str) -> float:
+    row = rows.get(variant)
+    if row is None:
+        raise NotMeasuredError(f"{variant}: not measured")
+    if "seconds" not in row:
+        raise NotMeasuredError(f"{variant}: {timing.cell(row).strip()}")
+    return float(row["seconds"])
+
+
+def markdown(results: Results) -> str:
+    """The report."""
+    environment = results.get("environment") or {}
+    facts = [f"- {name}: {environment.get(name)}" for name in FACTS]
+    parts = ["# What a GPU showed", "\n".join(facts), _requirements_table(results["requirements"])]
+    parts.append(_table(["step", "status", "seconds"], [_step_row(step) for step in results["steps"]]))
+    parts += ["## Tests", _tests(results.get("tests")), "## Memory checker", _sanitizer(results.get("sanitizer"))]
+    made = results.get("time")
+    parts += ["## Times", f"```\n{timing.report(made)}\n```" if made else "not measured"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _requirements_table(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for verdict in found:
+        measured = "–" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
+        met = "met" if verdict["met"] else verdict["note"] or "**not met**"
+        rows.append([verdict["name"], measured, verdict["wanted"], met])
+    return _table(["must be reached", "measured", "wanted", ""], rows)
+
+
+def _step_row(step: dict[str, Any]) -> list[str]:
+    return [step["name"], step["status"], f"{step['seconds']:.0f}"]
+
+
+def _tests(made: Any) -> str:
+    if not made:
+        return "not run"
+    lines = [f"passed {made['passed']}, failed {len(made['failed'])}, skipped {len(made['skipped'])}"]
+    lines += [f"- failed: {name}" for name in made["failed"]]
+    lines += [f"- began and did not end: {name}" for name in made["unfinished"]]
+    lines += [f"- skipped: {name}: {why}" for name, why in list(made["skipped"].items())[:10]]
+    return "\n".join(lines)
+
+
+def _sanitizer(made: Any) -> str:
+    if not made:
+        return "not run"
+    if made["tool"] is None:
+        return "compute-sanitizer is not here"
+    verdict = [
+        f"- {name}: {row['summary']} (clean: {row['clean']})" for name, row in made.items() if isinstance(row, dict)
+    ]
+    return "\n".join(verdict) or f"the script itself fails with exit code {made['plain']}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

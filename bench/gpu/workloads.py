@@ -1,0 +1,136 @@
+"""What tile configs are tuned on: calls of the operators, and whether their results are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu.cases import Case, Problem, make_problem
+from bench.gpu.forced import Config, gradient_tiles, grouped_by, planner_for
+from bench.gpu.kernel_times import Operator, make_operator
+from bench.gpu.precision import TruncatedProducts, tf32
+from bench.gpu.reference import make_reference
+from dfa_kernels.backends import torch_backend
+from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends.triton.configs import ProjectionConfig
+from dfa_kernels.backends.triton.plan import LaunchPlan
+
+Shape = tuple[int, int, int, int, int]
+"""inputs, hidden, depth, size of the error, batch."""
+
+DTYPES = {"half": "bfloat16", "tf32": "float32", "ieee": "float32"}
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "one_phase": ((3072, 800, 3, 10, 128), (784, 512, 20, 10, 256), (784, 4096, 4, 10, 1024)),
+    "two_phase": (
+        (3072, 800, 3, 1000, 128),
+        (784, 512, 20, 1000, 256),
+        (784, 4096, 4, 1000, 1024),
+        (784, 8192, 4, 10, 4096),
+    ),
+    "project_taps": ((3072, 800, 3, 10, 128), (784, 4096, 4, 10, 1024), (784, 4096, 4, 1000, 1024)),
+}
+QUICK_SHAPE: Shape = (24, 20, 2, 12, 10)
+
+
+@dataclass
+class Workload:
+    """One call that candidates are timed on, and what tells whether they are right."""
+
+    name: str
+    run: Callable[[], list[Tensor]]
+    is_right: Callable[[Sequence[Tensor]], bool]
+    tiles: Callable[[Config], int]
+    """Of a config; a GPU is filled by as many as it has multiprocessors."""
+
+
+def shapes_of(kernel: str, quick: bool) -> tuple[Shape, ...]:
+    return (QUICK_SHAPE,) if quick else SHAPES[kernel]
+
+
+def problem_of(arithmetic: str, shape: Shape, device: torch.device) -> Problem:
+    inputs, hidden, depth, classes, batch = shape
+    name = f"{inputs}-{hidden}x{depth}-{classes} b={batch} {arithmetic}"
+    case = Case(name, inputs, hidden, depth, classes, batch, DTYPES[arithmetic], tf32=arithmetic == "tf32")
+    return make_problem(case, device, "triton")
+
+
+def make_workload(kernel: str, arithmetic: str, shape: Shape, device: torch.device) -> Workload:
+    problem = problem_of(arithmetic, shape, device)
+    return _taps(problem) if kernel == "project_taps" else _grouped(problem)
+
+
+def run_of(kernel: str, problem: Problem) -> Callable[[], list[Tensor]]:
+    """The call that is timed."""
+    operator = make_operator(problem)
+    if kernel != "project_taps":
+        return operator.grads
+    arguments = tap_arguments(operator, problem.case.torch_dtype)
+    return lambda: triton_backend.project_taps(*arguments)
+
+
+def tap_arguments(operator: Operator, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Of `project_taps`: δ of every hidden layer, as for layers that autograd finishes."""
+    error, stored, spec, _, kept, *rest = operator.arguments
+    saved = [h.to(dtype) for h in kept]
+    return (error.to(dtype), stored, spec, [h.shape[1] for h in kept], saved, *rest[:3])
+
+
+def _grouped(problem: Problem) -> Workload:
+    operator, reference = make_operator(problem), make_reference(problem, "DFA", given_error=True)
+
+    def is_right(found: Sequence[Tensor]) -> bool:
+        error, allowed = reference.deviation(found, updated=False)
+        return error <= allowed
+
+    def tiles(config: Config) -> int:
+        return gradient_tiles(plan_of(operator, config))
+
+    return Workload(problem.case.name, operator.grads, is_right, tiles)
+
+
+def plan_of(operator: Operator, config: Config) -> LaunchPlan:
+    """What a grouped launch with this config looks like."""
+    assert not isinstance(config, ProjectionConfig)
+    planner, plans = planner_for(config), []
+
+    def seen(problem: Any, target: Any) -> LaunchPlan:
+        plans.append(planner(problem, target))
+        return plans[-1]
+
+    with grouped_by(seen):
+        operator.describe()
+    return plans[0]
+
+
+def _taps(problem: Problem) -> Workload:
+    operator, dtype, case = make_operator(problem), problem.case.torch_dtype, problem.case
+    arguments = tap_arguments(operator, dtype)
+    exact = torch_backend.project_taps(*tap_arguments(operator, torch.float64))
+    plain = [torch_backend.project_taps(*arguments)]
+    if case.tf32:
+        with tf32(False), TruncatedProducts():
+            plain.append(torch_backend.project_taps(*arguments))
+
+    def is_right(found: Sequence[Tensor]) -> bool:
+        return all(
+            _distance(out, ref) <= 2 * max(_distance(p[i], ref) for p in plain) + _tiny(out, ref)
+            for i, (out, ref) in enumerate(zip(found, exact, strict=True))
+        )
+
+    def tiles(config: Config) -> int:
+        assert isinstance(config, ProjectionConfig)
+        return -(-case.hidden // config.block_u) * -(-case.batch // config.block_r)
+
+    return Workload(case.name, lambda: triton_backend.project_taps(*arguments), is_right, tiles)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b).abs().max())
+
+
+def _tiny(out: Tensor, ref: Tensor) -> float:
+    return 4 * torch.finfo(out.dtype).eps * float(ref.abs().max())

@@ -1,0 +1,526 @@
+"""The GPU script's own pieces, as far as they run without one: steps, checks, verdicts, and the times' code path."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.gpu import __main__ as script
+from bench.gpu import (
+    case_timing,
+    device_facts,
+    kernel_counts,
+    kernel_times,
+    results,
+    sanitizer,
+    sharded_tests,
+    summary,
+    timing,
+)
+from bench.gpu.cases import CASES, LARGE, QUICK, SMALL, make_problem
+from bench.gpu.clock import Clock, in_turn
+from bench.gpu.precision import TruncatedProducts, tf32, truncated
+from bench.gpu.reference import make_reference
+from bench.gpu.steps import Step, run_step, shorten
+from bench.gpu.variants import BACKWARD, BP, EVERYWHERE, OURS, STEP, UPDATE, Region, Regions
+from dfa_kernels.backends.triton.launch import INTERPRETED
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make_problem(QUICK[0], CPU, "torch")
+
+
+@pytest.fixture(scope="module")
+def references(problem):
+    return case_timing.make_references(problem)
+
+
+def python_step(tmp_path: Path, code: str, limit: float = 20.0, **how: Any) -> Any:
+    return run_step("s", [sys.executable, "-c", code], tmp_path / "s.log", limit, **how)
+
+
+def test_a_step_tells_how_it_ended_and_logs_what_it_says(tmp_path):
+    outcome = python_step(tmp_path, "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)")
+    assert (outcome.status, outcome.exit_code) == ("failed", 3)
+    assert (tmp_path / "s.log").read_text().split() == ["out", "err"]
+    assert python_step(tmp_path, "print('fine')").status == "ok"
+
+
+def test_a_step_is_ended_at_its_limit_with_all_that_it_started(tmp_path):
+    sign = tmp_path / "sign"
+    child = f"import time, pathlib; time.sleep(1.2); pathlib.Path({str(sign)!r}).write_text('alive')"
+    parent = f"import subprocess, sys; print('began'); subprocess.run([sys.executable, '-c', {child!r}])"
+    began = time.monotonic()
+    outcome = python_step(tmp_path, parent, limit=0.5)
+    assert outcome.status == "ended at its limit"
+    assert time.monotonic() - began < 1.2
+    assert (tmp_path / "s.log").read_text() == "began\n"
+    time.sleep(1.2)
+    assert not sign.exists()
+
+
+def test_a_steps_results_are_looked_at_while_it_runs(tmp_path):
+    looks: list[float] = []
+    python_step(tmp_path, "import time; time.sleep(1.2)", on_tick=lambda: looks.append(time.monotonic()))
+    assert len(looks) >= 2
+
+
+def test_a_long_log_keeps_both_ends(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("a" * 1000 + "b" * 5000 + "c" * 1000)
+    shorten(log, 2000)
+    text = log.read_text()
+    assert text.startswith("a" * 1000 + "\n")
+    assert text.endswith("\n" + "c" * 1000)
+    assert "5000 bytes left out" in text
+
+
+def test_results_are_json_whatever_they_hold(tmp_path):
+    path = tmp_path / "r.json"
+    results.write(path, {1: [math.inf, -math.inf, math.nan, (1.5, None)]})
+    assert results.read(path) == {"1": ["inf", "-inf", "nan", [1.5, None]]}
+    assert results.read(tmp_path / "none.json") is None
+
+
+TESTS = """
+import pytest
+@pytest.mark.gpu
+@pytest.mark.parametrize("i", range(5))
+def test_many(i): assert i != 3
+@pytest.mark.gpu
+def test_skipped(): pytest.skip("no reason")
+def test_not_chosen(): assert False
+@pytest.mark.gpu
+def test_that_ends_everything():
+    import os
+    if {fatal}: os._exit(7)
+"""
+
+
+@pytest.mark.parametrize("fatal", [False, True])
+def test_tests_run_in_parts(tmp_path, fatal):
+    (tmp_path / "test_some.py").write_text(TESTS.format(fatal=fatal))
+    out = tmp_path / "tests.json"
+    code = sharded_tests.main(
+        ["--json", str(out), "--limit", "60", "--processes", "2", "--tests", str(tmp_path / "test_some.py")]
+    )
+    found = results.read(out)
+    assert code == 1
+    assert found["passed"] == (4 if fatal else 5)
+    assert [name.split("::")[1] for name in found["failed"]] == ["test_many[3]"]
+    assert [why for why in found["skipped"].values()] == ["Skipped: no reason"]
+    assert [name.split("::")[1] for name in found["unfinished"]] == ["test_that_ends_everything"] * fatal
+
+
+def test_tf32_switches_torch_and_back():
+    before = torch.get_float32_matmul_precision()
+    with tf32(True):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        with tf32(False):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_truncation_leaves_ten_bits_of_mantissa():
+    x = torch.tensor([1 + 2**-10, 1 + 2**-11, -(1 + 2**-10 + 2**-11), 0.0])
+    assert truncated(x).tolist() == [1 + 2**-10, 1.0, -(1 + 2**-10), 0.0]
+    a, b = torch.randn(7, 5), torch.randn(5, 3)
+    with TruncatedProducts():
+        found = [a @ b, torch.addmm(torch.ones(3), a, b)]
+    expected = truncated(a) @ truncated(b)
+    assert torch.equal(found[0], expected)
+    torch.testing.assert_close(found[1], expected + 1)
+
+
+def test_how_much_faster_dfa_can_be():
+    """Without an input layer to speak of: twice in the backward pass, one and a half times in a step."""
+    limits = LARGE.limits()
+    assert limits["backward"] == pytest.approx(2, rel=0.02)
+    assert limits["step"] == pytest.approx(1.5, rel=0.02)
+    assert SMALL.weight_flops == 2 * 128 * (3072 * 800 + 2 * 800 * 800 + 8000)
+    assert SMALL.chain_flops == 2 * 128 * (2 * 800 * 800 + 8000)
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+def test_every_variant_computes_the_same(name, case):
+    own = make_problem(case, CPU, "torch")
+    references = case_timing.make_references(own)
+    rows = case_timing.check_variant(own, name, EVERYWHERE[name], references, time.monotonic() + 60)
+    assert STEP in rows
+    assert all(row["correct"] for row in rows.values()), rows
+
+
+def changed_region(variant: str, region: str, change: Callable[[Region], None]) -> Callable[..., Regions]:
+    def made(problem: Any, lr: float) -> Regions:
+        regions = EVERYWHERE[variant](problem, lr)
+        own, run = regions[region], regions[region].run
+
+        def wrong() -> None:
+            run()
+            change(own)
+
+        own.run = wrong
+        return regions
+
+    return made
+
+
+@torch.no_grad()
+def off_by_a_thousandth(region: Region) -> None:
+    next(region.net.parameters()).mul_(1.001)
+
+
+def halved_gradient(region: Region) -> None:
+    list(region.net.parameters())[2].grad.mul_(0.999)
+
+
+def not_a_number(region: Region) -> None:
+    list(region.net.parameters())[2].grad[0] = math.nan
+
+
+def missing(region: Region) -> None:
+    list(region.net.parameters())[-1].grad = None
+
+
+WRONG = [
+    (STEP, off_by_a_thousandth),
+    (UPDATE, off_by_a_thousandth),
+    (BACKWARD, halved_gradient),
+    (BACKWARD, not_a_number),
+    (BACKWARD, missing),
+]
+
+
+@pytest.mark.parametrize(("region", "change"), WRONG)
+def test_a_wrong_variant_is_told_and_not_timed(problem, references, region, change):
+    named = {BP: EVERYWHERE[BP], OURS: changed_region(OURS, region, change)}
+    regions, rows = case_timing.check_all(problem, named, references, time.monotonic() + 60)
+    assert not rows[region][OURS]["correct"]
+    assert region not in regions[OURS]
+    case_timing.time_region(Clock(CPU), region, regions, rows, 0.05, 2)
+    assert rows[region][BP]["seconds"] > 0
+    assert "seconds" not in rows[region][OURS]
+    assert "off by" in timing.cell(rows[region][OURS]) or "results are there" in timing.cell(rows[region][OURS])
+
+
+def test_a_step_that_changes_nothing_is_wrong(problem, references):
+    def idle(own: Any, lr: float) -> Regions:
+        made = EVERYWHERE[BP](own, lr)
+        made[STEP].run = lambda: None
+        return made
+
+    assert not case_timing.check_variant(problem, BP, idle, references, time.monotonic() + 60)[STEP]["correct"]
+
+
+def test_a_variant_that_cannot_be_made_is_told(problem, references):
+    def failing(own: Any, lr: float) -> Regions:
+        raise RuntimeError("out of something\nand more")
+
+    rows = case_timing.check_variant(problem, OURS, failing, references, time.monotonic() + 60)
+    assert rows == {STEP: {"correct": False, "reason": "RuntimeError: out of something"}}
+
+
+def test_the_compiled_variant_has_a_limit(monkeypatch):
+    monkeypatch.setattr(case_timing, "COMPILE_SECONDS", 0.3)
+    name, now = case_timing.BP_COMPILED, time.monotonic()
+    with pytest.raises(TimeoutError, match="within"), case_timing.guarded(name, now + 9):
+        time.sleep(5)
+    with pytest.raises(TimeoutError, match="left"), case_timing.guarded(name, now):
+        pass
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, see test_gpu.py")
+def test_the_kernels_are_compared():
+    own = make_problem(QUICK[0], CPU, "triton")
+    reference = make_reference(own, "DFA", given_error=True)
+    rows = kernel_times.compare_kernels(own, reference, Clock(CPU), 0.0)
+    assert list(rows) == ["layer_grads", "one_phase", "two_phase", kernel_times.LIBRARY]
+    assert all(row["correct"] and row["seconds"] > 0 for row in rows.values())
+    assert "one_phase" in rows["layer_grads"]["plan"]
+    for gradients in (reference.exact, *reference.plain):
+        gradients[0] *= 1.01
+    rows = kernel_times.compare_kernels(own, reference, Clock(CPU), 0.0)
+    assert not rows["two_phase"]["correct"]
+    assert "seconds" not in rows["two_phase"]
+
+
+def test_measures_take_turns():
+    order: list[str] = []
+
+    def measure(name: str) -> Callable[[], float]:
+        return lambda: float(len(order.append(name) or order))
+
+    found = in_turn({name: measure(name) for name in "abc"}, seconds=0.0, least=2, warm_up=1)
+    assert "".join(order) == "abcbcacab"
+    assert found == {"a": [6.0, 8.0], "b": [4.0, 9.0], "c": [5.0, 7.0]}
+
+
+def test_host_time_is_of_the_call_alone():
+    clock = Clock(CPU)
+    seconds = kernel_times.mean_host_seconds(clock, lambda: time.sleep(0.002), 5, prepare=lambda: time.sleep(0.01))
+    assert 0.002 <= seconds < 0.01
+
+
+def quick_times(tmp_path: Path, *arguments: str) -> tuple[int, Any]:
+    path = tmp_path / "time.json"
+    code = timing.main(["--json", str(path), "--quick", "--device", "cpu", *arguments])
+    return code, results.read(path)
+
+
+def test_times_on_a_cpu(tmp_path):
+    name = QUICK[0].name
+    code, found = quick_times(tmp_path, "--limit", "60", "--items", timing.CEILINGS, timing.HOST, name)
+    assert code == 0
+    assert found["unfinished"] == {}
+    assert found["items"][timing.CEILINGS]["bytes"] > 0
+    assert found["items"][timing.HOST]["layer_grads"] > 0
+    rows = found["items"][name]["regions"]
+    assert set(rows[STEP]) == set(EVERYWHERE)
+    assert all(row["seconds"] > 0 for region in rows.values() for row in region.values())
+    assert re.search(r"dfa\.DFA +[0-9.]+ µs", timing.report(found))
+
+
+def test_an_item_that_loses_its_process_costs_only_itself(tmp_path, monkeypatch):
+    def command(options: Any, part: str, path: Path, limit: float, items: list[str]) -> list[str]:
+        made = {"items": {items[0]: {"reason": "made up"}}, "current": items[1] if len(items) > 1 else None}
+        write = f"import pathlib, os; pathlib.Path({str(path)!r}).write_text({json.dumps(made)!r}); "
+        return [sys.executable, "-c", write + f"os._exit({len(items) > 1})"]
+
+    monkeypatch.setattr(timing, "_command", command)
+    code, found = quick_times(tmp_path, "--limit", "30", "--items", "a", "b", "c", "d", "e")
+    assert code == 1
+    assert list(found["items"]) == ["a", "c", "e"]
+    assert found["unfinished"] == dict.fromkeys("bd", "the process was lost with exit code 1")
+
+
+def test_an_item_that_hangs_is_left_out(tmp_path, monkeypatch):
+    def command(options: Any, part: str, path: Path, limit: float, items: list[str]) -> list[str]:
+        write = f"import pathlib, time; pathlib.Path({str(path)!r}).write_text("
+        return [sys.executable, "-c", write + f"{json.dumps({'items': {}, 'current': items[0]})!r}); time.sleep(30)"]
+
+    monkeypatch.setattr(timing, "_command", command)
+    monkeypatch.setattr(timing, "ITEM_LIMIT", 0.3)
+    code, found = quick_times(tmp_path, "--limit", "30", "--items", "a", "b")
+    assert code == 1
+    assert list(found["unfinished"]) == ["a", "b"]
+    assert all(why.startswith("it did not come to an end within 0 s") for why in found["unfinished"].values())
+
+
+def test_there_is_nothing_to_time_without_a_gpu(tmp_path, capsys):
+    path = str(tmp_path / "none.json")
+    assert timing.main(["--json", path, "--device", "cpu"]) == 1
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_device_activities_are_those_of_the_device():
+    events = [
+        {"cat": "kernel", "name": "second", "ts": 7},
+        {"cat": "gpu_user_annotation", "name": "a label", "ts": 1},
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 1},
+        {"cat": "gpu_memset", "name": "Memset", "ts": 3},
+        {"name": "without a category"},
+    ]
+    assert kernel_counts.names_in_trace({"traceEvents": events}) == ["Memset", "second"]
+    assert kernel_counts.Counted(("one_phase",)).is_one_of_ours
+    assert not kernel_counts.Counted(("one_phase", "one_phase")).is_one_of_ours
+    assert not kernel_counts.Counted(("sgemm",)).is_one_of_ours
+
+
+CLEAN = "========= ERROR SUMMARY: 0 errors"
+RACES = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "clean"),
+    [
+        (0, CLEAN, True),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", True),
+        (0, RACES, False),
+        (99, "========= ERROR SUMMARY: 10 errors", False),
+        (99, CLEAN, False),
+        (0, "nothing was said", False),
+        (None, CLEAN, False),
+    ],
+)
+def test_what_the_memory_checker_says(code, text, clean):
+    assert sanitizer.verdict(code, text)["clean"] is clean
+
+
+def fake_checker(tmp_path: Path, says: str) -> str:
+    tool = tmp_path / "checker"
+    tool.write_text(f"#!{sys.executable}\nprint({says!r})\n")
+    tool.chmod(0o755)
+    return str(tool)
+
+
+@pytest.mark.parametrize(("says", "expected"), [(CLEAN, 0), (RACES, 1)])
+def test_the_memory_checker_runs_with_every_tool(tmp_path, monkeypatch, says, expected):
+    monkeypatch.setattr(sanitizer, "_script", lambda: [sys.executable, "-c", ""])
+    path = tmp_path / "s.json"
+    code = sanitizer.main(["--json", str(path), "--limit", "20", "--tool", fake_checker(tmp_path, says)])
+    assert code == expected
+    assert [results.read(path)[tool]["clean"] for tool in sanitizer.TOOLS] == [not expected] * 2
+
+
+def test_without_a_memory_checker_the_step_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sanitizer, "find_tool", lambda: None)
+    path = tmp_path / "s.json"
+    assert sanitizer.main(["--json", str(path)]) == 0
+    assert "was not found" in capsys.readouterr().out
+    assert results.read(path) == {"tool": None}
+
+
+def made_up(**changes: float) -> dict[str, Any]:
+    """Results in which everything is reached, but for the changes."""
+    speed = {"large": 1.9, "step": 3.5, "graphed": 2.5, "update": 3.2, "library": 0.95, "host": 20e-6, "kernels": 1}
+    speed |= changes
+    one = ["one_phase"] * int(speed["kernels"])
+    counted = {
+        "backward is one of our kernels": True,
+        "backward and SGD are one of our kernels": True,
+        OURS: {BACKWARD: one, UPDATE: one, STEP: one},
+    }
+
+    def rows(**ratios: float) -> dict[str, Any]:
+        return {
+            name: {"correct": True, "seconds": seconds}
+            for variant, ratio in ratios.items()
+            for name, seconds in ((variant, ratio * 1e-3), (PAIRS[variant], 1e-3))
+        }
+
+    small = {
+        "regions": {
+            STEP: rows(**{BP: speed["step"], summary.BP_GRAPHED: speed["graphed"]}),
+            UPDATE: rows(**{summary.BP_GRAPHED: speed["update"]}),
+        }
+    }
+    large = {
+        "regions": {STEP: rows(**{BP: speed["large"]}), BACKWARD: rows(**{BP: speed["large"]})},
+        "kernels": {
+            summary.LIBRARY: {"seconds": speed["library"], "correct": True},
+            summary.CHOSEN: {"seconds": 1.0, "correct": True},
+        },
+    }
+    items = {SMALL.name: small, summary.SMALL_IEEE.name: small, LARGE.name: large}
+    items[timing.HOST] = {"correct": True, summary.CHOSEN: speed["host"]}
+    profiles = {case.name: copy.deepcopy(counted) for case in summary.PROFILED}
+    return {"profile": profiles, "time": {"items": items, "unfinished": {}}}
+
+
+PAIRS = {BP: OURS, summary.BP_GRAPHED: summary.OURS_GRAPHED}
+
+
+def unmet(found: dict[str, Any]) -> list[str]:
+    return [verdict.name for verdict in summary.verdicts(found) if not verdict.met]
+
+
+def test_everything_reached_is_met():
+    found = summary.verdicts(made_up())
+    assert len(found) == 16
+    assert all(verdict.met and verdict.measured is not None for verdict in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "word"),
+    [
+        ({"large": 1.7}, 1, "backward over BP's"),
+        ({"large": 1.3}, 2, "over BP"),
+        ({"step": 2.9}, 2, "both eager"),
+        ({"graphed": 1.9}, 2, "step over BP, both graphed"),
+        ({"update": 2.9}, 2, "backward and update"),
+        ({"library": 0.89}, 1, "cuBLAS"),
+        ({"host": 26e-6}, 1, "host"),
+        ({"kernels": 2}, 6, "kernels"),
+        ({"kernels": 0}, 6, "kernels"),
+    ],
+)
+def test_what_is_not_reached_is_not_met(change, count, word):
+    names = unmet(made_up(**change))
+    assert len(names) == count
+    assert all(word in name for name in names)
+
+
+def test_what_is_wrong_or_missing_is_not_met():
+    found = made_up()
+    rows = found["time"]["items"][LARGE.name]["regions"][STEP]
+    rows[OURS] = {"correct": False, "error": 1.0, "allowed": 0.1}
+    found["profile"][SMALL.name][OURS][BACKWARD] = ["sgemm"]
+    found["profile"][SMALL.name]["backward is one of our kernels"] = False
+    found["time"]["items"][timing.HOST]["correct"] = False
+    found["time"]["items"][timing.HOST] |= {"error": 1.0, "allowed": 0.1}
+    notes = {verdict.name: verdict.note for verdict in summary.verdicts(found) if not verdict.met}
+    assert notes == {
+        f"{SMALL.name}: backward, kernels": "the one kernel is not ours: sgemm",
+        f"{LARGE.name}: step over BP": "dfa.DFA: wrong result: off by 1, allowed 0.1",
+        "host's part of one layer_grads": "wrong result: off by 1, allowed 0.1",
+    }
+    assert len(unmet({})) == 16
+    assert len(unmet({"quick": True, **made_up()})) == 1
+
+
+def test_the_report_names_every_verdict():
+    found = made_up(host=30e-6)
+    found |= {"steps": [{"name": "env", "status": "ok", "seconds": 1.0}], "environment": {"gpu": "a GPU"}}
+    found["requirements"] = [vars(verdict) for verdict in summary.verdicts(found)]
+    found["tests"] = {"passed": 3, "failed": ["test_a"], "skipped": {"test_b": "short of memory"}, "unfinished": []}
+    found["sanitizer"] = {"tool": "t", "plain": 0, "memcheck": {"clean": True, "summary": "0 errors"}}
+    found["time"]["items"] = {timing.HOST: found["time"]["items"][timing.HOST]}
+    text = summary.markdown(found)
+    assert "| host's part of one layer_grads | 30 | ≤ 25 µs | **not met** |" in text
+    assert f"| {SMALL.name}: backward, kernels | 1 | = 1 | met |" in text
+    assert all(word in text for word in ("a GPU", "failed: test_a", "short of memory", "memcheck: 0 errors"))
+
+
+def test_the_limits_leave_eight_minutes():
+    assert sum(step.limit + script.EXTRA for step in script.STEPS) < 480
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_the_script_goes_on_after_a_step_that_fails(tmp_path, monkeypatch):
+    steps = (
+        Step("env", "bench.gpu.device_facts", 30),
+        Step("tests", "bench.gpu.no_such_module", 10),
+        Step("profile", "bench.gpu.no_such_module", 10),
+    )
+    monkeypatch.setattr(script, "STEPS", steps)
+    out = tmp_path / "out"
+    assert script.main([str(out), "--commit", "abc", "--dirty"]) == 1
+    found = results.read(out / "results.json")
+    assert [step["status"] for step in found["steps"]] == ["ok", "failed", "failed"]
+    assert found["environment"]["commit"] == "abc"
+    assert found["environment"]["dirty"] is True
+    assert found["environment"]["torch"] == torch.__version__
+    assert len(found["requirements"]) == 16
+    assert "No module named" in (out / "tests.log").read_text()
+    names = [path.name for path in out.iterdir()]
+    assert len(names) <= 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+
+
+def test_the_script_refuses_unknown_steps(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main([str(tmp_path), "--steps", "env,speed"])
+    assert "--steps: got ['speed']" in capsys.readouterr().err
+
+
+def test_the_facts_tell_the_commit_apart_from_its_changes(monkeypatch):
+    machine = dict(device_facts.environment.describe())
+    for commit, expected in {"0123": ("0123", False), "0123-dirty": ("0123", True), None: (None, None)}.items():
+        monkeypatch.setattr(device_facts.environment, "describe", lambda commit=commit: {**machine, "commit": commit})
+        facts = device_facts.describe()
+        assert (facts["commit"], facts["dirty"]) == expected
+        assert {"gpu", "driver", "cuda", "triton", "torch", "date"} <= facts.keys()

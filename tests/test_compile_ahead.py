@@ -1,0 +1,219 @@
+"""The kernels' machine code for GPUs that are not here, from every version of Triton that is promised to work.
+
+`compile_ahead.py` compiles, in processes of their own; here is what its results have to be like.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dfa_kernels.backends.triton.configs import KINDS, table
+
+ROOT = Path(__file__).resolve().parent.parent
+PINNED = re.findall(r"^triton==([\w.]+)", (ROOT / "requirements-triton.txt").read_text(), re.MULTILINE)
+# Compiled with rare networks and sources of U as well; another version of Triton rarely changes those alone.
+THOROUGH = PINNED[0]
+INSTALLED = "installed"
+OWN_VENV = Path(sys.prefix).resolve() == (ROOT / ".venv").resolve()
+NO_VENV = pytest.mark.skip(reason="not in the .venv of `make setup`, which alone has this version of Triton")
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a multiprocessor has, and what a program may use of it. Sizes in bytes; tensor memory in columns."""
+
+    instruction: str
+    shared_of_program: int
+    shared: int
+    warps: int
+    registers: int = 65536
+    tensor_memory: int = 512
+    tma: bool = False
+
+
+KIB = 1024
+SMALL = Card("mma.sync", 99 * KIB, 100 * KIB, 48)
+CARDS = {
+    80: Card("mma.sync", 163 * KIB, 164 * KIB, 64),
+    86: SMALL,
+    89: SMALL,
+    90: Card("wgmma", 227 * KIB, 228 * KIB, 64, tma=True),
+    100: Card("tcgen05", 227 * KIB, 228 * KIB, 64, tma=True),
+    120: SMALL,
+}
+# The driver's own, of every program.
+RESERVED_SHARED = 1 * KIB
+
+
+def complaints(result: Result, card: Card) -> Iterator[str]:
+    """What is wrong with a kernel's machine code, a phrase each."""
+    if "error" in result:
+        yield result["error"]
+        return
+    yield from _resource_complaints(result, card)
+    yield from _instruction_complaints(result, card)
+
+
+def _resource_complaints(result: Result, card: Card) -> Iterator[str]:
+    for name in ("stack", "local"):
+        if result[name] != 0:
+            yield f"{name.upper()} {result[name]}, expected 0"
+    if result["shared"] > card.shared_of_program:
+        yield f"{result['shared']} B of shared memory, expected at most {card.shared_of_program}"
+    programs = result["programs"]
+    for name, used, limit in (
+        ("B of shared memory", result["shared"] + RESERVED_SHARED, card.shared),
+        ("registers", result["reg"] * result["warps"] * 32, card.registers),
+        ("warps", result["warps"], card.warps),
+        ("columns of tensor memory", result["tensor_memory"], card.tensor_memory),
+    ):
+        if used * programs > limit:
+            yield f"{programs} programs of {used} {name}, expected at most {limit} together"
+
+
+def _instruction_complaints(result: Result, card: Card) -> Iterator[str]:
+    found = result["instructions"]
+    if result["dtype"] == "ieee":
+        if wrong := {"mma.sync", "wgmma", "tcgen05"} & set(found):
+            yield f"{', '.join(sorted(wrong))} in full float32, expected none"
+        return
+    if not result["multiplies"]:
+        return
+    if card.instruction not in found:
+        yield f"no {card.instruction} in {found}"
+    if result["plain_dots"]:
+        yield f"{result['plain_dots']} products without tensor cores, expected 0"
+    half = result["dtype"] in ("fp16", "bf16")
+    rows_of_16_bytes = result["network"] not in ("even", "odd")
+    copies = "tma" if card.tma and half and rows_of_16_bytes and result["kernel"] == "two_phase" else "cp.async"
+    if (copies == "tma") != result["tma"]:
+        yield f"planned with TMA: {result['tma']}, expected {copies == 'tma'}"
+    # An asynchronous copy moves 4 bytes at least, and each by itself where rows are odd.
+    if copies not in found and not (half and result["network"] == "odd"):
+        yield f"no {copies} in {found}: tiles are not loaded ahead"
+
+
+def versions() -> list[Any]:
+    """Those of Triton to compile with."""
+    if OWN_VENV:
+        return list(PINNED)
+    return [*(pytest.param(version, marks=NO_VENV) for version in PINNED), INSTALLED]
+
+
+def compiled(version: str, arch: int, known: Path) -> list[Result]:
+    """Everything for this GPU; what is in `known` is not compiled again."""
+    folders = [ROOT] if version == INSTALLED else [ROOT / ".venv" / "triton" / version, ROOT]
+    for folder in folders:
+        assert folder.is_dir(), f"{folder} is missing, expected Triton {version} there: run `make setup`"
+    command = [sys.executable, str(ROOT / "tests" / "compile_ahead.py"), f"sm_{arch}", "--known", str(known)]
+    if version not in (THOROUGH, INSTALLED):
+        command.append("--usual")
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
+            "OMP_NUM_THREADS": "1",
+            "TRITON_CACHE_DIR": cache,
+            "TRITON_DISABLE_LINE_INFO": "1",
+        }
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr}"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compilations(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, int], Future[list[Result]]]]:
+    """Results to be, of the tests that were selected: a process on every core compiles."""
+    known = Path(request.config.cache.mkdir("compile_ahead"))
+    tests = [item for item in request.session.items if "compilations" in getattr(item, "fixturenames", ())]
+    wanted = [(item.callspec.params["version"], item.callspec.params["arch"]) for item in tests]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {(version, arch): pool.submit(compiled, version, arch, known) for version, arch in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("arch", CARDS)
+@pytest.mark.parametrize("version", versions())
+def test_machine_code(version: str, arch: int, compilations: dict[tuple[str, int], Future[list[Result]]]) -> None:
+    """Tensor cores, nothing on the stack, tiles loaded ahead, as many programs on a multiprocessor as planned."""
+    results = compilations[version, arch].result()
+    wrong = [
+        f"{result['name']} on sm_{arch} with Triton {result['triton']}: {complaint}"
+        for result in results
+        for complaint in complaints(result, CARDS[arch])
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert version in (INSTALLED, *{result["triton"] for result in results})
+    found = {(result["kernel"], result["config"], result["dtype"]) for result in results}
+    assert every_config(arch, version in (THOROUGH, INSTALLED)) <= found
+
+
+def every_config(arch: int, thorough: bool) -> set[tuple[str, int, str]]:
+    """Kernel, number of the config and dtype of all in the table; of float16 the first config only unless thorough."""
+    dtypes = {"half": ("fp16", "bf16"), "tf32": ("fp32",), "ieee": ("ieee",)}
+    return {
+        (kernel, config, dtype)
+        for arithmetic, configs in table()[arch].items()
+        for kernel in KINDS
+        for config in range(len(getattr(configs, kernel)))
+        for dtype in dtypes[arithmetic]
+        if thorough or dtype != "fp16" or config == 0
+    }
+
+
+def test_every_architecture_with_configs_is_compiled_for() -> None:
+    assert set(table()) == set(CARDS)
+
+
+FINE: Result = {
+    "kernel": "two_phase", "dtype": "bf16", "network": "aligned", "multiplies": True, "tma": True, "warps": 8,
+    "programs": 1, "reg": 255, "stack": 0, "local": 0, "shared": 227 * KIB, "tensor_memory": 512,
+    "instructions": ["tcgen05", "tma"], "plain_dots": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, []),
+        ({"stack": 48}, ["STACK 48, expected 0"]),
+        ({"local": 8}, ["LOCAL 8, expected 0"]),
+        (
+            {"shared": 227 * KIB + 1},
+            [
+                "232449 B of shared memory, expected at most 232448",
+                "1 programs of 233473 B of shared memory, expected at most 233472 together",
+            ],
+        ),
+        (
+            {"programs": 2, "shared": 0, "tensor_memory": 256},
+            ["2 programs of 65280 registers, expected at most 65536 together"],
+        ),
+        (
+            {"programs": 2, "shared": 0, "reg": 128},
+            ["2 programs of 512 columns of tensor memory, expected at most 512 together"],
+        ),
+        ({"instructions": ["mma.sync", "tma"]}, ["no tcgen05 in ['mma.sync', 'tma']"]),
+        ({"plain_dots": 1}, ["1 products without tensor cores, expected 0"]),
+        ({"tma": False}, ["planned with TMA: False, expected True"]),
+        ({"instructions": ["tcgen05", "cp.async"]}, ["no tma in ['tcgen05', 'cp.async']: tiles are not loaded ahead"]),
+        ({"dtype": "ieee"}, ["tcgen05 in full float32, expected none"]),
+        ({"error": "PTXASError: no"}, ["PTXASError: no"]),
+    ],
+)
+def test_what_is_wrong_is_said(change: Result, expected: list[str]) -> None:
+    assert list(complaints(FINE | change, CARDS[100])) == expected

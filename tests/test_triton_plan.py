@@ -1,0 +1,348 @@
+"""What a launch runs, from shapes alone: no tensor here holds a number."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import given, note, settings
+from torch import Tensor
+from triton_cases import (
+    FRESH,
+    ONE_PHASE,
+    PROJECTIONS,
+    TWO_PHASE,
+    forced,
+    make_call,
+    plain_layer,
+    plain_network,
+    randoms,
+    some_network,
+    watched,
+)
+
+import dfa_kernels as dfa
+from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends.triton import configs, plan
+from dfa_kernels.backends.triton.plan import (
+    GroupedProblem,
+    LaunchPlan,
+    Target,
+    alignment,
+    can_use_tma,
+    needs_int64,
+    plan_grouped,
+    plan_one_phase,
+    plan_two_phase,
+)
+from dfa_kernels.backends.triton.route import LayerCall, looks_of, route_of
+from dfa_kernels.backends.triton.taps import plan_project_taps
+
+H200 = Target(90, 132)
+A100 = Target(80, 108)
+LIMIT = 2**31
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def layers_plan(
+    widths: tuple[int, ...] = (20, 30),
+    *,
+    rows: int = 8,
+    error_size: int = 4,
+    positions: int = 1,
+    output_width: int | None = None,
+    error: Tensor | None = None,
+    kind: str = "gaussian",
+    dtype: torch.dtype = torch.float32,
+    target: Target = H200,
+) -> LaunchPlan:
+    """The plan for layers of these widths, one after the other, and an output layer if it has a width."""
+    pairs, long = list(itertools.pairwise(widths)), rows * positions
+    inputs = [meta(long, width, dtype=dtype) for width, _ in pairs]
+    inputs += [] if output_width is None else [meta(rows, output_width, dtype=dtype)]
+    kept = [meta(long, out, dtype=dtype) for _, out in pairs]
+    error = meta(rows, error_size, dtype=dtype) if error is None else error
+    call = LayerCall(
+        error, [], dfa.Feedback(kind, "procedural").spec, inputs, kept, [None] * len(kept), ["tanh"] * len(kept),
+        [0.0] * 2 * len(kept), [True] * len(inputs), [True] * len(inputs),
+    )  # fmt: skip
+    found = route_of(looks_of(call, torch.float32, "store"), target).plan
+    assert found is not None
+    return found
+
+
+def taps_plan(rows: int, sizes: list[int], error_size: int = 4, error: Tensor | None = None) -> LaunchPlan:
+    n = len(sizes)
+    error = meta(rows, error_size) if error is None else error
+    feedback = dfa.Feedback(storage="procedural").spec
+    return plan_project_taps(
+        H200, error, [], feedback, sizes, [None] * n, [None] * n, ["identity"] * n, [0.0] * 2 * n
+    )  # fmt: skip
+
+
+def index(found: LaunchPlan) -> Any:
+    return found.constants_by_name()["INDEX"]
+
+
+def test_offsets_that_int32_holds() -> None:
+    assert not needs_int64(LIMIT - 1, 0)
+    assert needs_int64(5, LIMIT)
+
+
+# Each makes one tensor of exactly `LIMIT` numbers when n is the number given, and all others smaller.
+LARGE = {
+    "inputs": (2**11, lambda n: layers_plan((n, 4), rows=2**20)),
+    "inputs of several positions": (2**11, lambda n: layers_plan((n, 4), rows=2**19, positions=2)),
+    "activations": (2**11, lambda n: layers_plan((4, n), rows=2**20)),
+    "weights": (2**16, lambda n: layers_plan((2**15, n))),
+    "feedback": (2**21, lambda n: layers_plan((1, n), rows=1, error_size=2**10)),
+    "feedback of several positions": (2**20, lambda n: layers_plan((1, n), rows=1, positions=2, error_size=2**10)),
+    "input of the output layer": (2**11, lambda n: layers_plan(rows=2**20, output_width=n)),
+    "error of the output layer": (2**11, lambda n: layers_plan(rows=2**20, error_size=n // 16 * 16, output_width=4)),
+    "projection": (2**16, lambda n: taps_plan(2**15, [8, n])),
+    "feedback of taps": (2**21, lambda n: taps_plan(1, [n], error_size=2**10)),
+}
+
+
+@pytest.mark.parametrize("n, planned", LARGE.values(), ids=LARGE)
+def test_tensors_of_more_than_31_bits_get_wide_offsets(n: int, planned: Any) -> None:
+    assert index(planned(n)) == tl.int64
+    assert index(planned(n - 1)) == tl.int32
+
+
+def test_error_whose_elements_lie_far_apart() -> None:
+    """What counts is how far its last number lies from its first, in either order in memory."""
+    for rows, columns in ((2**20, 2**11), (2**11, 2**20)):
+        error = meta(rows, columns)[:, :4] if rows > columns else meta(4, columns, rows)[0].t()[:, :4]
+        near = error[: rows // 2, :2] if rows > columns else error[:, :2]
+        for planned in (lambda e: layers_plan((2, 2), rows=e.shape[0], error=e), lambda e: taps_plan(0, [2], error=e)):
+            assert index(planned(near)) == tl.int32
+            assert index(planned(error)) == (tl.int64 if rows > columns else tl.int32)
+    transposed = meta(2**7, 2**24).t()
+    assert index(layers_plan((2, 2), rows=2**24, error=transposed)) == tl.int64
+    assert index(taps_plan(0, [2], error=transposed)) == tl.int64
+    assert index(layers_plan((2, 2), rows=2**24, error=transposed[:, :64])) == tl.int32
+    assert index(taps_plan(0, [2], error=transposed[:, :64])) == tl.int32
+
+
+def test_copy_of_the_error_is_wider_than_the_error() -> None:
+    """Its rows are of 16 numbers at least."""
+    for rows, expected in ((2**27, tl.int64), (2**27 - 1, tl.int32)):
+        problem = layers_plan((1, 1), rows=rows, error_size=1, output_width=1).problem
+        found = plan_two_phase(problem, TWO_PHASE[-1], H200)
+        assert found.copy_width == 16
+        assert index(found) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_tensor_memory_accelerator(dtype: torch.dtype) -> None:
+    """Rows of a multiple of 16 bytes, on GPUs that have one."""
+    half = dtype != torch.float32
+    assert can_use_tma(dtype, 16, H200) == half
+    assert can_use_tma(dtype, 8, Target(120, 100)) == half
+    assert not can_use_tma(dtype, 4, H200)
+    assert not can_use_tma(dtype, 16, A100)
+    # Large enough for the kernel that uses it.
+    for width, aligned in ((1024, True), (1028, False)):
+        found = layers_plan((width, width), rows=64, error_size=1000, output_width=width, dtype=dtype)
+        assert found.name == "two_phase"
+        assert found.uses_tma == (half and aligned)
+        assert found.constants_by_name()["TMA"] == found.uses_tma
+
+
+def test_small_errors_go_in_one_phase_and_large_ones_in_two() -> None:
+    one, two = layers_plan(error_size=64), layers_plan(error_size=65)
+    assert (one.name, two.name) == ("one_phase", "two_phase")
+    assert "64 components" in one.why
+    assert "65 error components, more than 64" in two.why
+
+
+def test_delta_that_would_be_made_too_often_is_made_once() -> None:
+    small, large = layers_plan((3072, 800, 800), rows=128), layers_plan((8192, 8192, 8192), rows=4096)
+    assert (small.name, large.name) == ("one_phase", "two_phase")
+    assert f"more than {plan.MOST_REPEATED_DELTAS}" in large.why
+
+
+def test_a_projection_in_memory_needs_no_room_beside_a_tile() -> None:
+    found = layers_plan(error_size=1000, kind="fastfood")
+    assert found.name == "one_phase"
+    assert found.constants_by_name()["SOURCE"] == "projection"
+
+
+def test_output_layer_alone() -> None:
+    found = layers_plan((), output_width=20)
+    assert found.name == "one_phase"
+    assert "the output layer alone" in found.why
+
+
+@pytest.mark.parametrize("error_size", [10, 100])
+def test_more_multiprocessors_get_smaller_tiles(error_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from_large_to_small = configs.Configs(*(tuple(reversed(rows)) for rows in (ONE_PHASE, TWO_PHASE, PROJECTIONS)))
+    monkeypatch.setattr(plan, "configs_for", lambda capability, arithmetic: from_large_to_small)
+    problem = layers_plan((1024, 512, 512), error_size=error_size).problem
+    made = [plan_grouped(problem, Target(90, n)) for n in (1, 100, 10**6)]
+    areas = [m.config.block_m * m.config.block_n for m in made]
+    assert areas == [128 * 128, 64 * 64, 16 * 16]
+    taps = taps_plan(128, [1000]).problem
+    sizes = [plan.plan_taps.__wrapped__(taps, Target(90, n)).config.block_u for n in (1, 50, 10**6)]
+    assert sizes == [128, 64, 16]
+
+
+def test_two_phases_start_no_more_programs_than_there_are_tiles() -> None:
+    found = layers_plan((16, 16), rows=16, error_size=100)
+    total = found.numbers[-1]
+    assert found.programs == total < H200.multiprocessors
+    large = layers_plan((4096, 4096), rows=1024, error_size=100)
+    assert large.programs == H200.multiprocessors * large.config.programs < large.numbers[-1]
+
+
+def spans(length: int, block: int) -> range:
+    return range(0, length, block)
+
+
+def tiles_one_by_one(problem: GroupedProblem, config: Any) -> int:
+    tiles = 0
+    layers = enumerate(zip(problem.widths_in, problem.widths_out, strict=True))
+    for i, (width, out) in layers:
+        for _ in spans(out, config.block_m):
+            if problem.weights >> i & 1:
+                tiles += len(list(spans(width, config.block_n)))
+            elif problem.biases >> i & 1:
+                tiles += 1
+    return tiles
+
+
+@settings(**FRESH, max_examples=60)
+@given(random=randoms)
+def test_tiles_are_counted_right(random: Random) -> None:
+    kernel = random.choice(["one_phase", "two_phase"])
+    network = some_network(random, kernel)
+    note(str(network))
+    call = LayerCall(*make_call(network).arguments())
+    found = route_of(looks_of(call, torch.float32, "store"), H200).plan
+    assert found is not None
+    for config in ONE_PHASE:
+        assert plan_one_phase(found.problem, config).programs == tiles_one_by_one(found.problem, config)
+    for two in TWO_PHASE:
+        made = plan_two_phase(found.problem, two, H200)
+        copies, projections, total = made.numbers[-3:]
+        rows = len(spans(network["rows"], two.block_r))
+        units = len(spans(found.problem.widest, two.block_u))
+        copied = len(spans(made.copy_width, two.block_u))
+        assert (copies, projections) == (copied * rows, units * rows)
+        assert total - copies - projections == tiles_one_by_one(found.problem, two)
+        assert made.counters == 1 + units + copied
+        assert (made.copy_width > 0) == made.constants_by_name()["COPY"]
+
+
+def test_tiles_of_taps_are_counted_right() -> None:
+    problem = taps_plan(70, [33, 200, 1]).problem
+    for config in PROJECTIONS:
+        expected = len(spans(200, config.block_u)) * len(spans(70, config.block_r))
+        assert plan._projection_tiles(problem, config) == expected
+
+
+def test_a_problem_seen_before_has_its_plan() -> None:
+    """Of other values, the same object; also for a fresh spec of the same feedback."""
+    assert layers_plan() is layers_plan()
+    assert taps_plan(8, [3, 5]) is taps_plan(8, [3, 5])
+    first = make_call(plain_network([plain_layer()], seed=1))
+    second = make_call(plain_network([plain_layer()], seed=2))
+    with watched() as seen:
+        for call in (first, second):
+            triton_backend.layer_grads(*call.arguments(), torch.float32)
+    assert seen.plans[0] is seen.plans[1]
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "rows": {"rows": 9},
+    "error": {"error_size": 5},
+    "feedback": {"kind": "uniform"},
+    "layers": {"widths": (20, 31)},
+    "positions": {"positions": 2},
+    "precision": {"dtype": torch.float16},
+    "output layer": {"output_width": 7},
+    "error's strides": {"error": torch.empty(8, 5, device="meta")[:, :4]},
+    "error's dtype": {"error": torch.empty(8, 4, dtype=torch.float16, device="meta")},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_problem_has_another_plan(change: dict[str, Any]) -> None:
+    changed = layers_plan(**change)
+    before = layers_plan()
+    assert changed is not before
+    assert (changed.numbers, changed.constants, changed.config) != (before.numbers, before.constants, before.config)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("kernel", ["one_phase", "two_phase"])
+def test_precision_of_float32_products_is_torchs(kernel: str, precision: str) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        with forced(kernel):
+            made = layers_plan()
+        taps = taps_plan(8, [3, 5])
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    constants = made.constants_by_name()
+    assert (constants["PRECISION"], constants["DELTA_PRECISION"]) == (precision, precision)
+    assert taps.constants_by_name()["DELTA_PRECISION"] == precision
+
+
+def test_every_number_of_a_kernel_is_an_int32() -> None:
+    """Whatever the seed: a launch is compiled for the types of its numbers."""
+    for seed in (0, 2**31, 2**32 - 1, 2**63, 2**64 - 1):
+        problem = layers_plan().problem
+        projected = replace(problem.projected, feedback=dfa.Feedback(seed=seed).spec)
+        numbers = plan_grouped(replace(problem, projected=projected), H200).numbers
+        assert all(-LIMIT <= n < LIMIT for n in numbers if isinstance(n, int))
+        low, high = numbers[3:5]
+        assert (low & 0xFFFFFFFF) + ((high & 0xFFFFFFFF) << 32) == seed
+
+
+@pytest.mark.parametrize(
+    "widths, expected", [([16, 64], 16), ([24], 8), ([4, 16], 4), ([6, 10], 2), ([7, 16], 1), ([0, 32], 16), ([], 16)]
+)
+def test_alignment(widths: list[int], expected: int) -> None:
+    assert alignment(widths[:1], widths[1:]) == expected
+
+
+def test_derivatives_are_known_by_their_source() -> None:
+    """Two activations' kernels must not be mistaken for each other in Triton's cache on disk."""
+    functions = [plan._derivatives([name])[0] for name in ("tanh", "relu")]
+    assert plan._derivatives(["relu", "tanh", "relu"])[1] == (0, 1, 0)
+    assert [list(derivatives) for derivatives in functions] != [[], []]
+    assert functions[0] != functions[1]
+    assert functions[0].cache_key != functions[1].cache_key
+
+
+class TestConfigs:
+    @pytest.mark.parametrize("arithmetic", configs.ARITHMETICS)
+    def test_of_a_gpu_are_those_of_the_newest_known_that_is_not_newer(self, arithmetic: str) -> None:
+        known = configs.table()
+        assert {80, 86, 89, 90, 100, 120} <= set(known)
+        for capability, expected in ((75, 80), (80, 80), (87, 86), (90, 90), (103, 100), (121, 120), (200, 120)):
+            assert configs.configs_for(capability, arithmetic) is known[expected][arithmetic]
+
+    def test_lists_go_from_large_tiles_to_small(self) -> None:
+        for by_arithmetic in configs.table().values():
+            assert set(by_arithmetic) == set(configs.ARITHMETICS)
+            for table in by_arithmetic.values():
+                grouped = [[c.block_m * c.block_n for c in rows] for rows in (table.one_phase, table.two_phase)]
+                for areas in (*grouped, [c.block_u * c.block_r for c in table.project_taps]):
+                    assert areas
+                    assert areas == sorted(areas, reverse=True)
+
+    @pytest.mark.parametrize("tiles, expected", [([8], 0), ([3, 8, 9], 1), ([3, 5, 7], 2), ([8, 100], 0), ([9, 1], 0)])
+    def test_first_that_fills(self, tiles: list[int], expected: int) -> None:
+        assert configs.first_that_fills(tiles, 8) == expected
