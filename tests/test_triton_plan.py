@@ -29,6 +29,7 @@ from triton_cases import (
 import dfa_kernels as dfa
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.triton import configs, plan
+from dfa_kernels.backends.triton.configs import OnePhaseConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.plan import (
     GroupedProblem,
     LaunchPlan,
@@ -147,7 +148,8 @@ def test_tensor_memory_accelerator(dtype: torch.dtype) -> None:
     """Rows of a multiple of 16 bytes, on GPUs that have one."""
     half = dtype != torch.float32
     assert can_use_tma(dtype, 16, H200) == half
-    assert can_use_tma(dtype, 8, Target(120, 100)) == half
+    assert can_use_tma(dtype, 8, Target(100, 100)) == half
+    assert not can_use_tma(dtype, 16, Target(120, 100))
     assert not can_use_tma(dtype, 4, H200)
     assert not can_use_tma(dtype, 16, A100)
     # Large enough for the kernel that uses it.
@@ -156,6 +158,25 @@ def test_tensor_memory_accelerator(dtype: torch.dtype) -> None:
         assert found.name == "two_phase"
         assert found.uses_tma == (half and aligned)
         assert found.constants_by_name()["TMA"] == found.uses_tma
+
+
+def test_tiles_that_need_the_accelerator() -> None:
+    """The largest, which fill the GPU both times, are only for rows of a multiple of 16 bytes."""
+    for width, aligned in ((8192, True), (8196, False)):
+        found = layers_plan((width, width), rows=64, error_size=1000, dtype=torch.bfloat16)
+        assert isinstance(found.config, TwoPhaseConfig)
+        assert found.config.needs_tma == found.uses_tma == aligned
+
+
+@pytest.mark.parametrize(
+    "programs, warps, registers", [(1, 8, 255), (2, 4, 255), (2, 8, 128), (3, 4, 168), (4, 4, 128)]
+)
+def test_registers_that_the_programs_of_a_multiprocessor_share(programs: int, warps: int, registers: int) -> None:
+    config = OnePhaseConfig(64, 64, 32, 8, warps, 2, programs)
+    assert config.registers == registers
+    assert registers * warps * 32 * programs <= 65536
+    problem = layers_plan((8, 8)).problem
+    assert plan_one_phase(problem, config).options["maxnreg"] == registers
 
 
 def test_small_errors_go_in_one_phase_and_large_ones_in_two() -> None:

@@ -12,12 +12,29 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+REGISTERS = 65536
+"""Of a multiprocessor, on every GPU in the table."""
+MOST_REGISTERS = 255
+"""Of a thread."""
+
 ARITHMETICS = ("half", "tf32", "ieee")
 """float16 and bfloat16; float32 through tensor cores; float32 in full."""
 
 
+class HasRegisters:
+    """What `programs` programs on each multiprocessor, `num_warps` warps each, leave a thread."""
+
+    num_warps: int
+    programs: int
+
+    @property
+    def registers(self) -> int:
+        """Said to the compiler, which else picks an occupancy by itself and spills a little to reach it."""
+        return min(MOST_REGISTERS, REGISTERS // (self.programs * self.num_warps * 32) // 8 * 8)
+
+
 @dataclass(frozen=True)
-class OnePhaseConfig:
+class OnePhaseConfig(HasRegisters):
     """Tiles [block_m outputs, block_n inputs] of weight gradients, block_k rows of the batch at a time."""
 
     block_m: int
@@ -26,10 +43,11 @@ class OnePhaseConfig:
     group_m: int
     num_warps: int
     num_stages: int
+    programs: int = 1
 
 
 @dataclass(frozen=True)
-class ProjectionConfig:
+class ProjectionConfig(HasRegisters):
     """Tiles [block_u units, block_r rows] of the projection, block_e components of the error at a time."""
 
     block_u: int
@@ -37,11 +55,15 @@ class ProjectionConfig:
     block_e: int
     num_warps: int
     num_stages: int
+    programs: int = 1
 
 
 @dataclass(frozen=True)
-class TwoPhaseConfig:
-    """Both kinds of tiles, and how many programs run on each multiprocessor."""
+class TwoPhaseConfig(HasRegisters):
+    """Both kinds of tiles, and how many programs run on each multiprocessor.
+
+    needs_tma: without it, addresses and masks of the tiles would not fit into the registers beside the gradient.
+    """
 
     block_u: int
     block_r: int
@@ -53,6 +75,7 @@ class TwoPhaseConfig:
     programs: int
     num_warps: int
     num_stages: int
+    needs_tma: bool = False
 
 
 @dataclass(frozen=True)

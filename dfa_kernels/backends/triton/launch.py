@@ -73,10 +73,7 @@ def _launch(plan: LaunchPlan, device: int, tensors: Arguments, hyper: Hyper) -> 
     if aligned and device in plan.compiled:
         plan.compiled[device][grid](*addresses, *plan.numbers, *hyper, *plan.constants)
         return
-    compiled = plan.kernel[grid](
-        *tensors, *plan.numbers, *hyper, *plan.constants,
-        num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    compiled = plan.kernel[grid](*tensors, *plan.numbers, *hyper, *plan.constants, **plan.options)
     if aligned:
         plan.compiled[device] = compiled
 

@@ -190,6 +190,16 @@ class LaunchPlan:
     def name(self) -> str:
         return str(self.kernel.__name__)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's compiler is told."""
+        return dict(
+            num_warps=self.config.num_warps,
+            num_stages=self.config.num_stages,
+            maxnreg=self.config.registers,
+            enable_fp_fusion=True,
+        )
+
     def constants_by_name(self) -> dict[str, Any]:
         names = [name for name in self.kernel.arg_names if name.isupper()]
         return dict(zip(names, self.constants, strict=True))
@@ -206,7 +216,8 @@ def plan_grouped(problem: GroupedProblem, target: Target) -> LaunchPlan:
     held = problem.projected.error_size <= LARGEST_HELD_ERROR or problem.projected.source == "projection"
     if held and repeated <= MOST_REPEATED_DELTAS:
         return plan_one_phase(problem, one)
-    two = configs.two_phase[_that_fills([_gradient_tiles(problem, c) for c in configs.two_phase], target)]
+    usable = usable_two_phase(problem, target)
+    two = usable[_that_fills([_gradient_tiles(problem, c) for c in usable], target)]
     plan = plan_two_phase(problem, two, target)
     size = problem.projected.error_size
     repeats = f"{repeated} values of δ would be made again in tiles, more than {MOST_REPEATED_DELTAS}"
@@ -247,16 +258,33 @@ def _why_one_phase(problem: GroupedProblem) -> str:
     return f"an error of {problem.projected.error_size} components: every tile of a gradient makes its own δ"
 
 
+def usable_two_phase(problem: GroupedProblem, target: Target) -> list[TwoPhaseConfig]:
+    """The configs whose tiles this problem's tensors allow."""
+    align, _ = _delta_layout(problem)
+    tma = can_use_tma(problem.projected.dtype, align, target)
+    configs = configs_for(target.capability, problem.projected.arithmetic).two_phase
+    return [config for config in configs if tma or not config.needs_tma]
+
+
+def _delta_layout(problem: GroupedProblem) -> tuple[int, bool]:
+    """What all rows of inputs and δ are a multiple of, and whether the output layer's δ is a copy of the error.
+
+    It is the error itself if that lies in memory as the other δ do.
+    """
+    projected = problem.projected
+    align = alignment(problem.widths_in, problem.widths_out[: problem.hidden])
+    align_error = projected.constants()["ALIGN_ERROR"]
+    copy = projected.error_dtype != projected.dtype or not _rows_of_16_bytes(projected.dtype, align_error)
+    if len(problem.widths_in) > problem.hidden and not copy:
+        align = math.gcd(align, align_error)
+    return align, copy
+
+
 def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Target) -> LaunchPlan:
     """δ of all layers into memory, then the gradients, ordered by tickets."""
     projected, has_output = problem.projected, len(problem.widths_in) > problem.hidden
     row_tiles, unit_tiles = -(-projected.rows // config.block_r), -(-max(problem.sizes, default=0) // config.block_u)
-    align = alignment(problem.widths_in, problem.widths_out[: problem.hidden])
-    # The output layer's δ is the error itself if that lies in memory as the other δ do, else a copy that does.
-    align_error = projected.constants()["ALIGN_ERROR"]
-    copy = projected.error_dtype != projected.dtype or not _rows_of_16_bytes(projected.dtype, align_error)
-    if has_output and not copy:
-        align = math.gcd(align, align_error)
+    align, copy = _delta_layout(problem)
     width = -(-projected.error_size // 16) * 16 if copy else projected.error_size
     copy_tiles = -(-width // config.block_u) if copy and has_output else 0
     uses_tma = can_use_tma(projected.dtype, align, target)
@@ -340,8 +368,12 @@ def plan_taps(problem: TapsProblem, target: Target) -> LaunchPlan:
 
 
 def can_use_tma(dtype: torch.dtype, alignment: int, target: Target) -> bool:
-    """Whether tiles may come by the tensor memory accelerator: sm_90 and newer, rows of a multiple of 16 bytes."""
-    return target.capability >= 90 and dtype in HALF and _rows_of_16_bytes(dtype, alignment)
+    """Whether tiles may come by the tensor memory accelerator: rows of a multiple of 16 bytes, from sm_90 on.
+
+    Not on sm_120: where Triton addresses a cluster's memory, as 3.6 does, ptxas makes of every such copy a branch with
+    a function call in it.
+    """
+    return 90 <= target.capability < 120 and dtype in HALF and _rows_of_16_bytes(dtype, alignment)
 
 
 def _rows_of_16_bytes(dtype: torch.dtype, alignment: int) -> bool:
