@@ -185,9 +185,20 @@ def tune(
             made = search(configs, len(committed), workloads, clock, multiprocessors, deadline)
         best = made.best_list()
         if best:
-            found[arithmetic, kernel] = best
+            found[arithmetic, kernel] = usable_everywhere(best, committed)
         print(report(f"{arithmetic}, {kernel}", made, committed, best), flush=True)
     return found
+
+
+def usable_everywhere(best: Sequence[Config], committed: Sequence[Config]) -> list[Config]:
+    """Tiles as large as those that needed TMA before need it still; tensors that it cannot copy find one at the end.
+
+    The workloads can all be copied, so they do not show what spills without it.
+    """
+    spared = [config for config in committed if not getattr(config, "needs_tma", False)]
+    least = min((area(config) for config in committed if config not in spared), default=math.inf)
+    marked = [dataclasses.replace(c, needs_tma=True) if area(c) >= least else c for c in best]
+    return marked if any(area(c) < least for c in best) else [*marked, *spared[:1]]
 
 
 def search(

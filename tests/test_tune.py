@@ -13,7 +13,7 @@ import torch
 from bench import tune
 from bench.gpu.clock import Clock
 from bench.gpu.workloads import DTYPES, QUICK_SHAPE, Workload, make_workload
-from dfa_kernels.backends.triton.configs import ARITHMETICS, KINDS, OnePhaseConfig, table
+from dfa_kernels.backends.triton.configs import ARITHMETICS, KINDS, OnePhaseConfig, TwoPhaseConfig, table
 from dfa_kernels.backends.triton.launch import INTERPRETED, target_of
 
 CPU = torch.device("cpu")
@@ -159,6 +159,23 @@ def test_only_what_was_searched_is_rewritten(configs, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs interpreted kernels")
+def test_tiles_that_need_tma_are_not_the_only_ones():
+    def tile(side: int, needs_tma: bool) -> TwoPhaseConfig:
+        return TwoPhaseConfig(64, 64, 32, side, side, 32, 8, 1, 8, 3, needs_tma)
+
+    committed = [tile(128, True), tile(64, False)]
+    found = tune.usable_everywhere([tile(256, False), tile(128, False)], committed)
+    assert found == [tile(256, True), tile(128, True), tile(64, False)]
+    found = tune.usable_everywhere([tile(128, False), tile(32, False)], committed)
+    assert found == [tile(128, True), tile(32, False)]
+    assert tune.usable_everywhere([MIDDLE], [LARGE, SMALL]) == [MIDDLE]
+
+
+def test_every_list_of_the_table_has_tiles_that_need_no_tma():
+    for arch, arithmetic in ((arch, arithmetic) for arch in table() for arithmetic in ARITHMETICS):
+        assert not all(config.needs_tma for config in table()[arch][arithmetic].two_phase)
+
+
 def test_a_dry_run_leaves_the_table(configs, monkeypatch, capsys):
     before = configs.read_text()
     assert run(configs, monkeypatch, "--dry-run", "--arithmetic", "ieee", "--kernel", "project_taps") == 0
