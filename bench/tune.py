@@ -197,7 +197,10 @@ def usable_everywhere(best: Sequence[Config], committed: Sequence[Config]) -> li
     """
     spared = [config for config in committed if not getattr(config, "needs_tma", False)]
     least = min((area(config) for config in committed if config not in spared), default=math.inf)
-    marked = [dataclasses.replace(c, needs_tma=True) if area(c) >= least else c for c in best]
+    marked = [
+        dataclasses.replace(c, needs_tma=True) if isinstance(c, TwoPhaseConfig) and area(c) >= least else c
+        for c in best
+    ]
     return marked if any(area(c) < least for c in best) else [*marked, *spared[:1]]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from hypothesis import Phase
 from hypothesis import strategies as st
@@ -175,9 +176,51 @@ def patched_once() -> Iterator[None]:
         yield
 
 
+def reach(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's memory: first, and one behind the last."""
+    spans = zip(tensor.shape, tensor.stride(), strict=True)
+    numbers = 1 + sum((n - 1) * stride for n, stride in spans) if tensor.numel() else 0
+    return tensor.data_ptr(), tensor.data_ptr() + numbers * tensor.itemsize
+
+
+@contextmanager
+def in_bounds(arguments: Iterable[Any]) -> Iterator[None]:
+    """During one launch: a kernel that touches memory of no argument fails, even if it does not use what it reads."""
+    tensors = [t for each in arguments for t in (each if isinstance(each, tuple) else (each,)) if isinstance(t, Tensor)]
+    spans = np.array(sorted(map(reach, tensors)), dtype=np.uint64)
+    starts, ends = spans[:, 0], np.maximum.accumulate(spans[:, 1])
+
+    def check(pointers: Any, mask: Any) -> None:
+        first = np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+        last = first + np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)
+        place = np.searchsorted(starts, first, side="right") - 1
+        assert (place >= 0).all() and (last <= ends[place]).all(), "memory of no argument"
+
+    builder = interpreter.InterpreterBuilder
+    load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def checked_atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return atomic(self, operation, pointers, value, mask, *rest)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(builder, "create_masked_load", checked_load))
+        stack.enter_context(mock.patch.object(builder, "create_masked_store", checked_store))
+        stack.enter_context(mock.patch.object(builder, "create_atomic_rmw", checked_atomic))
+        yield
+
+
 @contextmanager
 def watched() -> Iterator[Launches]:
-    """Fresh memory is poisoned and launches are counted; afterwards every counter has to be zero again."""
+    """Fresh memory is poisoned, launches are counted and stay in bounds; afterwards every counter is zero again."""
     seen = Launches()
     start, run = launch.launch, interpreter.GridExecutor.__call__
 
@@ -189,7 +232,7 @@ def watched() -> Iterator[Launches]:
 
     def counting_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen.kernels.append(self.fn.__name__)
-        with patched_once():
+        with patched_once(), in_bounds(args):
             return run(self, *args, **kwargs)
 
     def counters(n: int, device: torch.device) -> Tensor:
