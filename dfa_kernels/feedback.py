@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .feedback_spec import FeedbackSpec, check_integer
+from .feedback_spec import KINDS, FeedbackSpec, check_integer
+from .free_memory import free_bytes
 from .hadamard import without_autocast
 from .projection import Parts, dense_blocks, generate, layouts, project_unscaled, row_unit
 
@@ -87,9 +88,25 @@ class Feedback:
         # Let go of the smaller one before the larger one is made.
         kept = None
         self._kept.pop((error_size, place), None)
+        self._check_room(rows, error_size, place)
         units = -(-rows // row_unit(self.spec, error_size))
         made = self._kept[error_size, place] = self._make(units, error_size, place)
         return made
+
+    def _check_room(self, rows: int, error_size: int, device: torch.device) -> None:
+        """torch.OutOfMemoryError, before anything is allocated, if that many rows of U do not fit on the device."""
+        if torch.compiler.is_compiling() or (self._given is not None and self._given.device == device):
+            return
+        wanted, free = self.nbytes(rows, error_size), free_bytes(device)
+        if free is None or wanted <= free:
+            return
+        others = {kind: Feedback(kind, dtype=self.spec.dtype).nbytes(rows, error_size) for kind in KINDS}
+        fitting = [f"{kind!r} ({_size(n)})" for kind, n in others.items() if n <= free]
+        raise torch.OutOfMemoryError(
+            f"feedback: {self.spec.kind!r} with storage 'dense' of {rows} x {error_size} needs {_size(wanted)} on "
+            f"{device}, where {_size(free)} are free; storage='procedural' keeps nothing of any kind"
+            + (f", and these kinds would fit: {', '.join(fitting)}" if fitting else "")
+        )
 
     def _make(self, units: int, error_size: int, device: torch.device) -> Parts:
         if self._given is not None:
@@ -175,6 +192,11 @@ class Feedback:
         if self._given is not None:
             changed[0] = f"<{self._given.shape[0]} x {self._given.shape[1]}>"
         return f"Feedback{'' if self._given is None else '.from_matrix'}({', '.join(changed)})"
+
+
+def _size(count: int) -> str:
+    """Bytes, for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _check_given(given: Tensor, size: int, error_size: int) -> None:

@@ -66,14 +66,17 @@ torch.library.define("dfa_kernels::hadamard", "(Tensor x, float scale=1.0) -> Te
 hadamard = torch.ops.dfa_kernels.hadamard.default
 
 
-@torch.library.impl("dfa_kernels::hadamard", "CompositeExplicitAutograd")
-def _hadamard(x: Tensor, scale: float = 1.0) -> Tensor:
+def hadamard_by_products(x: Tensor, scale: float = 1.0) -> Tensor:
+    """The operator for any n and device."""
     n = x.shape[-1]
     length = 1 << padded_bits(n)
     work = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.numel() // n, n)
     with without_autocast(x.device):
         result = walsh_hadamard(F.pad(work, (0, length - n)).contiguous()[:, :, None], scale)
     return result[:, :n, 0].to(x.dtype).contiguous().view(x.shape)
+
+
+torch.library.impl("dfa_kernels::hadamard", "CompositeExplicitAutograd", hadamard_by_products)
 
 
 def _hadamard_fake(x: Tensor, scale: float = 1.0) -> Tensor:

@@ -40,8 +40,8 @@ def _with_decoded_feedback(implementation: Callable[..., Any]) -> Callable[..., 
 
 
 def _automatic(name: str) -> Callable[..., Any]:
-    def run(error: Tensor, *rest: Any) -> Any:
-        return getattr(BACKENDS[resolve("auto", error.device)], name)(error, *rest)
+    def run(tensor: Tensor, *rest: Any) -> Any:
+        return getattr(BACKENDS[resolve("auto", tensor.device)], name)(tensor, *rest)
 
     return run
 
@@ -49,6 +49,9 @@ def _automatic(name: str) -> Callable[..., Any]:
 for _op in (torch_backend.layer_grads, torch_backend.layer_update_, torch_backend.project_taps):
     library.impl(_op.__name__, _with_decoded_feedback(_op), "CompositeExplicitAutograd")
     library.impl(_op.__name__, _with_decoded_feedback(_automatic(_op.__name__)), "CUDA")
+
+
+library.impl("hadamard", _automatic("hadamard"), "CUDA")
 
 
 @torch.library.register_fake("dfa_kernels::layer_grads", lib=library)

@@ -289,7 +289,9 @@ class AdamW(FusedOptimizer):
         if p.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("AdamW counts its steps on the host, and a CUDA graph would repeat one of them")
         state = self.state[p]
-        state["step"] = state.get("step", torch.tensor(0.0)) + 1
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)
+        state["step"] += 1
         beta1, beta2 = group["betas"]
         return [*map(float, (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], state["step"]))]
 

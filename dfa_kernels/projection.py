@@ -28,7 +28,9 @@ def row_unit(spec: FeedbackSpec, error_size: int) -> int:
 
 
 def generate(spec: FeedbackSpec, units: range, error_size: int, device: torch.device) -> Parts:
-    """What defines these rows (or blocks) of U, as dense storage keeps it."""
+    """What defines these rows (or blocks) of U, as dense storage keeps it; on the meta device only its shapes."""
+    if device.type == "meta":
+        return _parts_fake(spec.encode(), units.start, units.stop, error_size, device)
     make = torch.ops.dfa_kernels.feedback_parts
     parts: Parts = make(spec.encode(), units.start, units.stop, error_size, device)
     return parts

@@ -179,8 +179,9 @@ class DFA(nn.Module):
         last: FusedLayer | None,
     ) -> None:
         """What `taps` and `plan` tell; nothing to do as long as passes look the same."""
-        units = [segment.units for segment in segments]
-        looks = (units, rows, error_size, output.dtype, output.device)
+        units = tuple([segment.units for segment in segments])
+        learning = tuple([_learning(layer) for layer in (last, *[segment.layer for segment in segments])])
+        looks = (units, rows, error_size, output.dtype, output.device, learning)
         if looks == self._looks:
             return
         names = tap_names(self.net, [segment.origin for segment in segments])
@@ -224,6 +225,14 @@ class DFA(nn.Module):
     def _ledger(self) -> Ledger | None:
         optimizer = None if self._optimizer is None else self._optimizer()
         return None if optimizer is None else optimizer.ledger_for_pass()
+
+
+def _learning(layer: FusedLayer | None) -> tuple[Any, ...] | None:
+    """What may change from pass to pass in how a layer learns."""
+    if layer is None:
+        return None
+    bias = layer.bias is not None and layer.bias.requires_grad
+    return layer.weight.requires_grad, bias, layer.noise is None, layer.x.dtype
 
 
 def _check_names(policy: TapPolicy, segmented: SegmentedPass) -> None:

@@ -27,18 +27,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dfa_kernels.backends.triton.configs import Configs, ProjectionConfig, table
+from dfa_kernels.backends.triton.configs import Configs, table
 from dfa_kernels.backends.triton.epilogue import NUMBERS
+from dfa_kernels.backends.triton.hadamard import hadamard_kernel, tile_of
 from dfa_kernels.backends.triton.plan import (
     LARGEST_HELD_ERROR,
-    GroupedProblem,
     LaunchPlan,
+    plan_one_phase,
+    plan_projection,
+    plan_two_phase,
+)
+from dfa_kernels.backends.triton.problem import (
+    LARGEST_FASTFOOD_ERROR,
+    GroupedProblem,
     Projected,
     TapsProblem,
     Target,
-    plan_one_phase,
-    plan_taps,
-    plan_two_phase,
 )
 from dfa_kernels.feedback_spec import FeedbackSpec
 
@@ -47,9 +51,15 @@ DTYPES = {"fp32": torch.float32, "ieee": torch.float32, "fp16": torch.float16, "
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 STORED = {
     "matrix": ("*fp32",), "signs": ("*i32",), "sparse": ("*i32", "*i8"), "projection": ("*fp32",),
+    "fastfood": ("*i8", "*i32", "*fp32", "*fp32"),
 }  # fmt: skip
-KINDS = {"matrix": "gaussian", "signs": "rademacher", "sparse_seed": "sparse", "projection": "fastfood"}
-SOURCES = ("matrix", "signs", "sparse", "gaussian", "uniform", "rademacher", "sparse_seed", "projection")
+KINDS = {
+    "matrix": "gaussian", "signs": "rademacher", "sparse_seed": "sparse", "fastfood_seed": "fastfood",
+    "projection": "fastfood",
+}  # fmt: skip
+BLOCKS = ("fastfood", "fastfood_seed")
+SOURCES = ("matrix", "signs", "sparse", "gaussian", "uniform", "rademacher", "sparse_seed", *BLOCKS, "projection")
+HADAMARD_LENGTHS = (2, 64, 1024, 8192, 32768)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync",
@@ -84,7 +94,7 @@ class Case:
     @property
     def multiplies(self) -> bool:
         """Whether there is a matrix product in it: a sparse U is summed up, a given P only read."""
-        return self.kernel != "project_taps" or self.source not in ("sparse", "sparse_seed", "projection")
+        return self.kernel != "project_taps" or self.source not in ("sparse", "sparse_seed", "projection", *BLOCKS)
 
 
 def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
@@ -111,7 +121,8 @@ def _tables(dtype: str, configs: Configs, first_only: bool) -> Iterator[Case]:
 
 def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
     taps = replace(two, kernel="project_taps")
-    yield from (replace(taps, source=source) for source in ("gaussian", "sparse_seed", "projection"))
+    yield from (replace(taps, source=source) for source in ("gaussian", "sparse_seed", *BLOCKS, "projection"))
+    yield from (replace(taps, source=source, error_size=LARGEST_FASTFOOD_ERROR) for source in BLOCKS)
     for case in (one, two):
         yield from (replace(case, source=source) for source in SOURCES if source not in ("matrix", "gaussian"))
         yield from (replace(case, rule=rule) for rule in ("sgd", "momentum", "adamw"))
@@ -126,7 +137,7 @@ def projected(case: Case) -> Projected:
     dtype = torch.float32 if case.source == "projection" else DTYPES[case.dtype]
     strides = (case.error_size, 1)
     return Projected(
-        1024, case.error_size, strides, dtype, feedback, case.source, DTYPES[case.dtype], case.dtype == "fp32"
+        1024, case.error_size, strides, dtype, feedback, case.source, DTYPES[case.dtype], True, case.dtype == "fp32"
     )
 
 
@@ -164,7 +175,7 @@ def planned(case: Case, arch: int) -> tuple[LaunchPlan, list[Any], tuple[Any, ..
     stored = STORED.get(case.source, (error,))
     config = getattr(table()[arch][how.arithmetic], case.kernel)[case.config]
     if case.kernel == "project_taps":
-        plan = _with_config(plan_taps(taps(case), target), config)
+        plan = plan_projection(taps(case), config)
         return plan, [error, stored, (x, x), (x, x), (x, x)], plan.numbers
     problem = grouped(case)
     layers, hidden = len(problem.widths_in), problem.hidden
@@ -178,15 +189,11 @@ def planned(case: Case, arch: int) -> tuple[LaunchPlan, list[Any], tuple[Any, ..
     return plan, tensors, (*plan.numbers, (0.5,) * max(NUMBERS[case.rule], 1))
 
 
-def _with_config(plan: LaunchPlan, config: ProjectionConfig) -> LaunchPlan:
-    """plan_taps picks the config by itself."""
-    constants = plan.constants_by_name()
-    constants |= dict(BLOCK_U=config.block_u, BLOCK_R=config.block_r, BLOCK_E=config.block_e)
-    return replace(plan, config=config, constants=tuple(constants.values()))
-
-
 def source_of(plan: LaunchPlan, tensors: list[Any], numbers: tuple[Any, ...]) -> ASTSource:
-    """Specialised as a launch on torch's tensors is: every address a multiple of 16, the error's columns adjacent."""
+    """Specialised as a launch on torch's tensors is: every address a multiple of 16, the error's columns adjacent.
+
+    But for the numbers in tuples, which a launch specialises as well: on being 1, and on being a multiple of 16.
+    """
     constants = plan.constants_by_name()
     names = plan.kernel.arg_names
     runtime = [name for name in names if name not in constants]
@@ -244,17 +251,39 @@ def machine_code(case: Case, arch: int, known: Path | None) -> dict[str, Any]:
     source, options = source_of(plan, tensors, numbers), plan.options
     promised = {"multiplies": case.multiplies, "tma": plan.uses_tma, "warps": plan.config.num_warps}
     promised |= {"programs": plan.config.programs, "stages": plan.config.num_stages}
+    return promised | compiled(source, options, arch, known)
+
+
+def hadamard(length: int, dtype: torch.dtype, arch: int, known: Path | None) -> dict[str, Any]:
+    """As `machine_code`, of the transform."""
+    names = hadamard_kernel.arg_names
+    warps, rows = tile_of(length)
+    constants = {"BLOCK": rows, "BITS": length.bit_length() - 1}
+    types = {"x": POINTERS[dtype], "out": POINTERS[dtype], "rows": "i32", "n": "i32", "scale": "fp32"}
+    source = ASTSource(
+        fn=hadamard_kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ("x", "out")},
+    )
+    promised = {"multiplies": False, "tma": False, "warps": warps, "programs": 1, "stages": 1}
+    return promised | compiled(source, {"num_warps": warps, "enable_fp_fusion": True}, arch, known)
+
+
+def compiled(source: ASTSource, options: dict[str, Any], arch: int, known: Path | None) -> dict[str, Any]:
+    """What `describe` says, or why it does not compile."""
     identity = f"{triton.__version__} {arch} {sorted(options.items())} {source.hash()} {Path(__file__).read_text()}"
     file = known / f"{hashlib.sha256(identity.encode()).hexdigest()}.json" if known else None
     if file and file.exists():
-        return promised | json.loads(file.read_text())
+        kept: dict[str, Any] = json.loads(file.read_text())
+        return kept
     try:
         found = describe(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
     except Exception as error:
-        return promised | {"error": _first_cause(error)}
+        return {"error": _first_cause(error)}
     if file:
         file.write_text(json.dumps(found))
-    return promised | found
+    return found
 
 
 def _first_cause(error: BaseException) -> str:
@@ -272,8 +301,17 @@ def main() -> None:
     arguments = parser.parse_args()
     for case in cases(arguments.arch, arguments.usual):
         if arguments.select in case.name:
-            about = {"triton": triton.__version__, "name": case.name, **asdict(case)}
-            print(json.dumps(about | machine_code(case, arguments.arch, arguments.known)), flush=True)
+            tell(case, machine_code(case, arguments.arch, arguments.known))
+    for length in HADAMARD_LENGTHS:
+        for dtype in ("fp32", "bf16")[: 1 if arguments.usual else None]:
+            case = Case("hadamard", 0, dtype, network=f"n={length}")
+            if arguments.select in case.name:
+                tell(case, hadamard(length, DTYPES[dtype], arguments.arch, arguments.known))
+
+
+def tell(case: Case, result: dict[str, Any]) -> None:
+    about = {"triton": triton.__version__, "name": case.name, **asdict(case)}
+    print(json.dumps(about | result), flush=True)
 
 
 if __name__ == "__main__":

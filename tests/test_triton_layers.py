@@ -86,7 +86,9 @@ def test_cases_are_all_activations() -> None:
 @pytest.mark.parametrize("place", FEEDBACKS, ids="-".join)
 def test_every_feedback(kernel: str, place: tuple[str, str]) -> None:
     """Errors so wide that packed signs take several words and, where the kernel takes them, several Philox calls."""
-    layers = [plain_layer(width_out=35), plain_layer(positions=2), plain_layer(width_out=17)]
+    # With several positions the plan leaves Fastfood to the other kernel.
+    several = 1 if kernel == "one_phase" and place[0] == "fastfood" else 2
+    layers = [plain_layer(width_out=35), plain_layer(positions=several), plain_layer(width_out=17)]
     network = plain_network(layers, error_size=61 if kernel == "one_phase" else 130)
     network["feedback"].update(place=place, gain=-0.5)
     call = make_call(network)

@@ -48,8 +48,8 @@ def tile_kernel(
     first_row = first_row.to(tl.int64)
     unit = first_row + tl.arange(0, M)
     tile = feedback_tile(
-        (out,), key0, key1, unit, first_row + rows, first_column, error_size, nonzeros,
-        SOURCE, E, ENTRY, tl.float32, False,
+        (out,), key0, key1, first_row, unit, first_row + rows, first_column, error_size, nonzeros,
+        SOURCE, E, 0, ENTRY, tl.float32, False,
     )  # fmt: skip
     tl.store(out + tl.arange(0, M)[:, None] * E + tl.arange(0, E)[None, :], tile)
 

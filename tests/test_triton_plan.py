@@ -29,18 +29,16 @@ from triton_cases import (
 import dfa_kernels as dfa
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.triton import configs, plan
-from dfa_kernels.backends.triton.configs import OnePhaseConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.plan import (
-    GroupedProblem,
     LaunchPlan,
-    Target,
-    alignment,
     can_use_tma,
     needs_int64,
     plan_grouped,
     plan_one_phase,
     plan_two_phase,
 )
+from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
 from dfa_kernels.backends.triton.route import LayerCall, looks_of, route_of
 from dfa_kernels.backends.triton.taps import plan_project_taps
 
@@ -80,10 +78,12 @@ def layers_plan(
     return found
 
 
-def taps_plan(rows: int, sizes: list[int], error_size: int = 4, error: Tensor | None = None) -> LaunchPlan:
+def taps_plan(
+    rows: int, sizes: list[int], error_size: int = 4, error: Tensor | None = None, kind: str = "gaussian"
+) -> LaunchPlan:
     n = len(sizes)
     error = meta(rows, error_size) if error is None else error
-    feedback = dfa.Feedback(storage="procedural").spec
+    feedback = dfa.Feedback(kind, "procedural").spec
     return plan_project_taps(
         H200, error, [], feedback, sizes, [None] * n, [None] * n, ["identity"] * n, [0.0] * 2 * n
     )  # fmt: skip
@@ -193,9 +193,48 @@ def test_delta_that_would_be_made_too_often_is_made_once() -> None:
 
 
 def test_a_projection_in_memory_needs_no_room_beside_a_tile() -> None:
-    found = layers_plan(error_size=1000, kind="fastfood")
+    found = layers_plan(error_size=LARGEST_FASTFOOD_ERROR + 1, kind="fastfood")
     assert found.name == "one_phase"
     assert found.constants_by_name()["SOURCE"] == "projection"
+
+
+@pytest.mark.parametrize(
+    "error_size, block", [(10, 16), (1000, 1024), (LARGEST_FASTFOOD_ERROR, LARGEST_FASTFOOD_ERROR)]
+)
+def test_tiles_of_fastfood_are_whole_blocks(error_size: int, block: int) -> None:
+    """And no larger than 64 numbers a thread."""
+    grouped = layers_plan((64, 64), rows=4096, error_size=error_size, kind="fastfood").problem
+    taps = taps_plan(128, [3000], error_size, kind="fastfood").problem
+    for config in TWO_PHASE:
+        check_blocks(plan_two_phase(grouped, config, H200), block)
+    for tiles in PROJECTIONS:
+        check_blocks(plan.plan_projection(taps, tiles), block)
+
+
+def check_blocks(made: LaunchPlan, block: int) -> None:
+    constants = made.constants_by_name()
+    assert constants["SOURCE"] == "fastfood_seed"
+    assert 2 ** constants["BITS"] == block
+    assert constants["BLOCK_U"] % block == 0
+    assert constants["BLOCK_U"] * constants["BLOCK_R"] <= 64 * 32 * made.config.num_warps
+
+
+def test_fastfood_is_held_like_any_other_feedback() -> None:
+    """By tiles that are as high as its blocks; several positions begin elsewhere than its blocks do."""
+    assert layers_plan(error_size=50, kind="fastfood").name == "one_phase"
+    small = plan_one_phase(layers_plan(error_size=50, kind="fastfood").problem, ONE_PHASE[0])
+    assert ONE_PHASE[0].block_m < small.constants_by_name()["BLOCK_M"] == 64
+    several = layers_plan(error_size=50, kind="fastfood", positions=2)
+    assert several.name == "two_phase"
+    assert "with several positions" in several.why
+
+
+@pytest.mark.parametrize("rows, most", [(1, 64), (100, 128), (10**5, 256)])
+def test_a_regenerated_tile_serves_as_many_rows_as_there_are_registers(rows: int, most: int) -> None:
+    taps = taps_plan(rows, [3000], 100, kind="gaussian").problem
+    config = ProjectionConfig(64, 64, 32, 8, 2)
+    made = plan.plan_projection(taps, config)
+    assert made.constants_by_name()["BLOCK_R"] == most
 
 
 def test_output_layer_alone() -> None:
@@ -212,7 +251,7 @@ def test_more_multiprocessors_get_smaller_tiles(error_size: int, monkeypatch: py
     made = [plan_grouped(problem, Target(90, n)) for n in (1, 100, 10**6)]
     areas = [m.config.block_m * m.config.block_n for m in made]
     assert areas == [128 * 128, 64 * 64, 16 * 16]
-    taps = taps_plan(128, [1000]).problem
+    taps = taps_plan(128, [1000], kind="sparse").problem
     sizes = [plan.plan_taps.__wrapped__(taps, Target(90, n)).config.block_u for n in (1, 50, 10**6)]
     assert sizes == [128, 64, 16]
 
@@ -250,10 +289,13 @@ def test_tiles_are_counted_right(random: Random) -> None:
     call = LayerCall(*make_call(network).arguments())
     found = route_of(looks_of(call, torch.float32, "store"), H200).plan
     assert found is not None
+    config: Any
     for config in ONE_PHASE:
-        assert plan_one_phase(found.problem, config).programs == tiles_one_by_one(found.problem, config)
-    for two in TWO_PHASE:
-        made = plan_two_phase(found.problem, two, H200)
+        made = plan_one_phase(found.problem, config)
+        assert made.programs == tiles_one_by_one(found.problem, made.config)
+    for config in TWO_PHASE:
+        made = plan_two_phase(found.problem, config, H200)
+        two: Any = made.config
         copies, projections, total = made.numbers[-3:]
         rows = len(spans(network["rows"], two.block_r))
         units = len(spans(found.problem.widest, two.block_u))

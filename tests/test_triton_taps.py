@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 from unittest import mock
@@ -114,18 +114,9 @@ class Taps:
 @contextmanager
 def tiles(config: plan.ProjectionConfig | None) -> Iterator[None]:
     """`project_taps` with these tiles."""
-    planned = plan.plan_taps.__wrapped__
 
     def forced(problem: TapsProblem, target: Target) -> LaunchPlan:
-        with mock.patch.object(plan, "_that_fills", lambda counts, target: 0):
-            made = planned(problem, target)
-        if config is None:
-            return made
-        constants = made.constants_by_name()
-        constants |= dict(BLOCK_U=config.block_u, BLOCK_R=config.block_r, BLOCK_E=config.block_e)
-        return replace(
-            made, config=config, programs=plan._projection_tiles(problem, config), constants=tuple(constants.values())
-        )
+        return plan.plan_taps(problem, target) if config is None else plan.plan_projection(problem, config)
 
     with mock.patch.object(taps, "plan_taps", forced):
         yield

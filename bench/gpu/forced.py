@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from dfa_kernels.backends.triton import plan as planning
-from dfa_kernels.backends.triton import route
-from dfa_kernels.backends.triton.configs import Configs, OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for
-from dfa_kernels.backends.triton.plan import GroupedProblem, LaunchPlan, Target, plan_one_phase, plan_two_phase
+from dfa_kernels.backends.triton import route, taps
+from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for
+from dfa_kernels.backends.triton.plan import (
+    LaunchPlan,
+    plan_one_phase,
+    plan_projection,
+    plan_two_phase,
+    usable_two_phase,
+)
+from dfa_kernels.backends.triton.problem import GroupedProblem, Target
 
 Config = OnePhaseConfig | TwoPhaseConfig | ProjectionConfig
 Planner = Callable[[GroupedProblem, Target], LaunchPlan]
@@ -51,7 +57,10 @@ def kernel_planner(kernel: str) -> Planner:
     """The kernel of that name, with the first of its committed configs that fills the GPU."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
-        configs: tuple[Any, ...] = getattr(configs_for(target.capability, problem.projected.arithmetic), kernel)
+        if kernel == "one_phase":
+            configs: Sequence[Any] = configs_for(target.capability, problem.projected.arithmetic).one_phase
+        else:
+            configs = usable_two_phase(problem, target)
         plans = [planner_for(config)(problem, target) for config in configs]
         return next((p for p in plans if gradient_tiles(p) >= target.multiprocessors), plans[-1])
 
@@ -68,12 +77,5 @@ def gradient_tiles(plan: LaunchPlan) -> int:
 
 @contextmanager
 def _taps_with(config: ProjectionConfig) -> Iterator[None]:
-    def configs(capability: int, arithmetic: str) -> Configs:
-        return Configs((), (), (config,))
-
-    with mock.patch.object(planning, "configs_for", configs):
-        planning.plan_taps.cache_clear()
-        try:
-            yield
-        finally:
-            planning.plan_taps.cache_clear()
+    with mock.patch.object(taps, "plan_taps", lambda problem, target: plan_projection(problem, config)):
+        yield

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..feedback_spec import FeedbackSpec
+from ..hadamard import hadamard_by_products
 from ..projection import project_unscaled
 from ..updates import RULES
 
 T = TypeVar("T")
+
+hadamard = hadamard_by_products
 
 
 def project_taps(

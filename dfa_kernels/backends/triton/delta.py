@@ -16,7 +16,7 @@ def write_deltas(
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
     ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Writes δ at tile `tile` of the projection [widest units, rows] into every tap that reaches it.
 
@@ -24,15 +24,17 @@ def write_deltas(
     channels[i]] for taps in CHANNELS_LAST. KEPT and NOISE tell which taps have the respective tensor.
     """
     row_tiles = tl.cdiv(rows, BLOCK_R)
-    unit = ((tile // row_tiles) * BLOCK_U + tl.arange(0, BLOCK_U)).to(INDEX)
+    first_unit = ((tile // row_tiles) * BLOCK_U).to(INDEX)
+    unit = first_unit + tl.arange(0, BLOCK_U)
     row = ((tile % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)).to(INDEX)
     projection = projection_tile(
-        error, stored, key0, key1, unit, widest, row, rows, multiple(error_size, ALIGN_ERROR),
-        multiple(stride_row, ALIGN_ERROR), stride_column, nonzeros, SOURCE, BLOCK_E, ENTRY, DOT, DELTA_PRECISION, ROUND,
+        error, stored, key0, key1, first_unit, unit, widest, row, rows, multiple(error_size, ALIGN_ERROR),
+        multiple(stride_row, ALIGN_ERROR), stride_column, nonzeros, SOURCE, BLOCK_E, BITS, ENTRY, DOT, DELTA_PRECISION,
+        ROUND,
     )  # fmt: skip
     for i in tl.static_range(len(sizes)):
         size = multiple(sizes[i], ALIGN)
-        if (tile // row_tiles) * BLOCK_U < size:
+        if first_unit < size:
             inside = (unit < size)[:, None] & (row < rows)[None, :]
             place = unit
             if (CHANNELS_LAST >> i) & 1:

@@ -7,21 +7,27 @@ from typing import Any
 import torch
 
 from .launch import target_of
-from .plan import GroupedProblem, LaunchPlan
-from .route import LayerCall, looks_of, route_of
+from .plan import LaunchPlan
+from .problem import GroupedProblem
+from .route import MOST_LAYERS, LayerCall, looks_of, route_of, split
 from .taps import plan_project_taps, reason_taps_for_torch
 
 _FROM = {
     "matrix": "U from memory",
     "signs": "U from packed signs",
     "sparse": "U from its non-zeros",
+    "fastfood": "U as Fastfood's diagonals",
     "projection": "e Uᵀ made by the torch backend first",
 }
 
 
 def describe_layers(arguments: tuple[Any, ...], dtype: torch.dtype, rule: str, device: torch.device) -> str:
     """What `layer_grads` (rule "store") or `layer_update_` runs for these arguments."""
-    route = route_of(looks_of(LayerCall(*arguments), dtype, rule), target_of(device))
+    call = LayerCall(*arguments)
+    if len(call.inputs) > MOST_LAYERS:
+        parts = [describe_layers(tuple(part), dtype, rule, device) for part in split(call)]
+        return f"in {len(parts)} parts of at most {MOST_LAYERS} layers: " + "; then ".join(parts)
+    route = route_of(looks_of(call, dtype, rule), target_of(device))
     if route.reason:
         return f"by the torch backend: {route.reason}"
     return "nothing: no gradient is wanted" if route.plan is None else _describe(route.plan)

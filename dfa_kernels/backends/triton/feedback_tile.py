@@ -1,8 +1,9 @@
 """Tiles of the feedback matrix U, from memory or made anew, and of the projection P = e Uᵀ.
 
 SOURCE says where U comes from. "matrix", "signs", "sparse": what dense storage keeps. "gaussian", "uniform",
-"rademacher", "sparse_seed": regenerated from the seed, the numbers of `dfa_kernels.entries`. "projection": P itself
-lies in memory, made by `dfa_kernels.projection` from a structured matrix.
+"rademacher", "sparse_seed": regenerated from the seed, the numbers of `dfa_kernels.entries`. "fastfood",
+"fastfood_seed": a structured U in blocks of 2^BITS rows, from its diagonals or from the seed. "projection": P itself
+lies in memory, made by `dfa_kernels.projection`.
 
 Transposed throughout: units along the first axis, rows of the batch along the second, which is how the weight
 gradient's product wants δ.
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ...entries import Stream
+from .fastfood_tile import fastfood_product, fastfood_tile
 from .philox import bit_signs, normal_entries, row_words, sign_entries, uniform_entries
 
 GAUSSIAN = tl.constexpr(int(Stream.GAUSSIAN))
@@ -24,12 +26,14 @@ SPARSE = tl.constexpr(int(Stream.SPARSE))
 
 @triton.jit
 def feedback_tile(
-    stored, key0, key1, unit, units, first_column, error_size, nonzeros,
-    SOURCE: tl.constexpr, BLOCK_E: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, ROUND: tl.constexpr,
+    stored, key0, key1, first_unit, unit, units, first_column, error_size, nonzeros,
+    SOURCE: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     """U[unit, first_column : first_column + BLOCK_E], rounded to ENTRY, as DOT [M, BLOCK_E].
 
-    0 for unit >= units and for columns beyond the error.
+    0 for unit >= units and for columns beyond the error. first_unit: the first of `unit`, which follow each other;
+    for Fastfood a multiple of 2^BITS.
 
     ROUND: to the nearest tf32, which tensor cores would otherwise truncate to.
     """
@@ -46,6 +50,10 @@ def feedback_tile(
         call = first_column // 128 + tl.arange(0, 1)
         word0, word1, word2, word3 = row_words(unit, call, RADEMACHER, key0, key1)
         tile = sign_entries(word0, word1, word2, word3, column)
+    elif SOURCE == "fastfood" or SOURCE == "fastfood_seed":
+        identity = column[:, None] == (unit % (1 << BITS))[None, :]
+        product = fastfood_product(identity.to(tl.float32), stored, key0, key1, first_unit, units, SOURCE, BITS)
+        tile = tl.trans(product)
     else:
         call = first_column // 4 + tl.arange(0, BLOCK_E // 4)
         if SOURCE == "gaussian":
@@ -117,14 +125,20 @@ def error_tile(error, row, rows, stride_row, column, error_size, stride_column):
 
 @triton.jit
 def projection_tile(
-    error, stored, key0, key1, unit, units, row, rows, error_size, stride_row, stride_column, nonzeros,
-    SOURCE: tl.constexpr, BLOCK_E: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ROUND: tl.constexpr,
+    error, stored, key0, key1, first_unit, unit, units, row, rows, error_size, stride_row, stride_column, nonzeros,
+    SOURCE: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """(e Uᵀ)ᵀ at units [M] and rows [R]: float32 [M, R], not scaled."""
+    """(e Uᵀ)ᵀ at units [M], first_unit and those that follow, and rows [R]: float32 [M, R], not scaled."""
     if SOURCE == "projection":
         at = row[None, :] * units + unit[:, None]
         return tl.load(stored[0] + at, mask=(unit < units)[:, None] & (row < rows)[None, :], other=0.0)
+    if SOURCE == "fastfood" or SOURCE == "fastfood_seed":
+        product = fastfood_tile(
+            error, stored, key0, key1, first_unit, units, row, rows, error_size, stride_row, stride_column, SOURCE,
+            unit.shape[0], BITS,
+        )  # fmt: skip
+        return tl.trans(product).to(ENTRY).to(tl.float32)
     projection = tl.zeros((unit.shape[0], row.shape[0]), tl.float32)
     if SOURCE == "sparse" or SOURCE == "sparse_seed":
         offset = _sparse_offset(unit, error_size, key0, key1, SOURCE)
@@ -135,7 +149,8 @@ def projection_tile(
         return projection
     for first in range(0, error_size, BLOCK_E):
         tile = feedback_tile(
-            stored, key0, key1, unit, units, first, error_size, nonzeros, SOURCE, BLOCK_E, ENTRY, DOT, ROUND
+            stored, key0, key1, first_unit, unit, units, first, error_size, nonzeros, SOURCE, BLOCK_E, BITS, ENTRY, DOT,
+            ROUND,
         )  # fmt: skip
         column = (first + tl.arange(0, BLOCK_E)).to(row.dtype)
         e = error_tile(error, row, rows, stride_row, column, error_size, stride_column)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, reduce
 from operator import or_
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .plan import LaunchPlan, Target
+from .plan import LaunchPlan
+from .problem import Target
 from .two_phase import two_phase
 
 Arguments = Sequence[Tensor | tuple[Tensor, ...]]
@@ -39,6 +41,11 @@ def launch(plan: LaunchPlan, device: torch.device, tensors: Arguments, hyper: Hy
     else:
         with torch.cuda.device(device):
             _launch(plan, device.index, tensors, hyper)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it kernels start on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_device(device: torch.device) -> None:

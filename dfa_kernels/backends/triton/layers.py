@@ -12,7 +12,7 @@ from ...feedback_spec import FeedbackSpec
 from .. import torch_backend
 from .launch import Arguments, check_device, counters, launch, target_of
 from .plan import LaunchPlan
-from .route import LayerCall, Route, looks_of, route_of
+from .route import MOST_LAYERS, LayerCall, Route, looks_of, route_of, split
 from .source import dense, projection_tensors
 
 
@@ -37,6 +37,8 @@ def layer_grads(
         grads: list[Tensor] = torch.ops.dfa_kernels.layer_grads(*call[:2], feedback.encode(), *call[3:], dtype)
         return grads
     check_device(error.device)
+    if len(inputs) > MOST_LAYERS:
+        return [gradient for part in split(call) for gradient in layer_grads(*part, dtype)]
     route = route_of(looks_of(call, dtype, "store"), target_of(error.device))
     if route.reason:
         return torch_backend.layer_grads(*call, dtype)
@@ -61,13 +63,19 @@ def layer_update_(
     rule: str,
     hyper: Sequence[float],
 ) -> None:
-    """Gradients and the optimizer's update in one launch; see `torch_backend.layer_update_`."""
+    """Gradients and the optimizer's update in one launch; see `torch_backend.layer_update_`.
+
+    Nothing that the gradients are computed from may share memory with weights or state, nor these with each other.
+    """
     if not weights:
         return
     call = LayerCall(
         error, stored, feedback, inputs, kept, noise, activations, parameters, weight_grads, bias_grads
     )  # fmt: skip
     check_device(error.device)
+    if len(inputs) > MOST_LAYERS:
+        _update_in_parts(call, weights, state, rule, hyper)
+        return
     changed = [*weights, *state]
     numbers, sets = _numbers_and_sets(rule, hyper, len(weights), bool(state))
     kernel_rule = "momentum" if rule == "sgd" and state else rule
@@ -79,6 +87,17 @@ def layer_update_(
     torch.autograd.graph.increment_version(changed)
 
 
+def _update_in_parts(
+    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
+) -> None:
+    first, each, numbers = 0, len(state) // len(weights), len(hyper) // len(weights)
+    for part in split(call):
+        end = first + sum(part.weight_grads) + sum(part.bias_grads)
+        own_state, own_hyper = state[first * each : end * each], hyper[first * numbers : end * numbers]
+        layer_update_(*part, weights[first:end], own_state, rule, own_hyper)
+        first = end
+
+
 def _launch(
     route: Route, call: LayerCall, destinations: Sequence[Tensor], state: Sequence[Tensor], numbers: tuple[float, ...]
 ) -> None:
@@ -87,7 +106,8 @@ def _launch(
     if plan is None:
         return
     error, stored = projection_tensors(plan.problem.projected, call.error, call.stored, plan.problem.widest)
-    inputs, kept = tuple([dense(x) for x in call.inputs]), tuple([dense(h) for h in call.kept])
+    xs = [_for_tma(x) for x in call.inputs] if plan.uses_tma else call.inputs
+    inputs, kept = tuple([dense(x) for x in xs]), tuple([dense(h) for h in call.kept])
     # A kernel's tuple is never empty: any tensor stands in where there is none.
     anything = (inputs[0],)
     noise = tuple([inputs[0] if mask is None else dense(mask) for mask in call.noise])
@@ -100,6 +120,11 @@ def _launch(
         for which in range(2):
             results.append(tuple([state[i * each + which] for i in places]) if which < each else anything)
     launch(plan, error.device, (*tensors, *results), (numbers,))
+
+
+def _for_tma(x: Tensor) -> Tensor:
+    """x, or a copy where memory that TMA can read from begins."""
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _rooms_for_deltas(

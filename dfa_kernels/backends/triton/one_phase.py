@@ -17,8 +17,7 @@ from .tiles import locate, multiple, pick, pick_flag, slope_product
 
 @triton.jit(
     do_not_specialize=[
-        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows", "widths_in",
-        "widths_out", "positions", "scales", "p", "q", "hyper",
+        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows",
     ]
 )  # fmt: skip
 def one_phase(
@@ -30,11 +29,12 @@ def one_phase(
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
     INDEX: tl.constexpr, ONE_POSITION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
 
-    error [rows, error_size]; of layer i: inputs [rows · positions, widths_in], kept and noise [rows · positions,
+    An error that is not finite spreads over the whole of the output layer's gradient. error [rows, error_size]; of layer i: inputs [rows · positions, widths_in], kept and noise [rows · positions,
     widths_out]. If OUTPUT, the last layer's δ is the error. weights and biases are where results go.
     """
     error_size, stride_row = multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR)
@@ -52,51 +52,46 @@ def one_phase(
     # A hidden layer's rows of U, or of the identity where δ is the error.
     identity = (out[:, None] == component[None, :]).to(DOT)
 
-    chunks = tl.cdiv(rows, BLOCK_K)
-    steps = chunks if ONE_POSITION else chunks * pick(positions, layer)
-    span = 1 if ONE_POSITION else pick(positions, layer)
-    if ONE_POSITION and SOURCE != "projection":
-        U = feedback_tile(
-            stored, key0, key1, out, hidden_out, 0, error_size, nonzeros, SOURCE, BLOCK_E, ENTRY, DOT, ROUND
-        )  # fmt: skip
-        U = tl.where(is_output, identity, U)
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     bias_gradient = tl.zeros((BLOCK_M,), tl.float32)
-    for step in range(steps):
-        position = 0 if ONE_POSITION else step // chunks
-        row = ((step if ONE_POSITION else step % chunks) * BLOCK_K + tl.arange(0, BLOCK_K)).to(INDEX)
-        unit = out if ONE_POSITION else out + (position * width_out).to(INDEX)
-        long_row = row if ONE_POSITION else row * span + position
-        if SOURCE == "projection":
-            # A layer's P, or the error itself: both are [rows, units] in memory.
-            source = tl.where(is_output, error, stored[0])
-            at = row[None, :] * tl.where(is_output, stride_row, widest) + unit[:, None]
-            projection = tl.load(source + at, mask=(out < width_out)[:, None] & (row < rows)[None, :], other=0.0)
-        else:
-            if not ONE_POSITION:
-                limit = hidden_out * span
-                U = feedback_tile(
-                    stored, key0, key1, tl.where(out < hidden_out, unit, limit), limit, 0, error_size, nonzeros,
-                    SOURCE, BLOCK_E, ENTRY, DOT, ROUND,
-                )  # fmt: skip
-                U = tl.where(is_output, identity, U)
-            e = error_tile(error, row, rows, stride_row, component, error_size, stride_column)
-            projection = tl.dot(U, e.to(DOT), input_precision=DELTA_PRECISION)
-        at = long_row[None, :] * hidden_out + out[:, None]
-        inside = (out < hidden_out)[:, None] & (row < rows)[None, :]
-        saved = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-        delta = slope_product(projection * scale, saved, own_p, own_q, which, DERIVATIVES)
-        delta = tl.where(is_output, projection, delta)
-        if NOISE:
-            noisy = pick_flag(NOISE, layer)
-            delta *= tl.load(pick(noise, layer) + at, mask=inside & noisy, other=1.0).to(tl.float32)
-        x_tile = tl.load(
-            x + long_row[:, None] * width_in + column[None, :],
-            mask=(row < rows)[:, None] & (column < width_in)[None, :], other=0.0,
-        )  # fmt: skip
-        gradient = tl.dot(delta.to(x_tile.dtype), x_tile, gradient, input_precision=PRECISION)
-        if BIASES and n == 0:
-            bias_gradient += tl.sum(delta, axis=1)
+    span = 1 if ONE_POSITION else pick(positions, layer)
+    for position in range(span):
+        # Units of a position follow those of the one before; beyond the layer's outputs there are none.
+        first_unit = m * BLOCK_M + position * width_out
+        unit = out + (position * width_out).to(INDEX)
+        if SOURCE != "projection":
+            limit = hidden_out * span
+            U = feedback_tile(
+                stored, key0, key1, first_unit, tl.where(out < hidden_out, unit, limit), limit, 0, error_size, nonzeros,
+                SOURCE, BLOCK_E, BITS, ENTRY, DOT, ROUND,
+            )  # fmt: skip
+            U = tl.where(is_output, identity, U)
+        for first in range(0, rows, BLOCK_K):
+            row = (first + tl.arange(0, BLOCK_K)).to(INDEX)
+            long_row = row * span + position
+            if SOURCE == "projection":
+                # A layer's P, or the error itself: both are [rows, units] in memory.
+                source = tl.where(is_output, error, stored[0])
+                at = row[None, :] * tl.where(is_output, stride_row, widest) + unit[:, None]
+                projection = tl.load(source + at, mask=(out < width_out)[:, None] & (row < rows)[None, :], other=0.0)
+            else:
+                e = error_tile(error, row, rows, stride_row, component, error_size, stride_column)
+                projection = tl.dot(U, e.to(DOT), input_precision=DELTA_PRECISION)
+            at = long_row[None, :] * hidden_out + out[:, None]
+            inside = (out < hidden_out)[:, None] & (row < rows)[None, :]
+            saved = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+            delta = slope_product(projection * scale, saved, own_p, own_q, which, DERIVATIVES)
+            delta = tl.where(is_output, projection, delta)
+            if NOISE:
+                noisy = pick_flag(NOISE, layer)
+                delta *= tl.load(pick(noise, layer) + at, mask=inside & noisy, other=1.0).to(tl.float32)
+            x_tile = tl.load(
+                x + long_row[:, None] * width_in + column[None, :],
+                mask=(row < rows)[:, None] & (column < width_in)[None, :], other=0.0,
+            )  # fmt: skip
+            gradient = tl.dot(delta.to(x_tile.dtype), x_tile, gradient, input_precision=PRECISION)
+            if BIASES and n == 0:
+                bias_gradient += tl.sum(delta, axis=1)
 
     finish_layer(
         gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases, weight_state0,

@@ -54,13 +54,13 @@ def row_words(unit, call, STREAM: tl.constexpr, key0, key1):
 @triton.jit
 def normal_entries(word0, word1, word2, word3):
     """Standard normals [M, 4C] in the order of their columns (Box, Muller 1958)."""
-    normal0, normal1 = _box_muller(word0, word1)
-    normal2, normal3 = _box_muller(word2, word3)
+    normal0, normal1 = box_muller(word0, word1)
+    normal2, normal3 = box_muller(word2, word3)
     return tl.interleave(tl.interleave(normal0, normal2), tl.interleave(normal1, normal3))
 
 
 @triton.jit
-def _box_muller(word0, word1):
+def box_muller(word0, word1):
     radius = tl.sqrt(tl.log(_uniform_open(word0)) * -2.0)
     cosine, sine = _cosine_sine(_uniform_open(word1) * TWO_PI)
     return cosine * radius, sine * radius

@@ -1,7 +1,7 @@
 """What a grouped launch runs: from the shapes of a step to a kernel, its grid and its constants.
 
-A plan is a pure function of a `GroupedProblem`, made once and kept; no tensor and no device is touched, so that any
-GPU's plan can be made and compiled anywhere.
+A plan is a pure function of a problem (`problem.py`), made once and kept; no tensor and no device is touched, so that
+any GPU's plan can be made and compiled anywhere.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 
 from ...activations import ACTIVATIONS
-from ...feedback_spec import FeedbackSpec
+from ...hadamard import padded_bits
 from .configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for, first_that_fills
 from .one_phase import one_phase
+from .problem import HALF, REGENERATED, GroupedProblem, Projected, TapsProblem, Target, alignment
 from .project_taps import project_taps_kernel
 from .two_phase import two_phase
 
@@ -27,9 +28,6 @@ from .two_phase import two_phase
 LARGEST_HELD_ERROR = 64
 # δ made again by every tile costs arithmetic, δ written once costs a wait in the launch. Estimated, not yet measured.
 MOST_REPEATED_DELTAS = 2**23
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *HALF)
-_TILE_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 class Derivatives(tuple[Any, ...]):
@@ -38,130 +36,6 @@ class Derivatives(tuple[Any, ...]):
     @property
     def cache_key(self) -> str:
         return "-".join(getattr(function, "cache_key", str(function)) for function in self)
-
-
-@dataclass(frozen=True)
-class Target:
-    """The GPU a plan is for: compute capability (90 for sm_90) and number of multiprocessors."""
-
-    capability: int
-    multiprocessors: int
-
-
-@dataclass(frozen=True)
-class Projected:
-    """How e Uᵀ comes about, for layers and taps alike: error [rows, error_size], and where U is from."""
-
-    rows: int
-    error_size: int
-    error_strides: tuple[int, int]
-    error_dtype: torch.dtype
-    feedback: FeedbackSpec
-    source: str
-    dtype: torch.dtype
-    """Of the activations."""
-    tf32: bool
-    """Whether float32 products may go through tensor cores, as torch's matmul precision says."""
-
-    @property
-    def arithmetic(self) -> str:
-        return "half" if self.dtype in HALF else "tf32" if self.tf32 else "ieee"
-
-    @property
-    def error_reach(self) -> int:
-        """No number of the error lies this far behind its first one in memory."""
-        return self.rows * self.error_strides[0] + self.error_size * self.error_strides[1]
-
-    def constants(self) -> dict[str, Any]:
-        """DOT: what the factors of e Uᵀ are converted to. A random sign loses nothing in the error's own precision."""
-        signs = self.source in ("signs", "rademacher", "sparse", "sparse_seed")
-        entry = self.error_dtype if signs else self.feedback.dtype
-        dot = self.error_dtype if entry == self.error_dtype else torch.float32
-        narrow_error = self.error_dtype in HALF
-        return dict(
-            SOURCE=self.source,
-            ENTRY=_TILE_DTYPE[torch.float32 if signs or self.source == "projection" else entry],
-            DOT=_TILE_DTYPE[dot],
-            DELTA_PRECISION="tf32" if self.tf32 or narrow_error else "ieee",
-            ROUND=narrow_error and dot == torch.float32,
-            ALIGN_ERROR=alignment((self.error_size, self.error_strides[0])) if self.error_strides[1] == 1 else 1,
-        )
-
-    def numbers(self, widest: int) -> tuple[int, ...]:
-        """error_size, strides, key, nonzeros, widest, rows: the kernels' arguments in this order."""
-        seed = self.feedback.seed
-        sparse = self.source in ("sparse", "sparse_seed")
-        return (
-            self.error_size,
-            *self.error_strides,
-            _signed(seed & 0xFFFFFFFF),
-            _signed(seed >> 32),
-            self.feedback.nonzeros_per_row(self.error_size) if sparse else 0,
-            widest,
-            self.rows,
-        )
-
-    def scales(self, sizes: Sequence[int]) -> tuple[float, ...]:
-        """The factor from what the kernel sums to e Bᵀ, for each size. A given P is scaled for the widest already."""
-        widest = max(sizes, default=1)
-        if self.source == "projection":
-            return tuple(math.sqrt(widest / size) if self.feedback.normalize else 1.0 for size in sizes)
-        value = 1.0
-        if self.source in ("sparse", "sparse_seed"):
-            exact = math.sqrt(self.error_size / self.feedback.nonzeros_per_row(self.error_size))
-            value = float(torch.tensor(exact, dtype=self.feedback.dtype))
-        return tuple(value * self.feedback.scale(size, self.error_size) for size in sizes)
-
-
-@dataclass(frozen=True)
-class GroupedProblem:
-    """All of one `layer_grads` or `layer_update_` but the tensors' addresses."""
-
-    projected: Projected
-    widths_in: tuple[int, ...]
-    widths_out: tuple[int, ...]
-    positions: tuple[int, ...]
-    activations: tuple[str, ...]
-    """Of the hidden layers; one more width than these is the output layer's."""
-    parameters: tuple[float, ...]
-    noise: int
-    weights: int
-    biases: int
-    """Bit i tells whether layer i has the respective tensor or wants the respective gradient."""
-    parameter_dtype: torch.dtype
-    rule: str = "store"
-    weight_sets: tuple[int, ...] = (0,)
-    bias_sets: tuple[int, ...] = (0,)
-    """Where each layer's numbers for the rule begin."""
-
-    @property
-    def hidden(self) -> int:
-        return len(self.activations)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Units of every hidden layer's tap."""
-        return tuple(t * out for t, out in zip(self.positions, self.widths_out, strict=True))[: self.hidden]
-
-    @property
-    def widest(self) -> int:
-        """Rows of U that are needed."""
-        return max(self.sizes, default=0)
-
-
-@dataclass(frozen=True)
-class TapsProblem:
-    """All of one `project_taps` but the tensors' addresses."""
-
-    projected: Projected
-    sizes: tuple[int, ...]
-    channels: tuple[int, ...]
-    activations: tuple[str, ...]
-    parameters: tuple[float, ...]
-    kept: int
-    noise: int
-    channels_last: int
-    """Bit i tells whether tap i has the respective tensor or order."""
 
 
 @dataclass
@@ -207,27 +81,57 @@ class LaunchPlan:
 
 def plan_grouped(problem: GroupedProblem, target: Target) -> LaunchPlan:
     """The launch for this problem: in one phase or in two, with the tiles that fill the GPU."""
-    configs = configs_for(target.capability, problem.projected.arithmetic)
+    configs, projected = configs_for(target.capability, problem.projected.arithmetic), problem.projected
     one = configs.one_phase[_that_fills([_gradient_tiles(problem, c) for c in configs.one_phase], target)]
     repeated = sum(
-        problem.projected.rows * size * -(-width // one.block_n)
+        projected.rows * size * -(-width // one.block_n)
         for size, width in zip(problem.sizes, problem.widths_in, strict=False)
     )
-    held = problem.projected.error_size <= LARGEST_HELD_ERROR or problem.projected.source == "projection"
-    if held and repeated <= MOST_REPEATED_DELTAS:
+    why = _why_two_phases(problem, repeated)
+    if not why:
         return plan_one_phase(problem, one)
     usable = usable_two_phase(problem, target)
     two = usable[_that_fills([_gradient_tiles(problem, c) for c in usable], target)]
-    plan = plan_two_phase(problem, two, target)
-    size = problem.projected.error_size
-    repeats = f"{repeated} values of δ would be made again in tiles, more than {MOST_REPEATED_DELTAS}"
-    too_large = f"{size} error components, more than {LARGEST_HELD_ERROR}, do not fit beside a tile"
-    return replace(plan, why=repeats if held else too_large)
+    return replace(plan_two_phase(problem, two, target), why=why)
+
+
+def _why_two_phases(problem: GroupedProblem, repeated: int) -> str:
+    """Why this cannot or should not be one phase; empty if it should. repeated: values of δ that tiles would make."""
+    projected = problem.projected
+    if projected.source != "projection" and projected.error_size > LARGEST_HELD_ERROR:
+        return f"{projected.error_size} error components, more than {LARGEST_HELD_ERROR}, do not fit beside a tile"
+    if projected.is_fastfood and any(t > 1 for t in problem.positions):
+        return "with several positions, tiles of gradients do not begin where blocks of Fastfood do"
+    if repeated > MOST_REPEATED_DELTAS:
+        return f"{repeated} values of δ would be made again in tiles, more than {MOST_REPEATED_DELTAS}"
+    return ""
+
+
+def _block(projected: Projected) -> int:
+    """Rows of a block of Fastfood."""
+    return 1 << padded_bits(projected.error_size)
+
+
+def _fitted(config: Any, projected: Projected) -> Any:
+    """The config with tiles of the projection that suit where U is from."""
+    threads = 32 * config.num_warps
+    if projected.is_fastfood:
+        # Whole blocks of units, and as many rows as leave 32 numbers to a thread.
+        units = max(config.block_u, _block(projected))
+        return replace(config, block_u=units, block_r=max(1, 32 * threads // units))
+    if projected.source in REGENERATED:
+        # A tile of U is made once for all the rows whose sums fit into a quarter of the registers.
+        most = threads * ((config.registers + 1) // 4) // config.block_u
+        rows = min(triton.next_power_of_2(max(1, projected.rows)), 1 << (most.bit_length() - 1))
+        return replace(config, block_r=max(config.block_r, rows))
+    return config
 
 
 def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPlan:
     """Every tile of a gradient makes its own δ."""
     projected, widths_in = problem.projected, problem.widths_in
+    if projected.is_fastfood:
+        config = replace(config, block_m=max(config.block_m, _block(projected)))
     hidden_out = problem.widths_out[: problem.hidden]
     block_e = max(16, triton.next_power_of_2(projected.error_size))
     constants = _grouped_constants(problem) | dict(
@@ -274,7 +178,12 @@ def _delta_layout(problem: GroupedProblem) -> tuple[int, bool]:
     projected = problem.projected
     align = alignment(problem.widths_in, problem.widths_out[: problem.hidden])
     align_error = projected.constants()["ALIGN_ERROR"]
-    copy = projected.error_dtype != projected.dtype or not _rows_of_16_bytes(projected.dtype, align_error)
+    copy = (
+        projected.error_dtype != projected.dtype
+        or not _rows_of_16_bytes(projected.dtype, align_error)
+        or not projected.error_aligned
+        or projected.error_strides[0] < projected.error_size
+    )
     if len(problem.widths_in) > problem.hidden and not copy:
         align = math.gcd(align, align_error)
     return align, copy
@@ -282,6 +191,7 @@ def _delta_layout(problem: GroupedProblem) -> tuple[int, bool]:
 
 def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Target) -> LaunchPlan:
     """δ of all layers into memory, then the gradients, ordered by tickets."""
+    config = _fitted(config, problem.projected)
     projected, has_output = problem.projected, len(problem.widths_in) > problem.hidden
     row_tiles, unit_tiles = -(-projected.rows // config.block_r), -(-max(problem.sizes, default=0) // config.block_u)
     align, copy = _delta_layout(problem)
@@ -328,9 +238,17 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
 
 @lru_cache(maxsize=512)
 def plan_taps(problem: TapsProblem, target: Target) -> LaunchPlan:
-    """δ of every tap."""
+    """The launch for this problem, with the tiles that fill the GPU."""
     configs = configs_for(target.capability, problem.projected.arithmetic).project_taps
-    config = configs[_that_fills([_projection_tiles(problem, c) for c in configs], target)]
+    fitted = [_fitted(config, problem.projected) for config in configs]
+    return plan_projection(
+        problem, configs[_that_fills([_projection_tiles(problem, config) for config in fitted], target)]
+    )
+
+
+def plan_projection(problem: TapsProblem, config: ProjectionConfig) -> LaunchPlan:
+    """δ of every tap."""
+    config = _fitted(config, problem.projected)
     projected = problem.projected
     longest = projected.rows * max(problem.sizes)
     derivatives, which = _derivatives(problem.activations)
@@ -454,15 +372,5 @@ def _that_fills(tiles: list[int], target: Target) -> int:
     return first_that_fills(tiles, target.multiprocessors)
 
 
-def alignment(*widths: Sequence[int]) -> int:
-    """The largest of 16, 8, 4, 2 and 1 that divides all."""
-    return math.gcd(16, *(width for group in widths for width in group))
-
-
 def _in_order(kernel: Any, constants: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(constants[name] for name in kernel.arg_names if name.isupper())
-
-
-def _signed(word: int) -> int:
-    """A 32-bit word as the int32 of the same bits, so that every seed's launch has the same types."""
-    return word - 2**32 if word >= 2**31 else word

@@ -10,8 +10,7 @@ from .delta import write_deltas
 
 @triton.jit(
     do_not_specialize=[
-        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows", "sizes", "channels",
-        "scales", "p", "q",
+        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows",
     ]
 )  # fmt: skip
 def project_taps_kernel(
@@ -20,12 +19,12 @@ def project_taps_kernel(
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
     ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """δ = (e Bᵀ) ⊙ f' of every tap (paper, eq. 3); arguments as for `write_deltas`."""
     write_deltas(
         tl.program_id(0).to(INDEX), error, stored, kept, noise, deltas, error_size, stride_row, stride_column, key0,
         key1, nonzeros, widest, rows, sizes, channels, scales, p, q,
         SOURCE, DERIVATIVES, WHICH, KEPT, NOISE, CHANNELS_LAST, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN,
-        ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E,
+        ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
     )  # fmt: skip

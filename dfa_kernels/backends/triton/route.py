@@ -5,7 +5,7 @@ In every step the looks are read and compared, nothing else: routes are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from ...feedback_spec import FeedbackSpec
-from .plan import GroupedProblem, LaunchPlan, Target, plan_grouped
+from .plan import LaunchPlan, plan_grouped
+from .problem import GroupedProblem, Target
 from .source import ErrorLooks, looks_of_error, mask_of, projected_for, reason_for_torch
+
+
+# Which layers want what travels as bits of an int32; and twice the layers take more than twice as long to compile.
+MOST_LAYERS = 31
 
 
 class LayerCall(NamedTuple):
@@ -32,6 +37,21 @@ class LayerCall(NamedTuple):
     parameters: Sequence[float]
     weight_grads: Sequence[bool]
     bias_grads: Sequence[bool]
+
+
+def split(call: LayerCall) -> Iterator[LayerCall]:
+    """The call in parts of at most MOST_LAYERS layers, in their order; the last one has the output layer."""
+    for first in range(0, len(call.inputs), MOST_LAYERS):
+        here = slice(first, first + MOST_LAYERS)
+        yield call._replace(
+            inputs=call.inputs[here],
+            kept=call.kept[here],
+            noise=call.noise[here],
+            activations=call.activations[here],
+            parameters=call.parameters[2 * first : 2 * here.stop],
+            weight_grads=call.weight_grads[here],
+            bias_grads=call.bias_grads[here],
+        )
 
 
 class Looks(NamedTuple):

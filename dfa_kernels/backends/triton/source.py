@@ -11,7 +11,7 @@ from torch import Tensor
 from ...feedback_spec import FeedbackSpec
 from ...projection import PLAIN_KINDS
 from ..torch_backend import shared_projection
-from .plan import DTYPES, Projected
+from .problem import DTYPES, LARGEST_FASTFOOD_ERROR, Projected
 
 
 class ErrorLooks(NamedTuple):
@@ -24,6 +24,8 @@ class ErrorLooks(NamedTuple):
     is_stored: bool
     is_elsewhere: bool
     """Whether what is stored is on another device than the error."""
+    is_aligned: bool
+    """Whether the error begins at a multiple of 16 bytes; without values, it does."""
     fp32_precision: str
 
 
@@ -36,6 +38,7 @@ def looks_of_error(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSp
         feedback,
         bool(stored),
         bool(stored) and stored[0].device != error.device,
+        error.data_ptr() % 16 == 0,
         torch.backends.cuda.matmul.fp32_precision,
     )
 
@@ -55,11 +58,15 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def source_of(feedback: FeedbackSpec, is_stored: bool, is_elsewhere: bool) -> str:
+def source_of(looks: ErrorLooks) -> str:
     """The kernels' SOURCE; "projection" where the torch backend has to make e Uᵀ first."""
-    if feedback.kind == "fastfood" or feedback.dtype not in DTYPES or is_elsewhere:
+    feedback = looks.feedback
+    if feedback.dtype not in DTYPES or looks.is_elsewhere:
         return "projection"
-    if not is_stored:
+    if feedback.kind == "fastfood":
+        too_large = looks.shape[1] > LARGEST_FASTFOOD_ERROR
+        return "projection" if too_large else "fastfood" if looks.is_stored else "fastfood_seed"
+    if not looks.is_stored:
         return "sparse_seed" if feedback.kind == "sparse" else feedback.kind
     if feedback.kind in PLAIN_KINDS:
         return "matrix"
@@ -68,7 +75,7 @@ def source_of(feedback: FeedbackSpec, is_stored: bool, is_elsewhere: bool) -> st
 
 def projected_for(looks: ErrorLooks, size: int, dtype: torch.dtype) -> Projected:
     """How e Uᵀ of the widest tap, of `size` units, comes about; dtype: of the activations."""
-    source = source_of(looks.feedback, looks.is_stored, looks.is_elsewhere) if size else "projection"
+    source = source_of(looks) if size else "projection"
     given = source == "projection"
     rows, error_size = looks.shape
     return Projected(
@@ -79,6 +86,7 @@ def projected_for(looks: ErrorLooks, size: int, dtype: torch.dtype) -> Projected
         looks.feedback,
         source,
         dtype,
+        bool(given and size) or looks.is_aligned,
         looks.fp32_precision == "tf32",
     )
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from ...feedback_spec import FeedbackSpec
 from .. import torch_backend
 from .launch import check_device, launch, target_of
-from .plan import LaunchPlan, TapsProblem, Target, plan_taps
+from .plan import LaunchPlan, plan_taps
+from .problem import TapsProblem, Target
 from .source import dense, looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
 
 

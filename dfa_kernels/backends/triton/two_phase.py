@@ -21,9 +21,8 @@ RESET_BLOCK = tl.constexpr(1024)
 
 @triton.jit(
     do_not_specialize=[
-        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows", "widths_in",
-        "widths_out", "positions", "sizes", "scales", "p", "q", "delta_width", "delta_stride", "copies", "projections",
-        "total", "hyper",
+        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows", "delta_width", "delta_stride", "copies",
+        "projections", "total",
     ]
 )  # fmt: skip
 def two_phase(
@@ -35,7 +34,7 @@ def two_phase(
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
     INDEX: tl.constexpr, TMA: tl.constexpr, COPY: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
@@ -60,7 +59,7 @@ def two_phase(
                 ticket - copies, error, stored, kept, noise, deltas, error_size, stride_row, stride_column, key0,
                 key1, nonzeros, widest, rows, sizes, sizes, scales, p, q,
                 SOURCE, DERIVATIVES, WHICH, (1 << HIDDEN) - 1, NOISE, 0, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN,
-                ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E,
+                ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
             )  # fmt: skip
             _announce(counters + 1 + (ticket - copies) // row_tiles, TMA)
         else:

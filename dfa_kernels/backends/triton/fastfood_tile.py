@@ -1,0 +1,153 @@
+"""Tiles of a Fastfood projection, V = S H G Π H B in blocks of d = 2^k rows; see `dfa_kernels.fastfood`.
+
+Everything of a block is in one tile, so that the transforms need no memory between them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...entries import Stream
+from ...fastfood import PERMUTATION_ROUNDS
+from .hadamard_tile import hadamard_tile
+from .philox import box_muller, philox4x32
+
+SIGNS = tl.constexpr(int(Stream.FASTFOOD_SIGNS))
+PERMUTATION = tl.constexpr(int(Stream.FASTFOOD_PERMUTATION))
+GAUSSIAN = tl.constexpr(int(Stream.FASTFOOD_GAUSSIAN))
+SCALING = tl.constexpr(int(Stream.FASTFOOD_SCALING))
+ROUNDS = tl.constexpr(PERMUTATION_ROUNDS)
+
+
+@triton.jit
+def fastfood_tile(
+    error, stored, key0, key1, first_unit, units, row, rows, error_size, stride_row, stride_column,
+    SOURCE: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """e Vᵀ at rows [R] and the N units from first_unit on, a multiple of d = 2^BITS: float32 [R, N], not scaled."""
+    component = (first_unit + tl.arange(0, N)) % (1 << BITS)
+    at = row[:, None] * stride_row + component[None, :].to(row.dtype) * stride_column
+    e = tl.load(error + at, mask=(row < rows)[:, None] & (component < error_size)[None, :], other=0.0)
+    return fastfood_product(e.to(tl.float32), stored, key0, key1, first_unit, units, SOURCE, BITS)
+
+
+@triton.jit
+def fastfood_product(x, stored, key0, key1, first_unit, units, SOURCE: tl.constexpr, BITS: tl.constexpr):
+    """x Vᵀ for x [R, N] that repeats its rows of 2^BITS components for every block: float32 [R, N].
+
+    What is stored reaches up to `units`, rounded up to a whole block; beyond that the product is 0.
+    """
+    R: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    if SOURCE == "fastfood":
+        sign, source, gaussian, scaling = _stored_parts(stored, first_unit, units, N, 1 << BITS)
+    else:
+        sign, source, gaussian, scaling = _parts(first_unit >> BITS, key0, key1, N, BITS)
+    x = hadamard_tile(x * sign[None, :], BITS)
+    place = (tl.arange(0, N) >> BITS << BITS) + source
+    # As one long row: a gather of one dimension goes through shared memory, one of two is a shuffle for each candidate.
+    flat = tl.reshape(tl.arange(0, R)[:, None] * N + place[None, :], (R * N,))
+    x = tl.reshape(tl.gather(tl.reshape(x, (R * N,)), flat, 0), (R, N))
+    return hadamard_tile(x * gaussian[None, :], BITS) * scaling[None, :]
+
+
+@triton.jit
+def _stored_parts(stored, first_unit, units, N: tl.constexpr, D: tl.constexpr):
+    """As `_parts`, from memory."""
+    unit = first_unit.to(tl.int64) + tl.arange(0, N)
+    inside = unit < tl.cdiv(units, D).to(tl.int64) * D
+    sign = tl.load(stored[0] + unit, mask=inside, other=0).to(tl.float32)
+    source = tl.load(stored[1] + unit, mask=inside, other=0)
+    gaussian = tl.load(stored[2] + unit, mask=inside, other=0.0)
+    scaling = tl.load(stored[3] + unit, mask=inside, other=0.0)
+    return sign, source, gaussian, scaling
+
+
+@triton.jit
+def _parts(first_block, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
+    """Signs, permutation, Gaussian diagonal and scaling of the N units from a block on, each [N]."""
+    D: tl.constexpr = 1 << BITS
+    gaussian = _normals(first_block, GAUSSIAN, key0, key1, N, BITS)
+    normal = _normals(first_block, SCALING, key0, key1, N, BITS)
+    square = tl.reshape(gaussian * gaussian, (N // D, D))
+    length = tl.reshape(tl.broadcast_to(tl.sqrt(tl.sum(square, axis=1))[:, None], (N // D, D)), (N,))
+    # chi as `dfa_kernels.fastfood` has it; its sqrt(d) and that of the scaling cancel.
+    VARIANCE: tl.constexpr = 2.0 / (9.0 * D)
+    ROOT: tl.constexpr = VARIANCE**0.5
+    cube_root = tl.maximum(1.0 - VARIANCE + normal * ROOT, 0.0)
+    scaling = cube_root * tl.sqrt(cube_root) / length
+    return _signs(first_block, key0, key1, N, BITS), _permutation(first_block, key0, key1, N, BITS), gaussian, scaling
+
+
+@triton.jit
+def _words(first_block, key0, key1, STREAM: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, CALLS: tl.constexpr):
+    """The four Philox words of every STEP units: uint32 [N / STEP]; CALLS of them make a block."""
+    index = tl.arange(0, N // STEP)
+    low, high = _halves(first_block + index // CALLS)
+    return philox4x32((index % CALLS).to(tl.uint32), low, high, low * 0 + STREAM, key0, key1)
+
+
+@triton.jit
+def _halves(block):
+    """The low and high words of block numbers, which are not negative."""
+    low = block.to(tl.uint32)
+    if block.dtype == tl.int64:
+        high = (block >> 32).to(tl.uint32)
+    else:
+        high = low * 0
+    return low, high
+
+
+@triton.jit
+def _normals(first_block, STREAM: tl.constexpr, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
+    STEP: tl.constexpr = min(4, 1 << BITS)
+    word0, word1, word2, word3 = _words(first_block, key0, key1, STREAM, N, STEP, (1 << BITS) // STEP)
+    normal0, normal1 = box_muller(word0, word1)
+    if STEP == 1:
+        return normal0
+    elif STEP == 2:
+        return tl.interleave(normal0, normal1)
+    else:
+        normal2, normal3 = box_muller(word2, word3)
+        return tl.interleave(tl.interleave(normal0, normal2), tl.interleave(normal1, normal3))
+
+
+@triton.jit
+def _signs(first_block, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
+    STEP: tl.constexpr = min(128, 1 << BITS)
+    word0, word1, word2, word3 = _words(first_block, key0, key1, SIGNS, N, STEP, (1 << BITS) // STEP)
+    index = tl.arange(0, STEP)[None, :]
+    which = index // 32
+    lower = tl.where(which == 0, word0[:, None], word1[:, None])
+    upper = tl.where(which == 2, word2[:, None], word3[:, None])
+    word = tl.where(which < 2, lower, upper)
+    bit = (word >> (index % 32).to(tl.uint32)) & 1
+    return tl.reshape((bit * 2).to(tl.float32) - 1.0, (N,))
+
+
+@triton.jit
+def _permutation(first_block, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
+    D: tl.constexpr = 1 << BITS
+    SHIFT: tl.constexpr = max(1, BITS // 2)
+    a0, b0, a1, b1 = _keys(first_block, 0, key0, key1, N, BITS)
+    a2, b2, a3, b3 = _keys(first_block, 1, key0, key1, N, BITS)
+    x = tl.broadcast_to(tl.arange(0, D).to(tl.uint32)[None, :], (N // D, D))
+    x = _mix(x, a0, b0, D, SHIFT)
+    x = _mix(x, a1, b1, D, SHIFT)
+    x = _mix(x, a2, b2, D, SHIFT)
+    x = _mix(x, a3, b3, D, SHIFT)
+    return tl.reshape(x, (N,)).to(tl.int32)
+
+
+@triton.jit
+def _keys(first_block, call, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
+    low, high = _halves(first_block + tl.arange(0, N >> BITS))
+    zero = low * 0
+    return philox4x32(zero + call, low, high, zero + PERMUTATION, key0, key1)
+
+
+@triton.jit
+def _mix(x, a, b, D: tl.constexpr, SHIFT: tl.constexpr):
+    x = (x * (a * 2 + 1)[:, None] + b[:, None]) & (D - 1)
+    return x ^ (x >> SHIFT)

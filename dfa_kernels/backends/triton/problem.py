@@ -1,0 +1,163 @@
+"""What decides a launch: all of an operator's call but the tensors' addresses, as plain hashable values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from ...feedback_spec import FeedbackSpec
+from ...hadamard import padded_bits
+
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALF)
+REGENERATED = ("gaussian", "uniform", "rademacher")
+# A block of Fastfood has to lie in the registers of a program of 4 warps.
+LARGEST_FASTFOOD_ERROR = 2**13
+_TILE_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU a plan is for: compute capability (90 for sm_90) and number of multiprocessors."""
+
+    capability: int
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class Projected:
+    """How e Uᵀ comes about, for layers and taps alike: error [rows, error_size], and where U is from."""
+
+    rows: int
+    error_size: int
+    error_strides: tuple[int, int]
+    error_dtype: torch.dtype
+    feedback: FeedbackSpec
+    source: str
+    dtype: torch.dtype
+    """Of the activations."""
+    error_aligned: bool
+    """Whether the error begins at a multiple of 16 bytes."""
+    tf32: bool
+    """Whether float32 products may go through tensor cores, as torch's matmul precision says."""
+
+    @property
+    def is_fastfood(self) -> bool:
+        """Whether tiles of the projection are whole blocks of Fastfood's."""
+        return self.source in ("fastfood", "fastfood_seed")
+
+    @property
+    def arithmetic(self) -> str:
+        return "half" if self.dtype in HALF else "tf32" if self.tf32 else "ieee"
+
+    @property
+    def error_reach(self) -> int:
+        """No number of the error lies this far behind its first one in memory."""
+        return self.rows * self.error_strides[0] + self.error_size * self.error_strides[1]
+
+    def constants(self) -> dict[str, Any]:
+        """DOT: what the factors of e Uᵀ are converted to. A random sign loses nothing in the error's own precision."""
+        signs = self.source in ("signs", "rademacher", "sparse", "sparse_seed")
+        entry = self.error_dtype if signs else self.feedback.dtype
+        dot = self.error_dtype if entry == self.error_dtype else torch.float32
+        narrow_error = self.error_dtype in HALF
+        return dict(
+            SOURCE=self.source,
+            ENTRY=_TILE_DTYPE[torch.float32 if signs or self.source == "projection" else entry],
+            DOT=_TILE_DTYPE[dot],
+            DELTA_PRECISION="tf32" if self.tf32 or narrow_error else "ieee",
+            ROUND=narrow_error and dot == torch.float32,
+            ALIGN_ERROR=alignment((self.error_size, self.error_strides[0])) if self.error_strides[1] == 1 else 1,
+            BITS=padded_bits(self.error_size) if self.is_fastfood else 0,
+        )
+
+    def numbers(self, widest: int) -> tuple[int, ...]:
+        """error_size, strides, key, nonzeros, widest, rows: the kernels' arguments in this order."""
+        seed = self.feedback.seed
+        sparse = self.source in ("sparse", "sparse_seed")
+        return (
+            self.error_size,
+            *self.error_strides,
+            _signed(seed & 0xFFFFFFFF),
+            _signed(seed >> 32),
+            self.feedback.nonzeros_per_row(self.error_size) if sparse else 0,
+            widest,
+            self.rows,
+        )
+
+    def scales(self, sizes: Sequence[int]) -> tuple[float, ...]:
+        """The factor from what the kernel sums to e Bᵀ, for each size. A given P is scaled for the widest already."""
+        widest = max(sizes, default=1)
+        if self.source == "projection":
+            return tuple(math.sqrt(widest / size) if self.feedback.normalize else 1.0 for size in sizes)
+        value = 1.0
+        if self.source in ("sparse", "sparse_seed"):
+            exact = math.sqrt(self.error_size / self.feedback.nonzeros_per_row(self.error_size))
+            value = float(torch.tensor(exact, dtype=self.feedback.dtype))
+        return tuple(value * self.feedback.scale(size, self.error_size) for size in sizes)
+
+
+@dataclass(frozen=True)
+class GroupedProblem:
+    """All of one `layer_grads` or `layer_update_` but the tensors' addresses."""
+
+    projected: Projected
+    widths_in: tuple[int, ...]
+    widths_out: tuple[int, ...]
+    positions: tuple[int, ...]
+    activations: tuple[str, ...]
+    """Of the hidden layers; one more width than these is the output layer's."""
+    parameters: tuple[float, ...]
+    noise: int
+    weights: int
+    biases: int
+    """Bit i tells whether layer i has the respective tensor or wants the respective gradient."""
+    parameter_dtype: torch.dtype
+    rule: str = "store"
+    weight_sets: tuple[int, ...] = (0,)
+    bias_sets: tuple[int, ...] = (0,)
+    """Where each layer's numbers for the rule begin."""
+
+    @property
+    def hidden(self) -> int:
+        return len(self.activations)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Units of every hidden layer's tap."""
+        return tuple(t * out for t, out in zip(self.positions, self.widths_out, strict=True))[: self.hidden]
+
+    @property
+    def widest(self) -> int:
+        """Rows of U that are needed."""
+        return max(self.sizes, default=0)
+
+
+@dataclass(frozen=True)
+class TapsProblem:
+    """All of one `project_taps` but the tensors' addresses."""
+
+    projected: Projected
+    sizes: tuple[int, ...]
+    channels: tuple[int, ...]
+    activations: tuple[str, ...]
+    parameters: tuple[float, ...]
+    kept: int
+    noise: int
+    channels_last: int
+    """Bit i tells whether tap i has the respective tensor or order."""
+
+
+def alignment(*widths: Sequence[int]) -> int:
+    """The largest of 16, 8, 4, 2 and 1 that divides all."""
+    return math.gcd(16, *(width for group in widths for width in group))
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits, so that every seed's launch has the same types."""
+    return word - 2**32 if word >= 2**31 else word

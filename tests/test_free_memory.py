@@ -1,0 +1,55 @@
+"""What a device could still give, from what the system says of itself."""
+
+import pytest
+import torch
+
+import dfa_kernels as dfa
+from dfa_kernels import feedback, free_memory
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """A machine with 8 GiB available, in a container of 3 GiB, 2 of them used, half a GiB of that by idle files."""
+    (tmp_path / "meminfo").write_text("MemTotal:       16777216 kB\nMemAvailable:    8388608 kB\nHugePages_Total:  0\n")
+    (tmp_path / "memory.max").write_text(f"{3 * 2**30}\n")
+    (tmp_path / "memory.current").write_text(f"{2 * 2**30}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2**29}\n")
+    monkeypatch.setattr(free_memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(free_memory, "_GROUP", tmp_path)
+    return tmp_path
+
+
+def test_the_smaller_of_host_and_container_counts(system):
+    assert free_memory.free_bytes(CPU) == 3 * 2**29
+    (system / "memory.max").write_text("max\n")
+    assert free_memory.free_bytes(CPU) == 8 * 2**30
+    (system / "meminfo").unlink()
+    assert free_memory.free_bytes(CPU) is None
+
+
+def test_nobody_says_it_of_other_devices():
+    assert free_memory.free_bytes(torch.device("meta")) is None
+
+
+def test_feedback_that_cannot_fit_says_what_would(monkeypatch):
+    """Before anything is allocated: the matrix asked for is larger than any machine's memory."""
+    monkeypatch.setattr(feedback, "free_bytes", lambda device: 10**12)
+    asked = dfa.Feedback()
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        asked.stored(10**10, 1000, "cpu")
+    message = str(caught.value)
+    assert "'gaussian' with storage 'dense' of 10000000000 x 1000 needs 40000.00 GB on cpu" in message
+    assert "where 1000.00 GB are free; storage='procedural' keeps nothing" in message
+    assert message.endswith("these kinds would fit: 'fastfood' (130.00 GB)")
+    assert asked.stored(10, 1000, "cpu")[0].shape == (10, 1000)
+
+
+def test_a_given_matrix_is_there_already(monkeypatch):
+    monkeypatch.setattr(feedback, "free_bytes", lambda device: 0)
+    given = torch.randn(5, 3)
+    assert torch.equal(dfa.Feedback.from_matrix(given).stored(5, 3, "cpu")[0], given)
+    with pytest.raises(torch.OutOfMemoryError, match=r"'gaussian' with .* of 5 x 3 needs 0.00 MB on cpu"):
+        dfa.Feedback().stored(5, 3, "cpu")
+    assert dfa.Feedback(storage="procedural").stored(5, 3, "cpu") == []

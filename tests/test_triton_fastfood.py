@@ -1,0 +1,89 @@
+"""Fastfood in a kernel's registers: its diagonals against those of the package, its product against dense algebra."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from test_fastfood import factor_by_factor
+from triton_cases import DEVICE
+
+from dfa_kernels.backends.triton.fastfood_tile import _parts, fastfood_tile
+from dfa_kernels.fastfood import block_count, block_rows, fastfood_diagonals, fastfood_products
+
+SEEDS = [0, 2**32 + 5, 2**64 - 3]
+SIZES = [1, 2, 3, 8, 10, 64, 100, 300, 1000]
+
+
+@triton.jit
+def parts_kernel(sign, source, gaussian, scaling, first_block, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
+    parts = _parts(first_block, key0, key1, N, BITS)
+    at = tl.arange(0, N)
+    tl.store(sign + at, parts[0])
+    tl.store(source + at, parts[1])
+    tl.store(gaussian + at, parts[2])
+    tl.store(scaling + at, parts[3])
+
+
+@triton.jit
+def product_kernel(
+    error, stored, out, key0, key1, units, rows, error_size,
+    SOURCE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) * R + tl.arange(0, R)
+    first = tl.program_id(0) * N
+    product = fastfood_tile(
+        error, stored, key0, key1, first, units, row, rows, error_size, error_size, 1, SOURCE, N, BITS
+    )
+    unit = first + tl.arange(0, N)
+    inside = (row < rows)[:, None] & (unit < units)[None, :]
+    tl.store(out + row[:, None] * units + unit[None, :], product, mask=inside)
+
+
+def key_words(seed: int) -> tuple[int, int]:
+    return tuple(word - 2**32 if word >= 2**31 else word for word in (seed & 0xFFFFFFFF, seed >> 32))
+
+
+def bits_of(error_size: int) -> int:
+    return block_rows(error_size).bit_length() - 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("error_size", SIZES)
+@pytest.mark.parametrize("first_block", [0, 7])
+def test_the_parts_are_those_that_dense_storage_keeps(seed, error_size, first_block):
+    """Signs and permutation to the bit, normals to a few roundings."""
+    d = block_rows(error_size)
+    blocks = max(1, 64 // d)
+    found = [torch.full((blocks * d,), -99, dtype=dtype, device=DEVICE) for dtype in (torch.int8, torch.int32)]
+    found += [torch.full((blocks * d,), math.nan, device=DEVICE) for _ in range(2)]
+    parts_kernel[(1,)](*found, first_block, *key_words(seed), blocks * d, bits_of(error_size))
+    kept = fastfood_diagonals(seed, range(first_block, first_block + blocks), error_size, torch.device("cpu"))
+    signs, source, gaussian, scaling = (part.cpu().view(blocks, d) for part in found)
+    assert torch.equal(signs, kept[0])
+    assert torch.equal(source, kept[1])
+    torch.testing.assert_close(gaussian, kept[2], rtol=4e-6, atol=1e-6)
+    torch.testing.assert_close(scaling, kept[3], rtol=8e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("source", ["fastfood", "fastfood_seed"])
+@pytest.mark.parametrize(
+    ("error_size", "units"), [(1, 5), (2, 9), (3, 40), (10, 100), (64, 300), (100, 500), (600, 1500)]
+)
+def test_the_product_is_the_factors(source, error_size, units):
+    seed, batch, tile = 2**63 + 12345, 5, max(64, block_rows(error_size))
+    error = torch.randn(batch, error_size, generator=torch.Generator().manual_seed(units))
+    kept = fastfood_diagonals(seed, range(block_count(units, error_size)), error_size, torch.device("cpu"))
+    out = torch.full((batch, units), math.nan, device=DEVICE)
+    stored = tuple(part.to(DEVICE) for part in kept) if source == "fastfood" else (error.to(DEVICE),)
+    product_kernel[(-(-units // tile), -(-batch // 2))](
+        error.to(DEVICE), stored, out, *key_words(seed), units, batch, error_size, source, 2, tile, bits_of(error_size)
+    )
+    exact = factor_by_factor(error.double(), kept)[:, :units]
+    pieces = fastfood_products(error, lambda blocks: [part[blocks.start : blocks.stop] for part in kept], units)
+    plain = torch.cat([product for _, product in pieces]).T
+    allowed = 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max() * (source == "fastfood_seed")
+    assert (out.cpu() - exact).abs().max() <= allowed
