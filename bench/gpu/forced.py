@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -10,7 +10,14 @@ from unittest import mock
 from dfa_kernels.backends.triton import plan as planning
 from dfa_kernels.backends.triton import route
 from dfa_kernels.backends.triton.configs import Configs, OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for
-from dfa_kernels.backends.triton.plan import GroupedProblem, LaunchPlan, Target, plan_one_phase, plan_two_phase
+from dfa_kernels.backends.triton.plan import (
+    GroupedProblem,
+    LaunchPlan,
+    Target,
+    plan_one_phase,
+    plan_two_phase,
+    usable_two_phase,
+)
 
 Config = OnePhaseConfig | TwoPhaseConfig | ProjectionConfig
 Planner = Callable[[GroupedProblem, Target], LaunchPlan]
@@ -51,7 +58,9 @@ def kernel_planner(kernel: str) -> Planner:
     """The kernel of that name, with the first of its committed configs that fills the GPU."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
-        configs: tuple[Any, ...] = getattr(configs_for(target.capability, problem.projected.arithmetic), kernel)
+        configs: Sequence[Any] = configs_for(target.capability, problem.projected.arithmetic).one_phase
+        if kernel == "two_phase":
+            configs = usable_two_phase(problem, target)
         plans = [planner_for(config)(problem, target) for config in configs]
         return next((p for p in plans if gradient_tiles(p) >= target.multiprocessors), plans[-1])
 
