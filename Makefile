@@ -31,10 +31,13 @@ lint: $(READY) ## check style, format and types
 bench: $(READY) ## compare with backpropagation; pass options as ARGS="..."
 	PYTHONPATH=. $(BIN) bench/compare.py $(ARGS)
 
-gpu: ## tests, checks and times on the GPU here, in OUT=dir; pass options as ARGS="..."
-	@if $(PYTHON) -c 'import torch, triton; assert torch.cuda.is_available()' 2> /dev/null; \
-		then PYTHONPATH=. $(PYTHON) -m bench.gpu $(OUT) $(ARGS); \
-		else $(MAKE) setup && PYTHONPATH=. $(BIN) -m bench.gpu $(OUT) $(ARGS); fi
+# On a machine whose own Python has torch with CUDA, nothing is set up.
+ifneq ($(filter gpu,$(MAKECMDGOALS)),)
+GPU_PYTHON := $(shell $(PYTHON) -c 'import torch, triton; assert torch.cuda.is_available()' 2> /dev/null && echo $(PYTHON))
+endif
+
+gpu: $(if $(GPU_PYTHON),,$(READY)) ## tests, checks and times on the GPU here, in OUT=dir; pass options as ARGS="..."
+	PYTHONPATH=. $(or $(GPU_PYTHON),$(BIN)) -m bench.gpu $(OUT) $(ARGS)
 
 clean: ## remove .venv, caches and build products; data/ and runs/ stay
 	rm -rf $(VENV) $(UNFINISHED) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

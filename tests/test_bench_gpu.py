@@ -24,6 +24,7 @@ from bench.gpu import (
     results,
     sanitizer,
     sharded_tests,
+    steps,
     summary,
     timing,
 )
@@ -36,6 +37,12 @@ from bench.gpu.variants import BACKWARD, BP, EVERYWHERE, OURS, STEP, UPDATE, Reg
 from dfa_kernels.backends.triton.launch import INTERPRETED
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def look_often(monkeypatch):
+    for module in (steps, timing, sharded_tests):
+        monkeypatch.setattr(module, "TICK", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,7 @@ def test_a_step_is_ended_at_its_limit_with_all_that_it_started(tmp_path):
 
 def test_a_steps_results_are_looked_at_while_it_runs(tmp_path):
     looks: list[float] = []
-    python_step(tmp_path, "import time; time.sleep(1.2)", on_tick=lambda: looks.append(time.monotonic()))
+    python_step(tmp_path, "import time; time.sleep(0.3)", on_tick=lambda: looks.append(time.monotonic()))
     assert len(looks) >= 2
 
 
@@ -107,6 +114,17 @@ def test_not_chosen(): assert False
 def test_that_ends_everything():
     import os
     if {fatal}: os._exit(7)
+@pytest.mark.gpu
+@pytest.mark.parametrize("i", range(2))
+def test_behind_it(i): assert i == 1
+"""
+
+HANGING = """
+import pytest, time
+@pytest.mark.gpu
+@pytest.mark.parametrize("i", range(4))
+def test_one(i):
+    if i == 1: time.sleep(60)
 """
 
 
@@ -119,10 +137,21 @@ def test_tests_run_in_parts(tmp_path, fatal):
     )
     found = results.read(out)
     assert code == 1
-    assert found["passed"] == (4 if fatal else 5)
-    assert [name.split("::")[1] for name in found["failed"]] == ["test_many[3]"]
+    assert found["passed"] == (5 if fatal else 6)
+    assert {name.split("::")[1] for name in found["failed"]} == {"test_many[3]", "test_behind_it[0]"}
+    assert all("assert" in why for why in found["failed"].values())
     assert [why for why in found["skipped"].values()] == ["Skipped: no reason"]
     assert [name.split("::")[1] for name in found["unfinished"]] == ["test_that_ends_everything"] * fatal
+
+
+def test_a_test_that_hangs_costs_only_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharded_tests, "TEST_LIMIT", 1.0)
+    path, out = tmp_path / "test_some.py", tmp_path / "tests.json"
+    path.write_text(HANGING)
+    assert sharded_tests.main(["--json", str(out), "--limit", "30", "--processes", "1", "--tests", str(path)]) == 1
+    found = results.read(out)
+    assert found["passed"] == 3
+    assert [name.split("::")[1] for name in found["unfinished"]] == ["test_one[1]"]
 
 
 def test_tf32_switches_torch_and_back():
@@ -130,7 +159,7 @@ def test_tf32_switches_torch_and_back():
     with tf32(True):
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
         with tf32(False):
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.cuda.matmul.fp32_precision != "tf32"
     assert torch.get_float32_matmul_precision() == before
 
 
@@ -476,7 +505,12 @@ def test_the_report_names_every_verdict():
     found = made_up(host=30e-6)
     found |= {"steps": [{"name": "env", "status": "ok", "seconds": 1.0}], "environment": {"gpu": "a GPU"}}
     found["requirements"] = [vars(verdict) for verdict in summary.verdicts(found)]
-    found["tests"] = {"passed": 3, "failed": ["test_a"], "skipped": {"test_b": "short of memory"}, "unfinished": []}
+    found["tests"] = {
+        "passed": 3,
+        "failed": {"test_a": "why"},
+        "skipped": {"test_b": "short of memory"},
+        "unfinished": [],
+    }
     found["sanitizer"] = {"tool": "t", "plain": 0, "memcheck": {"clean": True, "summary": "0 errors"}}
     found["time"]["items"] = {timing.HOST: found["time"]["items"][timing.HOST]}
     text = summary.markdown(found)

@@ -51,10 +51,13 @@ def running(kernel: str, precision: str) -> Iterator[None]:
         yield
 
 
-def make_network(kernel: str, **changes: Any) -> dict[str, Any]:
-    """Two hidden layers and an output layer; aligned widths beside odd ones, more than one tile of each."""
-    layers = [plain_layer(width_in=160, width_out=144), plain_layer(("relu", 0.0, 0.0), width_in=144, width_out=67)]
-    return plain_network(layers, **{"output_width": 67, "rows": 70, "error_size": KERNELS[kernel], **changes})
+def make_network(kernel: str, width: int = 80, **changes: Any) -> dict[str, Any]:
+    """Two hidden layers, the second one of this width, and an output layer; more than one tile of each.
+
+    By default all widths are multiples of 16, so that the copy engine may be used where there is one.
+    """
+    layers = [plain_layer(width_in=160, width_out=144), plain_layer(("relu", 0.0, 0.0), width_in=144, width_out=width)]
+    return plain_network(layers, **{"output_width": width, "rows": 70, "error_size": KERNELS[kernel], **changes})
 
 
 def in_same_precision(precision: str, compute: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
@@ -98,22 +101,23 @@ def test_layer_grads_with_every_feedback(kernel: str, precision: str, place: tup
 @each_kernel
 @each_precision
 def test_layer_grads_with_every_activation(kernel: str, precision: str) -> None:
-    layers = [plain_layer(case, width_in=40, width_out=48) for case in CASES]
-    check_layer_grads(kernel, precision, plain_network(layers, rows=70, error_size=KERNELS[kernel]))
+    layers = [plain_layer(case, width_in=48, width_out=64) for case in CASES]
+    check_layer_grads(kernel, precision, plain_network(layers, output_width=64, rows=70, error_size=KERNELS[kernel]))
 
 
 @each_kernel
 @each_precision
-@pytest.mark.parametrize("widths", [(128, 256), (131, 257)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("widths", [(128, 256, 64), (131, 257, 67)], ids=["aligned", "odd"])
 def test_layer_grads_with_dropout_positions_and_any_layout(
-    kernel: str, precision: str, widths: tuple[int, int]
+    kernel: str, precision: str, widths: tuple[int, int, int]
 ) -> None:
     layers = [
         plain_layer(width_in=widths[0], width_out=widths[1], mask=True, layout="gaps"),
         plain_layer(width_in=widths[1], width_out=widths[0], positions=3, layout="transposed"),
         plain_layer(width_in=widths[0], width_out=widths[0], layout="offset"),
     ]
-    network = plain_network(layers, rows=67, error_size=KERNELS[kernel], error_layout="transposed")
+    changes = {"rows": 67, "error_size": KERNELS[kernel], "error_layout": "transposed"}
+    network = plain_network(layers, output_width=widths[2], **changes)
     check_layer_grads(kernel, precision, network)
 
 
@@ -124,12 +128,29 @@ def test_layer_grads_of_unusual_batches(kernel: str, precision: str, rows: int) 
     check_layer_grads(kernel, precision, make_network(kernel, rows=rows))
 
 
+@each_precision
+@pytest.mark.parametrize("error_size", [16, 96, 97], ids=lambda size: f"E={size}")
+@pytest.mark.parametrize("error_layout", ["plain", "gaps", "one row"])
+def test_the_error_is_the_output_layers_delta_or_is_copied(precision: str, error_size: int, error_layout: str) -> None:
+    network = make_network("two_phase", error_size=error_size, error_layout=error_layout)
+    check_layer_grads("two_phase", precision, network)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_tiles_come_by_the_copy_engine_where_there_is_one(precision: str) -> None:
+    call = make_call(make_network("two_phase"), PRECISIONS[precision])
+    with running("two_phase", precision):
+        said = triton_backend.describe_layers(tuple(call.arguments()), torch.float32, "store", DEVICE)
+    assert ("through TMA" in said) == (9 <= torch.cuda.get_device_capability()[0] < 12)
+
+
 @each_kernel
 @each_precision
 @pytest.mark.parametrize("shift", [1, 2, 3])
-def test_layer_grads_of_misaligned_tensors(kernel: str, precision: str, shift: int) -> None:
+@pytest.mark.parametrize("error_size", [32, 33], ids=lambda size: f"E={size}")
+def test_layer_grads_of_misaligned_tensors(kernel: str, precision: str, shift: int, error_size: int) -> None:
     """Addresses that are no multiples of 16 bytes, after a launch on the same shapes at ones that are."""
-    call = make_call(make_network(kernel), PRECISIONS[precision])
+    call = make_call(make_network(kernel, error_size=error_size), PRECISIONS[precision])
     with running(kernel, precision):
         triton_backend.layer_grads(*call.arguments(), torch.float32)
         call.inputs = [shifted(x, shift) for x in call.inputs]
@@ -148,8 +169,8 @@ def shifted(tensor: Tensor, elements: int) -> Tensor:
 @each_kernel
 @each_precision
 def test_a_hundred_repeats_are_bitwise_equal(kernel: str, precision: str) -> None:
-    layers = [plain_layer(width_in=300, width_out=520), plain_layer(width_in=520, width_out=520)]
-    network = plain_network(layers, output_width=520, rows=300, error_size=KERNELS[kernel])
+    layers = [plain_layer(width_in=304, width_out=528), plain_layer(width_in=528, width_out=528)]
+    network = plain_network(layers, output_width=528, rows=300, error_size=KERNELS[kernel])
     call = make_call(network, PRECISIONS[precision])
     with running(kernel, precision):
         first = triton_backend.layer_grads(*call.arguments(), torch.float32)
@@ -389,9 +410,9 @@ def test_two_streams_at_once(classes: int) -> None:
             with torch.cuda.stream(stream):
                 step()
     torch.cuda.synchronize()
+    exact = weights_in_float64(classes, 30)
     for model, _, _ in pairs:
-        for a, b in zip(model.parameters(), alone[0].parameters(), strict=True):
-            assert torch.equal(a, b)
+        check_model([p.detach() for p in model.parameters()], exact, [p.detach() for p in alone[0].parameters()])
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from random import Random
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from triton_cases import (
     LAYOUTS,
     Call,
     forced,
+    in_64_bits,
     make_call,
     plain_layer,
     plain_network,
@@ -30,7 +30,6 @@ import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
-from dfa_kernels.backends.triton import plan
 from dfa_kernels.feedback_spec import KINDS
 
 KERNELS = ["one_phase", "two_phase"]
@@ -235,5 +234,5 @@ def test_offsets_in_int64_give_the_same_bits(kernel: str) -> None:
         network["feedback"]["place"] = place
         call = make_call(network)
         expected = run(call, kernel, 1)
-        with mock.patch.object(plan, "needs_int64", lambda *counts: True):
+        with in_64_bits():
             assert_same(run(call, kernel, 1), expected)

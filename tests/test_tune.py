@@ -158,7 +158,6 @@ def test_only_what_was_searched_is_rewritten(configs, monkeypatch, capsys):
     assert f"{arch} rewritten" in said
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs interpreted kernels")
 def test_tiles_that_need_tma_are_not_the_only_ones():
     def tile(side: int, needs_tma: bool) -> TwoPhaseConfig:
         return TwoPhaseConfig(64, 64, 32, side, side, 32, 8, 1, 8, 3, needs_tma)
@@ -176,6 +175,7 @@ def test_every_list_of_the_table_has_tiles_that_need_no_tma():
         assert not all(config.needs_tma for config in table()[arch][arithmetic].two_phase)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="needs interpreted kernels")
 def test_a_dry_run_leaves_the_table(configs, monkeypatch, capsys):
     before = configs.read_text()
     assert run(configs, monkeypatch, "--dry-run", "--arithmetic", "ieee", "--kernel", "project_taps") == 0

@@ -23,6 +23,7 @@ from triton.runtime import interpreter
 import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends.triton import launch, layers, route, taps
+from dfa_kernels.backends.triton import plan as plan_module
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.plan import LaunchPlan, plan_one_phase, plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Target
@@ -192,11 +193,12 @@ def in_bounds(arguments: Iterable[Any]) -> Iterator[None]:
     starts, ends = spans[:, 0], np.maximum.accumulate(spans[:, 1])
 
     def check(pointers: Any, mask: Any) -> None:
-        # A mask may be of any integer type.
-        first = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
-        last = first + np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)
-        place = np.searchsorted(starts, first, side="right") - 1
-        assert (place >= 0).all() and (last <= ends[place]).all(), "memory of no argument"
+        first = pointers.data[mask.data.astype(bool)]
+        if first.size:
+            # One tensor holds all that an access touches.
+            holder = int(np.searchsorted(starts, first.min(), side="right")) - 1
+            end = int(first.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+            assert holder >= 0 and end <= ends[holder], "memory of no argument"
 
     builder = interpreter.InterpreterBuilder
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
@@ -217,6 +219,21 @@ def in_bounds(arguments: Iterable[Any]) -> Iterator[None]:
         stack.enter_context(mock.patch.object(builder, "create_masked_load", checked_load))
         stack.enter_context(mock.patch.object(builder, "create_masked_store", checked_store))
         stack.enter_context(mock.patch.object(builder, "create_atomic_rmw", checked_atomic))
+        yield
+
+
+@contextmanager
+def in_64_bits() -> Iterator[None]:
+    """Launches with offsets in int64, none of which is the product of narrower numbers: that would have overflowed."""
+    builder = interpreter.InterpreterBuilder
+    multiply = builder.create_mul
+
+    def checked(self: Any, left: Any, right: Any) -> Any:
+        assert left.data.size == 1 or left.data.dtype != np.int32, "a tile of int32 is multiplied"
+        return multiply(self, left, right)
+
+    wide = mock.patch.object(plan_module, "needs_int64", lambda *counts: True)
+    with wide, mock.patch.object(builder, "create_mul", checked):
         yield
 
 

@@ -57,9 +57,8 @@ def kernel_planner(kernel: str) -> Planner:
     """The kernel of that name, with the first of its committed configs that fills the GPU."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
-        if kernel == "one_phase":
-            configs: Sequence[Any] = configs_for(target.capability, problem.projected.arithmetic).one_phase
-        else:
+        configs: Sequence[Any] = configs_for(target.capability, problem.projected.arithmetic).one_phase
+        if kernel == "two_phase":
             configs = usable_two_phase(problem, target)
         plans = [planner_for(config)(problem, target) for config in configs]
         return next((p for p in plans if gradient_tiles(p) >= target.multiprocessors), plans[-1])

@@ -15,20 +15,46 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import results
-from bench.gpu.steps import ROOT, environment, python
+from bench.gpu.steps import ROOT, TICK, environment, python
 
-MOST_PROCESSES = 8
+MOST_PROCESSES = 12
 NO_TESTS = 5
+ORDERLY = (0, 1, NO_TESTS)
+"""Exit codes of pytest after it has gone through all its tests."""
+TEST_LIMIT = 60
+"""Seconds after which a test must be hanging."""
 SLOWEST = 8
 
 
 @dataclass
 class Shard:
-    """One of the processes."""
+    """One of the processes, or one after the other: the next goes on behind the test that ended the one before."""
 
-    process: subprocess.Popen[bytes]
+    command: list[str]
     output: Path
     log: Path
+    process: subprocess.Popen[bytes]
+    lines: int = 0
+    """In the log when the process began."""
+
+    def is_over(self) -> bool:
+        """Ends a process that hangs in a test, and begins another if a test ended this one."""
+        if self.process.poll() is None:
+            if not self._hangs():
+                return False
+            self.process.kill()
+            self.process.wait()
+        begun = len(_reports(self.log))
+        if self.process.returncode in ORDERLY or begun == self.lines:
+            return True
+        self.lines, self.process = begun, _begin(self.command, self.output)
+        return False
+
+    def _hangs(self) -> bool:
+        if not self.log.exists() or time.time() - self.log.stat().st_mtime < TEST_LIMIT:
+            return False
+        reports = _reports(self.log)
+        return len(reports) > self.lines and bool(reports[-1]["outcome"] == "began")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("pytest") is None:
         print("pytest is not installed here: no test was run")
         return 1
-    processes = options.processes or max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) // 2))
+    processes = options.processes or max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 2))
     with tempfile.TemporaryDirectory() as folder:
         shards = [_start(i, processes, Path(folder), options.select, options.tests) for i in range(processes)]
         wait(shards, time.monotonic() + options.limit, options.json)
@@ -48,30 +74,36 @@ def main(argv: list[str] | None = None) -> int:
         _print_all(shards)
     results.write(options.json, found)
     print(f"passed {found['passed']}, failed {len(found['failed'])}, skipped {len(found['skipped'])}")
-    for name in ("failed", "unfinished"):
-        for test in found[name]:
-            print(f"{name}: {test}")
+    for test, why in found["failed"].items():
+        print(f"failed: {test}\n{why}")
+    for test in found["unfinished"]:
+        print(f"began and did not end: {test}")
     codes = [shard.process.returncode for shard in shards]
-    return 0 if all(code in (0, NO_TESTS) for code in codes) and not found["unfinished"] else 1
+    return 0 if all(code in (0, NO_TESTS) for code in codes) and not (found["failed"] or found["unfinished"]) else 1
 
 
 def _start(index: int, parts: int, folder: Path, select: str, tests: Sequence[str]) -> Shard:
     output, log = folder / f"{index}.txt", folder / f"{index}.jsonl"
     command = python(
-        "pytest", "-m", select, "-p", "bench.gpu.shard", "--shard", f"{index}/{parts}", "--shard-log", str(log),
-        "-p", "no:cacheprovider", "--continue-on-collection-errors", "-o", "faulthandler_timeout=90", "--tb=short",
-        *tests,
+        "pytest", "-m", select, "-p", "bench.gpu.shard", f"--shard={index}/{parts}", f"--shard-log={log}",
+        "-p", "no:cacheprovider", "--continue-on-collection-errors", "-o", "faulthandler_timeout=45",
+        "--tb=short", *tests,
     )  # fmt: skip
-    with output.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
-    return Shard(process, output, log)
+    return Shard(command, output, log, _begin(command, output))
+
+
+def _begin(command: list[str], output: Path) -> subprocess.Popen[bytes]:
+    with output.open("ab") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**environment(), "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
+        )
 
 
 def wait(shards: list[Shard], deadline: float, partial: Path) -> None:
     """Until all have ended, or the deadline ends them; what there is goes to `partial` meanwhile."""
-    while any(shard.process.poll() is None for shard in shards) and time.monotonic() < deadline:
+    while time.monotonic() < deadline and not all([shard.is_over() for shard in shards]):
         results.write(partial, outcomes(shards))
-        time.sleep(0.5)
+        time.sleep(TICK)
     for shard in shards:
         if shard.process.poll() is None:
             shard.process.kill()
@@ -92,7 +124,7 @@ def outcomes(shards: list[Shard]) -> dict[str, Any]:
     }
     return {
         "passed": len(by_outcome["passed"]),
-        "failed": by_outcome["failed"],
+        "failed": {name: known[name]["why"] for name in by_outcome["failed"]},
         "skipped": {name: known[name]["why"] for name in by_outcome["skipped"]},
         "unfinished": by_outcome["began"],
         "slowest": {report["test"]: report["seconds"] for report in slowest},

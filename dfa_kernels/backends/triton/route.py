@@ -19,7 +19,6 @@ from .plan import LaunchPlan, plan_grouped
 from .problem import GroupedProblem, Target
 from .source import ErrorLooks, looks_of_error, mask_of, projected_for, reason_for_torch
 
-
 # Which layers want what travels as bits of an int32; and twice the layers take more than twice as long to compile.
 MOST_LAYERS = 31
 
