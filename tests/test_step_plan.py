@@ -128,3 +128,19 @@ def test_it_keeps_no_activation_alive():
     model = dfa.DFA(cnn())
     model(torch.zeros(4, 3, 10, 10))
     assert {tensor.device.type for tensor in model._sketch.tensors.values()} == {"meta"}
+
+
+def test_the_plan_follows_what_learns_and_how():
+    """Dropout that is off and weights that are frozen since the last pass are not in it any more."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3))
+    model = dfa.DFA(net)
+    x = torch.randn(4, 6)
+    model(x)
+    assert model._sketch is not None
+    assert model._sketch.plan.linears[0].noise is not None
+    model.eval()
+    model(x)
+    assert model._sketch.plan.linears[0].noise is None
+    net[0].requires_grad_(False)
+    model(x)
+    assert not any(model._sketch.wanted[i] for i in (model._sketch.plan.linears[0].weight,))

@@ -47,7 +47,7 @@ def fastfood_product(x, stored, key0, key1, first_unit, units, SOURCE: tl.conste
     x = hadamard_tile(x * sign[None, :], BITS)
     place = (tl.arange(0, N) >> BITS << BITS) + source
     # As one long row: a gather of one dimension goes through shared memory, one of two is a shuffle for each candidate.
-    flat = tl.reshape(tl.arange(0, R)[:, None] * N + place[None, :], (R * N,))
+    flat = (tl.arange(0, R * N) & -N) + tl.reshape(tl.broadcast_to(place[None, :], (R, N)), (R * N,))
     x = tl.reshape(tl.gather(tl.reshape(x, (R * N,)), flat, 0), (R, N))
     return hadamard_tile(x * gaussian[None, :], BITS) * scaling[None, :]
 
@@ -92,10 +92,7 @@ def _words(first_block, key0, key1, STREAM: tl.constexpr, N: tl.constexpr, STEP:
 def _halves(block):
     """The low and high words of block numbers, which are not negative."""
     low = block.to(tl.uint32)
-    if block.dtype == tl.int64:
-        high = (block >> 32).to(tl.uint32)
-    else:
-        high = low * 0
+    high = (block >> 32).to(tl.uint32) if block.dtype == tl.int64 else low * 0
     return low, high
 
 

@@ -32,8 +32,8 @@ def feedback_tile(
 ):  # fmt: skip
     """U[unit, first_column : first_column + BLOCK_E], rounded to ENTRY, as DOT [M, BLOCK_E].
 
-    0 for unit >= units and for columns beyond the error. first_unit: the first of `unit`, which follow each other;
-    for Fastfood a multiple of 2^BITS.
+    0 for unit >= units and for columns beyond the error. first_unit: the first of `unit`; the others that are below
+    units follow it. For Fastfood a multiple of 2^BITS.
 
     ROUND: to the nearest tf32, which tensor cores would otherwise truncate to.
     """
@@ -51,7 +51,8 @@ def feedback_tile(
         word0, word1, word2, word3 = row_words(unit, call, RADEMACHER, key0, key1)
         tile = sign_entries(word0, word1, word2, word3, column)
     elif SOURCE == "fastfood" or SOURCE == "fastfood_seed":
-        identity = column[:, None] == (unit % (1 << BITS))[None, :]
+        component = (first_unit + tl.arange(0, unit.shape[0])) % (1 << BITS)
+        identity = column[:, None] == component[None, :]
         product = fastfood_product(identity.to(tl.float32), stored, key0, key1, first_unit, units, SOURCE, BITS)
         tile = tl.trans(product)
     else:

@@ -34,8 +34,9 @@ def one_phase(
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
 
-    An error that is not finite spreads over the whole of the output layer's gradient. error [rows, error_size]; of layer i: inputs [rows · positions, widths_in], kept and noise [rows · positions,
-    widths_out]. If OUTPUT, the last layer's δ is the error. weights and biases are where results go.
+    error [rows, error_size]; of layer i: inputs [rows · positions, widths_in], kept and noise [rows · positions,
+    widths_out]. If OUTPUT, the last layer's δ is the error; a number in it that is not finite spreads over all of that
+    layer's gradients. weights and biases are where results go.
     """
     error_size, stride_row = multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR)
     layer, m, n = locate(tl.program_id(0), widths_in, widths_out, BLOCK_M, BLOCK_N, GROUP_M, WEIGHTS, BIASES)

@@ -21,8 +21,8 @@ RESET_BLOCK = tl.constexpr(1024)
 
 @triton.jit(
     do_not_specialize=[
-        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows", "delta_width", "delta_stride", "copies",
-        "projections", "total",
+        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows", "delta_width", "delta_stride",
+        "copies", "projections", "total",
     ]
 )  # fmt: skip
 def two_phase(

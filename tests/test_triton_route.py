@@ -1,0 +1,76 @@
+"""Which way a call goes: in how many launches, with what copied first, or to the torch backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_triton_plan import H200, meta
+from torch import nn
+from triton_cases import DEVICE, watched
+
+import dfa_kernels as dfa
+from dfa_kernels.backends.triton import layers
+from dfa_kernels.backends.triton.route import MOST_LAYERS, LayerCall, looks_of, route_of
+
+
+def deep(hidden: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    first = [nn.Linear(4, 4, bias=i % 3 > 0) for i in range(hidden)]
+    return nn.Sequential(*[m for linear in first for m in (linear, nn.Tanh())], nn.Linear(4, 3)).to(DEVICE)
+
+
+@pytest.mark.parametrize("hidden", [MOST_LAYERS - 1, MOST_LAYERS, 2 * MOST_LAYERS + 2])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, dfa.optim.SGD, dfa.optim.AdamW])
+def test_any_number_of_layers_learns(hidden, optimizer):
+    """One launch as far as they fit into one; then as few as possible."""
+    results = []
+    for backend in ("torch", "triton"):
+        model = dfa.DFA(deep(hidden), backend=backend)
+        own = optimizer(model.parameters() if optimizer is torch.optim.SGD else model, lr=0.1)
+        with watched() as seen:
+            model(torch.ones(2, 4, device=DEVICE)).square().sum().backward()
+            own.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert len(seen.kernels) == -(-(hidden + 1) // MOST_LAYERS)
+    assert (f"in {len(seen.kernels)} parts" in str(model.plan())) == (len(seen.kernels) > 1)
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def half_call(error: torch.Tensor) -> LayerCall:
+    """A layer of 64 × 64 in bfloat16 and an output layer, all rows of them multiples of 16 bytes."""
+    x, h = (meta(32, 64, dtype=torch.bfloat16) for _ in range(2))
+    spec = dfa.Feedback(storage="procedural").spec
+    return LayerCall(error, [], spec, [x, h], [h], [None], ["tanh"], [0.0, 0.0], [True] * 2, [True] * 2)
+
+
+def test_an_error_that_tma_cannot_read_is_copied():
+    """It begins elsewhere than at a multiple of 16 bytes, or all its rows are one."""
+    wide = torch.zeros(32, 136, dtype=torch.bfloat16)
+    plain, offset, repeated = wide[:, :128], wide[:, 4:132], wide[:1, :128].expand(32, 128)
+    for error, copied in ((plain, False), (offset, True), (repeated, True)):
+        plan = route_of(looks_of(half_call(error), torch.float32, "store"), H200).plan
+        assert plan is not None
+        assert plan.uses_tma
+        assert (plan.copy_width > 0) == copied
+
+
+def test_inputs_that_tma_cannot_read_are_copied():
+    memory = torch.randn(65)
+    for first, same in ((0, True), (1, False)):
+        x = memory[first : first + 64].view(8, 8)
+        found = layers._for_tma(x)
+        assert torch.equal(found, x)
+        assert found.data_ptr() % 16 == 0
+        assert (found is x) == same
+
+
+def test_dtypes_that_the_kernels_lack_go_to_torch():
+    call = half_call(meta(32, 128, dtype=torch.bfloat16))
+    for dtype, reason in ((torch.float64, "not in float64"), (None, "have gaps in memory")):
+        route = route_of(looks_of(call, dtype, "store"), H200)
+        assert route.plan is None
+        assert reason in route.reason
+    mask = torch.zeros(32, 64, device="meta")
+    route = route_of(looks_of(call._replace(noise=[mask]), torch.float32, "store"), H200)
+    assert "activations differ in dtype: bfloat16, float32" in route.reason
