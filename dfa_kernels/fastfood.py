@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .entries import Stream, entries_per_pass, fill, packed_signs, row_words, unpack_signs
+from .entries import Stream, entries_per_pass, fill, packed_signs, row_passes, row_words, unpack_signs
 from .hadamard import padded_bits, walsh_hadamard, without_autocast
 
 PERMUTATION_ROUNDS = 4
@@ -40,6 +40,20 @@ def fastfood_diagonals(seed: int, blocks: range, error_size: int, device: torch.
     stands.
     """
     d = block_rows(error_size)
+    passes = list(row_passes(blocks, 4 * d, device))
+    if len(passes) < 2:
+        return _diagonals(seed, blocks, d, device)
+    # The temporaries, float64 among them, are several times as large as the result.
+    dtypes = (torch.int8, torch.int32, torch.float32, torch.float32)
+    diagonals = [torch.empty(len(blocks), d, dtype=dtype, device=device) for dtype in dtypes]
+    for part in passes:
+        here = slice(part.start - blocks.start, part.stop - blocks.start)
+        for whole, some in zip(diagonals, _diagonals(seed, part, d, device), strict=True):
+            whole[here] = some
+    return diagonals
+
+
+def _diagonals(seed: int, blocks: range, d: int, device: torch.device) -> list[Tensor]:
     signs = unpack_signs(packed_signs(seed, blocks, d, device, Stream.FASTFOOD_SIGNS), d).to(torch.int8)
     gaussian = _normals(seed, Stream.FASTFOOD_GAUSSIAN, blocks, d, device)
     norm = gaussian.double().square().sum(1, keepdim=True).mul_(d).sqrt_()

@@ -264,7 +264,7 @@ def hadamard(length: int, dtype: torch.dtype, arch: int, known: Path | None) -> 
         fn=hadamard_kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ("x", "out")},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ("x", "out", "n")[: 2 + (length >= 16)]},
     )
     promised = {"multiplies": False, "tma": False, "warps": warps, "programs": 1, "stages": 1}
     return promised | compiled(source, {"num_warps": warps, "enable_fp_fusion": True}, arch, known)

@@ -43,13 +43,13 @@ def words_kernel(counters, words, key0, key1, N: tl.constexpr):
 @triton.jit(do_not_specialize=["key0", "key1", "first_row", "rows", "error_size", "nonzeros"])
 def tile_kernel(
     out, key0, key1, first_row, rows, first_column, error_size, nonzeros,
-    SOURCE: tl.constexpr, ENTRY: tl.constexpr, M: tl.constexpr, E: tl.constexpr,
+    SOURCE: tl.constexpr, ENTRY: tl.constexpr, ROUND: tl.constexpr, M: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     first_row = first_row.to(tl.int64)
     unit = first_row + tl.arange(0, M)
     tile = feedback_tile(
         (out,), key0, key1, first_row, unit, first_row + rows, first_column, error_size, nonzeros,
-        SOURCE, E, 0, ENTRY, tl.float32, False,
+        SOURCE, E, 0, ENTRY, tl.float32, ROUND,
     )  # fmt: skip
     tl.store(out + tl.arange(0, M)[:, None] * E + tl.arange(0, E)[None, :], tile)
 
@@ -99,14 +99,14 @@ def test_any_counter_and_key(counters: list[tuple[int, ...]], key: tuple[int, in
 
 def tile(
     source: str, seed: int, row: int, column: int, error_size: int, nonzeros: int = 0, M: int = 16, E: int = 32,
-    dtype: torch.dtype = torch.float32, rows: int | None = None,
+    dtype: torch.dtype = torch.float32, rows: int | None = None, rounded: bool = False,
 ) -> Tensor:  # fmt: skip
     """U[row : row + M, column : column + E] as the kernels make it."""
     out = in_nans(torch.full((M, E), math.nan))
     low, high = key_of(seed)
     tile_kernel[(1,)](
         out, signed(low), signed(high), row, M if rows is None else rows, column, error_size, nonzeros, source,
-        TILE_DTYPE[dtype], M, E,
+        TILE_DTYPE[dtype], rounded, M, E,
     )  # fmt: skip
     return out.cpu()
 
@@ -192,15 +192,26 @@ def test_outside_of_the_matrix_is_zero(source: str) -> None:
     assert not found[:, 13:].any()
 
 
+def to_tf32(values: Tensor) -> Tensor:
+    """float64 of the nearest number with ten bits behind the leading one; ties go away from zero."""
+    mantissa, exponent = torch.frexp(values.double())
+    return torch.ldexp(torch.copysign((mantissa.abs() * 2**11 + 0.5).floor() / 2**11, mantissa), exponent)
+
+
 def test_nearest_tf32() -> None:
-    """Ten bits of mantissa; ties go away from zero."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(1024, generator=generator) * torch.logspace(-30, 30, 1024)
     step = 2.0**-10
     values[:6] = torch.tensor([1 + step / 2, -1 - step / 2, 1 + step * 1.5, 1 + step * 0.4999, 0.0, 2 - step / 4])
-    mantissa, exponent = torch.frexp(values.double())
-    scaled = mantissa.abs() * 2**11
-    expected = torch.ldexp(torch.copysign((scaled + 0.5).floor() / 2**11, mantissa), exponent)
+    expected = to_tf32(values)
     out = values.clone().to(DEVICE)
     rounding_kernel[(1,)](out, 1024)
     assert torch.equal(out.cpu().double(), expected)
+
+
+@pytest.mark.parametrize("source", ["gaussian", "uniform"])
+def test_entries_for_tensor_cores_are_rounded_to_tf32(source: str) -> None:
+    """Where the error is in half precision. Tensor cores would truncate them, and so make every product smaller."""
+    exact, rounded = tile(source, 3, 5, 0, 1000), tile(source, 3, 5, 0, 1000, rounded=True)
+    assert torch.equal(rounded.double(), to_tf32(exact))
+    assert not torch.equal(rounded, exact)

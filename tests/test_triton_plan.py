@@ -362,6 +362,27 @@ def test_precision_of_float32_products_is_torchs(kernel: str, precision: str) ->
     assert taps.constants_by_name()["DELTA_PRECISION"] == precision
 
 
+@pytest.mark.parametrize(
+    "error, feedback, kind, expected",
+    [
+        (torch.float16, torch.float32, "gaussian", (tl.float32, True)),
+        (torch.float16, torch.bfloat16, "gaussian", (tl.float32, True)),
+        (torch.float16, torch.float16, "gaussian", (tl.float16, False)),
+        (torch.bfloat16, torch.float32, "rademacher", (tl.bfloat16, False)),
+        (torch.float32, torch.float32, "gaussian", (tl.float32, False)),
+        (torch.float32, torch.float16, "gaussian", (tl.float32, False)),
+    ],
+    ids=str,
+)
+def test_entries_are_rounded_where_tensor_cores_would_truncate_them(
+    error: torch.dtype, feedback: torch.dtype, kind: str, expected: tuple[Any, bool]
+) -> None:
+    projected = layers_plan(error=meta(8, 4, dtype=error)).problem.projected
+    spec = dfa.Feedback(kind, "procedural", dtype=feedback).spec
+    constants = replace(projected, feedback=spec, source=kind).constants()
+    assert (constants["DOT"], constants["ROUND"]) == expected
+
+
 def test_every_number_of_a_kernel_is_an_int32() -> None:
     """Whatever the seed: a launch is compiled for the types of its numbers."""
     for seed in (0, 2**31, 2**32 - 1, 2**63, 2**64 - 1):

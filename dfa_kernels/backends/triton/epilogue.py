@@ -30,7 +30,7 @@ def finish_layer(
         )  # fmt: skip
     if BIASES and with_bias:
         finish(
-            bias_gradient, out, (out < width_out) & pick_flag(BIASES, layer), pick(biases, layer),
+            bias_gradient, out, out < tl.where(pick_flag(BIASES, layer), width_out, 0), pick(biases, layer),
             pick(bias_state0, layer), pick(bias_state1, layer), hyper, pick(BIAS_SETS, layer), RULE,
         )  # fmt: skip
 

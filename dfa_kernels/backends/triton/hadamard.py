@@ -14,7 +14,7 @@ from .problem import DTYPES
 
 LARGEST = 2**15
 NUMBERS_PER_THREAD = 32
-MOST_WARPS = 16
+MOST_WARPS = 32
 
 
 def hadamard(x: Tensor, scale: float = 1.0) -> Tensor:

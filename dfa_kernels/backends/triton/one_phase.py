@@ -84,8 +84,9 @@ def one_phase(
             delta = slope_product(projection * scale, saved, own_p, own_q, which, DERIVATIVES)
             delta = tl.where(is_output, projection, delta)
             if NOISE:
-                noisy = pick_flag(NOISE, layer)
-                delta *= tl.load(pick(noise, layer) + at, mask=inside & noisy, other=1.0).to(tl.float32)
+                noisy_out = multiple(tl.where(pick_flag(NOISE, layer), hidden_out, 0), ALIGN)
+                noisy = (out < noisy_out)[:, None] & (row < rows)[None, :]
+                delta *= tl.load(pick(noise, layer) + at, mask=noisy, other=1.0).to(tl.float32)
             x_tile = tl.load(
                 x + long_row[:, None] * width_in + column[None, :],
                 mask=(row < rows)[:, None] & (column < width_in)[None, :], other=0.0,
