@@ -91,5 +91,5 @@ def test_the_result_shares_nothing_with_the_input():
 def test_a_program_has_at_least_a_row(bits):
     warps, rows = tile_of(2**bits)
     assert rows >= 1
-    assert 4 <= warps <= 16
+    assert 4 <= warps <= 32
     assert rows * 2**bits <= 64 * 32 * warps
