@@ -59,7 +59,7 @@ def assert_same(first: list[Tensor], second: list[Tensor]) -> None:
 
 
 @both_kernels
-@settings(**FRESH, max_examples=40)
+@settings(**FRESH, max_examples=32)
 @given(random=randoms)
 def test_any_network(kernel: str, random: Random) -> None:
     network = some_network(random, kernel)

@@ -151,7 +151,7 @@ def plain_call(
     return Taps(cases, feedback_of(options, error_size), error, torch.float32)
 
 
-@settings(**FRESH, max_examples=50)
+@settings(**FRESH, max_examples=40)
 @given(random=randoms)
 def test_any_taps(random: Random) -> None:
     cases = [some_tap(random) for _ in range(random.randint(1, 4))]

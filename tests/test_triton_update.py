@@ -167,7 +167,7 @@ def test_every_rule(kernel: str, rule: str, groups: list[dict[str, Any]]) -> Non
 
 
 @both_kernels
-@settings(**FRESH, max_examples=12)
+@settings(**FRESH, max_examples=10)
 @given(random=randoms)
 def test_any_network(kernel: str, random: Random) -> None:
     network = some_network(random, kernel, most_hidden=3)

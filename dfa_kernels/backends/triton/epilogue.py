@@ -11,8 +11,6 @@ import triton.language as tl
 
 from .tiles import pick, pick_flag
 
-SLICE = tl.constexpr(32)
-
 NUMBERS = {"store": 0, "sgd": 2, "momentum": 4, "adamw": 7}
 
 
@@ -42,6 +40,7 @@ def _finish_slices(
     """A slice of columns at a time: parameter and state beside a whole tile would not fit into the registers."""
     M: tl.constexpr = gradient.shape[0]
     N: tl.constexpr = gradient.shape[1]
+    SLICE: tl.constexpr = 16 if RULE == "adamw" else 32
     if N > SLICE:
         pair = tl.permute(tl.reshape(gradient, (M, 2, N // 2)), (0, 2, 1))
         left, right = tl.split(pair)

@@ -17,7 +17,7 @@ HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
 REGENERATED = ("gaussian", "uniform", "rademacher")
 # A block of Fastfood has to lie in the registers of a program of 4 warps.
-LARGEST_FASTFOOD_ERROR = 2**13
+LARGEST_FASTFOOD_ERROR = 2**12
 _TILE_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
