@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from ...entries import Stream
-from ...fastfood import PERMUTATION_ROUNDS
 from .hadamard_tile import hadamard_tile
 from .philox import box_muller, philox4x32
 
@@ -17,7 +16,6 @@ SIGNS = tl.constexpr(int(Stream.FASTFOOD_SIGNS))
 PERMUTATION = tl.constexpr(int(Stream.FASTFOOD_PERMUTATION))
 GAUSSIAN = tl.constexpr(int(Stream.FASTFOOD_GAUSSIAN))
 SCALING = tl.constexpr(int(Stream.FASTFOOD_SCALING))
-ROUNDS = tl.constexpr(PERMUTATION_ROUNDS)
 
 
 @triton.jit
