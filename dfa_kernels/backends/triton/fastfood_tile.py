@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...entries import Stream
 from .hadamard_tile import hadamard_tile
-from .philox import box_muller, philox4x32
+from .philox import box_muller, normal_entries, philox4x32, sign_entries
 
 SIGNS = tl.constexpr(int(Stream.FASTFOOD_SIGNS))
 PERMUTATION = tl.constexpr(int(Stream.FASTFOOD_PERMUTATION))
@@ -98,27 +98,20 @@ def _halves(block):
 def _normals(first_block, STREAM: tl.constexpr, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
     STEP: tl.constexpr = min(4, 1 << BITS)
     word0, word1, word2, word3 = _words(first_block, key0, key1, STREAM, N, STEP, (1 << BITS) // STEP)
-    normal0, normal1 = box_muller(word0, word1)
-    if STEP == 1:
-        return normal0
-    elif STEP == 2:
-        return tl.interleave(normal0, normal1)
+    if STEP == 4:
+        normals = normal_entries(word0, word1, word2, word3)
     else:
-        normal2, normal3 = box_muller(word2, word3)
-        return tl.interleave(tl.interleave(normal0, normal2), tl.interleave(normal1, normal3))
+        normal0, normal1 = box_muller(word0, word1)
+        normals = normal0 if STEP == 1 else tl.interleave(normal0, normal1)
+    return normals
 
 
 @triton.jit
 def _signs(first_block, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
     STEP: tl.constexpr = min(128, 1 << BITS)
     word0, word1, word2, word3 = _words(first_block, key0, key1, SIGNS, N, STEP, (1 << BITS) // STEP)
-    index = tl.arange(0, STEP)[None, :]
-    which = index // 32
-    lower = tl.where(which == 0, word0[:, None], word1[:, None])
-    upper = tl.where(which == 2, word2[:, None], word3[:, None])
-    word = tl.where(which < 2, lower, upper)
-    bit = (word >> (index % 32).to(tl.uint32)) & 1
-    return tl.reshape((bit * 2).to(tl.float32) - 1.0, (N,))
+    signs = sign_entries(word0[:, None], word1[:, None], word2[:, None], word3[:, None], tl.arange(0, STEP))
+    return tl.reshape(signs, (N,))
 
 
 @triton.jit
