@@ -16,7 +16,16 @@ import triton.language as tl
 
 from ...entries import Stream
 from .fastfood_tile import fastfood_product, fastfood_tile
-from .philox import bit_signs, normal_entries, row_words, sign_entries, uniform_entries
+from .philox import (
+    bit_signs,
+    flat_words,
+    normal_entries,
+    once,
+    row_words,
+    sign_entries,
+    uniform_entries,
+    word_of,
+)
 
 GAUSSIAN = tl.constexpr(int(Stream.GAUSSIAN))
 UNIFORM = tl.constexpr(int(Stream.UNIFORM))
@@ -47,9 +56,7 @@ def feedback_tile(
     elif SOURCE == "sparse" or SOURCE == "sparse_seed":
         tile = _sparse_tile(stored, key0, key1, unit, units, column, error_size, nonzeros, SOURCE)
     elif SOURCE == "rademacher":
-        call = first_column // 128 + tl.arange(0, 1)
-        word0, word1, word2, word3 = row_words(unit, call, RADEMACHER, key0, key1)
-        tile = sign_entries(word0, word1, word2, word3, column)
+        tile = _sign_tile(unit, column, first_column, key0, key1)
     elif SOURCE == "fastfood" or SOURCE == "fastfood_seed":
         component = (first_unit + tl.arange(0, unit.shape[0])) % (1 << BITS)
         identity = column[:, None] == component[None, :]
@@ -77,6 +84,17 @@ def nearest_tf32(x):
 
 
 @triton.jit
+def _sign_tile(unit, column, first_column, key0, key1):
+    """±1 [M, BLOCK_E] for columns that lie in one call of 128 signs."""
+    word0, word1, word2, word3 = flat_words(unit, first_column // 128, RADEMACHER, key0, key1)
+    if column.shape[0] > 32:
+        return sign_entries(
+            once(word0)[:, None], once(word1)[:, None], once(word2)[:, None], once(word3)[:, None], column
+        )
+    return bit_signs(once(word_of(first_column, word0, word1, word2, word3))[:, None], column)
+
+
+@triton.jit
 def _sparse_tile(stored, key0, key1, unit, units, column, error_size, nonzeros, SOURCE: tl.constexpr):
     tile = tl.zeros((unit.shape[0], column.shape[0]), tl.float32)
     offset = _sparse_offset(unit, error_size, key0, key1, SOURCE)
@@ -94,16 +112,16 @@ def sparse_entry(stored, key0, key1, unit, units, offset, j, error_size, nonzero
         index = tl.load(stored[0] + at, mask=unit < units, other=0)
         sign = tl.load(stored[1] + at, mask=unit < units, other=0)
         return index, sign.to(tl.float32)
-    word0, word1, word2, word3 = row_words(unit, 1 + j // 2 + tl.arange(0, 1), SPARSE, key0, key1)
+    word0, word1, word2, word3 = flat_words(unit, 1 + j // 2, SPARSE, key0, key1)
     odd = j % 2 == 1
-    position = tl.reshape(tl.where(odd, word2, word0), unit.shape)
-    sign = tl.reshape(tl.where(odd, word3, word1), unit.shape)
+    position, sign = tl.where(odd, word2, word0), tl.where(odd, word3, word1)
     wide = error_size.to(tl.int64)
     first = j * wide // nonzeros
     width = (j + 1) * wide // nonzeros - first
     within = tl.umulhi(position, tl.broadcast_to(width.to(tl.uint32), unit.shape))
     index = (offset.to(tl.int64) + first + within.to(tl.int64)) % wide
-    return index.to(tl.int32), ((sign & 1) * 2).to(tl.float32) - 1.0
+    both = once(index.to(tl.int32) << 1 | (sign & 1).to(tl.int32))
+    return both >> 1, tl.where(both & 1 == 1, 1.0, -1.0)
 
 
 @triton.jit
@@ -112,8 +130,8 @@ def _sparse_offset(unit, error_size, key0, key1, SOURCE: tl.constexpr):
     if SOURCE == "sparse":
         offset = unit
     else:
-        word0, _, _, _ = row_words(unit, tl.arange(0, 1), SPARSE, key0, key1)
-        offset = tl.umulhi(tl.reshape(word0, unit.shape), tl.broadcast_to(error_size.to(tl.uint32), unit.shape))
+        word0, _, _, _ = flat_words(unit, 0, SPARSE, key0, key1)
+        offset = tl.umulhi(word0, tl.broadcast_to(error_size.to(tl.uint32), unit.shape))
     return offset
 
 

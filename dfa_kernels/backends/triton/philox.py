@@ -52,6 +52,25 @@ def row_words(unit, call, STREAM: tl.constexpr, key0, key1):
 
 
 @triton.jit
+def flat_words(unit, call, STREAM: tl.constexpr, key0, key1):
+    """The four words of one call for every row of U: unit [M], call a number → four times uint32 [M]."""
+    wide = unit.to(tl.int64)
+    low, high = (wide & 0xFFFFFFFF).to(tl.uint32), (wide >> 32).to(tl.uint32)
+    word0 = (tl.zeros_like(unit) + call).to(tl.uint32)
+    return philox4x32(word0, low, high, tl.zeros_like(low) + STREAM, key0, key1)
+
+
+@triton.jit
+def once(x):
+    """x [M], made by as few threads as hold it and handed to all others through shared memory.
+
+    What is broadcast along a tile the compiler would rather make again in every thread that needs it, which for a
+    Philox call costs far more. It does not look through a gather for what to make again.
+    """
+    return tl.gather(x, tl.arange(0, x.shape[0]), 0)
+
+
+@triton.jit
 def normal_entries(word0, word1, word2, word3):
     """Standard normals [M, 4C] in the order of their columns (Box, Muller 1958)."""
     normal0, normal1 = box_muller(word0, word1)
@@ -104,9 +123,14 @@ def _uniform(word):
 @triton.jit
 def sign_entries(word0, word1, word2, word3, column):
     """±1 [M, E] for columns [E] that lie in one call of 128 signs: words [M, 1]."""
-    which = ((column >> 5) & 3)[None, :]
-    word = tl.where(which < 2, tl.where(which == 0, word0, word1), tl.where(which == 2, word2, word3))
-    return bit_signs(word, column)
+    return bit_signs(word_of(column[None, :], word0, word1, word2, word3), column)
+
+
+@triton.jit
+def word_of(column, word0, word1, word2, word3):
+    """Which of a call's words holds the sign of a column."""
+    which = (column >> 5) & 3
+    return tl.where(which < 2, tl.where(which == 0, word0, word1), tl.where(which == 2, word2, word3))
 
 
 @triton.jit
