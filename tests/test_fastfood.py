@@ -130,3 +130,43 @@ def test_passes_do_not_show(monkeypatch):
 def test_fewer_rows_are_the_first_rows():
     error = torch.randn(3, 30, dtype=torch.float64)
     torch.testing.assert_close(project(error, 5, 70), project(error, 5, 1000)[:, :70], rtol=1e-13, atol=1e-13)
+
+
+def test_rows_of_a_block_are_as_correlated_as_the_product_makes_them():
+    """Cosines of two rows: V Vᵀ = S H G² H S / d, so 2/d is their mean square in a block, and 1/d in two."""
+    d, blocks = 256, 48
+    v = project(torch.eye(d), 11, blocks * d).T.double().view(blocks, d, d)
+    cosines = F.normalize(v, dim=2) @ F.normalize(v, dim=2).transpose(1, 2)
+    below, left = torch.tril_indices(d, d, -1)
+    others = cosines[:, below, left]
+    # Row 0 against all others holds every value of its block: H G² H depends on the xor of its two indices alone.
+    torch.testing.assert_close(others.abs().amax(1), cosines[:, 0, 1:].abs().amax(1), rtol=1e-5, atol=0)
+    assert cosines[:, 0, 1:].square().mean().item() * d == pytest.approx(2, abs=0.15)
+    assert abs(cosines[:, 0, 1:].mean().item()) < 5 * math.sqrt(2 / d / (blocks * d))
+    assert cosines[:, 0, 1:].abs().max().item() < 6 * math.sqrt(2 / d)
+    between = F.normalize(v[:-1], dim=2) @ F.normalize(v[1:], dim=2).transpose(1, 2)
+    assert between.square().mean().item() * d == pytest.approx(1, rel=0.02)
+    assert between.abs().max().item() < 7 / math.sqrt(d)
+
+
+@pytest.mark.parametrize("length", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("error_size", [64, 100, 256])
+@pytest.mark.parametrize("concentrated", [False, True])
+def test_approximates_the_gaussian_kernel_as_the_paper_bounds_it(error_size, length, concentrated):
+    """The mean of cos(V v) over a block estimates exp(-|v|²/2): Le, Sarlos, Smola, section 5, for v of any direction.
+
+    The variance of the estimate is at most ((1 - exp(-|v|²))²/2 + C(|v|)) / d, C(a) = 6 a⁴ (exp(-a²) + a²/3).
+    """
+    d, blocks = block_rows(error_size), 600
+    v = torch.zeros(error_size, dtype=torch.float64)
+    v[: 1 if concentrated else error_size] = 1
+    v *= length / v.norm()
+    estimates = project(v[None], 21, blocks * d).view(blocks, d).cos().mean(1)
+    bound = ((1 - math.exp(-(length**2))) ** 2 / 2 + 6 * length**4 * (math.exp(-(length**2)) + length**2 / 3)) / d
+    expected = math.exp(-(length**2) / 2)
+    assert estimates.mean().item() == pytest.approx(expected, abs=5 * math.sqrt(bound / blocks))
+    # Of 600 estimates the variance is known to some 6 %; that of independent rows is the first term alone.
+    assert estimates.var().item() <= 1.2 * bound
+    independent = (1 - math.exp(-(length**2))) ** 2 / 2 / d
+    assert estimates.var().item() <= 3 * independent
+    assert (estimates - expected).abs().max().item() <= 6 * math.sqrt(3 * independent)

@@ -1,0 +1,115 @@
+"""The projection to a million units by every form of feedback beside the plain dense product, interleaved.
+
+    python bench/projection.py [--units 1000000] [--batch 16] [--threads 1] [--out bench/results/cpu/projection.json]
+
+Every result is checked in full against the same projection in float64 before anything is timed; it may deviate at most
+twice as far as the dense float32 product does from its own. What does not is reported as wrong, without a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import dfa_kernels as dfa
+from bench import environment, timing
+
+ERROR_SIZE = 1000
+PRODUCT = "dense product"
+# Procedural forms of the other kinds take a hundred times as long on a CPU: bench/procedural.py.
+FORMS = (
+    ("gaussian", "dense"),
+    ("rademacher", "dense"),
+    ("sparse", "dense"),
+    ("fastfood", "dense"),
+    ("fastfood", "procedural"),
+)
+TARGET = {"fastfood, dense": 5.0}
+ROWS_AT_ONCE = 100_000
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = measure(options.units, options.batch, options.rounds)
+    print(f"error [{options.batch}, {ERROR_SIZE}] to {options.units:,} units, {torch.get_num_threads()} threads")
+    for row in rows:
+        print(line(row))
+    if options.out:
+        result = {"environment": environment.describe(), "units": options.units, "batch": options.batch, "rows": rows}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(row["correct"] for row in rows) else 1
+
+
+def measure(units: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for the dense product and for each form."""
+    error = torch.randn(batch, ERROR_SIZE, generator=torch.Generator().manual_seed(1))
+    feedbacks = {f"{kind}, {storage}": dfa.Feedback(kind, storage, normalize=False) for kind, storage in FORMS}
+    matrix = feedbacks["gaussian, dense"].stored(units, ERROR_SIZE, "cpu")[0]
+    steps: dict[str, timing.Step] = {PRODUCT: lambda: error @ matrix.T}
+    steps |= {name: partial(feedback.project, error, units) for name, feedback in feedbacks.items()}
+    exact = torch.cat([error.double() @ rows.double().T for rows in matrix.split(ROWS_AT_ONCE)], dim=1)
+    deviations = {PRODUCT: _deviation(error @ matrix.T, exact)}
+    for name, feedback in feedbacks.items():
+        reference = exact if name == "gaussian, dense" else feedback.project(error.double(), units)
+        deviations[name] = _deviation(feedback.project(error, units), reference)
+    allowed = 2 * deviations[PRODUCT]
+    right = {name: step for name, step in steps.items() if deviations[name] <= allowed}
+    seconds = timing.medians(timing.interleaved(right, rounds, warm_up=1))
+    return [
+        {
+            "name": name,
+            "correct": name in right,
+            "deviation": deviations[name],
+            "kept_bytes": feedbacks[name].nbytes(units, ERROR_SIZE) if name in feedbacks else matrix.nbytes,
+            "ms": seconds[name] * 1e3 if name in right else None,
+            "speedup": seconds[PRODUCT] / seconds[name] if name in right else None,
+            "target": TARGET.get(name),
+        }
+        for name in steps
+    ]
+
+
+def _deviation(result: Tensor, exact: Tensor) -> float:
+    return (result - exact).abs().max().item()
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for a reader."""
+    if not row["correct"]:
+        return f"{row['name']:<22}  wrong result (off by {row['deviation']:.2g}): not timed"
+    target = f", target {row['target']:g}" if row["target"] else ""
+    return (
+        f"{row['name']:<22}{row['ms']:>9.1f} ms{row['speedup']:>8.2f} times as fast as the product{target}; "
+        f"{row['kept_bytes'] / 1e6:.1f} MB kept"
+    )
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The projection by every form of feedback, interleaved.")
+    parser.add_argument("--units", type=int, default=1_000_000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7, help="timed calls of each form (default 7)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(argv)
+    for name, least in (("units", 1), ("batch", 1), ("rounds", 1), ("threads", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name}: got {getattr(options, name)}, expected at least {least}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
