@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .entries import Stream, entries_per_pass, fill, packed_signs, row_passes, row_words, unpack_signs
-from .hadamard import padded_bits, walsh_hadamard, without_autocast
+from .hadamard import padded_bits, walsh_hadamard
 
 PERMUTATION_ROUNDS = 4
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .feedback_spec import KINDS, FeedbackSpec, check_integer
 from .free_memory import free_bytes
-from .hadamard import without_autocast
 from .projection import Parts, dense_blocks, generate, layouts, project_unscaled, row_unit
 
 

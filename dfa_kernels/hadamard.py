@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .autocast import without_autocast
 
 MAX_RADIX_BITS = 5
 # Bit x is the parity of the binary digits of x, for x in 0 .. 31.
@@ -17,13 +18,6 @@ PARITY = 0x96696996
 def padded_bits(n: int) -> int:
     """The smallest k with 2^k >= n."""
     return (n - 1).bit_length()
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Keeps autocast from rounding the operands of the products inside."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def sylvester(bits: int, like: Tensor, scale: float = 1.0) -> Tensor:

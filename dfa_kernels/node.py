@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .autocast import without_autocast
 from .deferred import DeferringNode, LayerCall, Ledger, layer_call
 from .feedback import Feedback
 from .plan import (
@@ -110,11 +111,8 @@ class DFANode(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        device = gradient.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return _backward(ctx, gradient)
-        return _backward(ctx, gradient)
+        with without_autocast(gradient.device):
+            return _backward(ctx, gradient)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

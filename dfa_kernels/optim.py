@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
+from .autocast import without_autocast
 from .deferred import LayerCall, Ledger
 from .updates import RULES
 from .wrapper import DFA
@@ -118,11 +119,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         calls = self._take_calls()
         # The gradients' products belong to the backward pass, which autocast does not reach either.
-        if calls and torch.is_autocast_enabled(calls[0].weights[0].device.type):
-            with torch.autocast(calls[0].weights[0].device.type, enabled=False):
+        if calls:
+            with without_autocast(calls[0].weights[0].device):
                 self._run(calls)
-        else:
-            self._run(calls)
         self._update_from_grads()
         return loss
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fastfood
+from .autocast import without_autocast
 from .entries import fill, packed_signs, row_passes, sparse_entries, unpack_signs
 from .feedback_spec import FeedbackSpec
-from .hadamard import without_autocast
 
 # Kinds whose dense storage is U itself; "matrix" is a given one.
 PLAIN_KINDS = ("gaussian", "uniform", "matrix")

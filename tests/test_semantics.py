@@ -704,3 +704,20 @@ def test_distributed_data_parallel(tmp_path):
         assert_same(models[0].parameters(), models[1].parameters())
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("kind", "storage"), [("gaussian", "dense"), ("sparse", "dense"), ("fastfood", "procedural")])
+def test_a_whole_step_on_the_meta_device(kind, storage, fused):
+    """Shapes and devices alone, as for planning memory."""
+    with torch.device("meta"):
+        convolution = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()]
+        net = nn.Sequential(*convolution, nn.Linear(144, 20), nn.Tanh(), nn.Linear(20, 10))
+        model = dfa.DFA(net, dfa.Feedback(kind, storage))
+        x, y = torch.empty(5, 3, 8, 8), torch.empty(5, dtype=torch.long)
+    optimizer = dfa.optim.SGD(model, lr=0.1) if fused else torch.optim.SGD(model.parameters(), lr=0.1)
+    F.cross_entropy(model(x), y).backward()
+    if not fused:
+        assert [p.grad.shape for p in model.parameters()] == [p.shape for p in model.parameters()]
+    optimizer.step()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
