@@ -28,10 +28,10 @@ if __package__ in (None, ""):
 import dfa_kernels as dfa
 from bench import environment
 from bench.large_networks import LARGE_NETWORKS, LargeNetwork
+from bench.readme import put_table
 from dfa_kernels.feedback_spec import KINDS, STORAGES
 
 TABLE_COLUMNS = ("naive", "unified", "rademacher", "sparse", "fastfood", "procedural")
-BEGIN, END = "<!-- memory -->", "<!-- /memory -->"
 # What resident memory may differ by: pages that are not full, and what Python itself takes meanwhile.
 SLACK_BYTES, SLACK = 4 * 2**20, 0.01
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     write_json(rows, counted, options, options.out / "memory.json")
     draw(counted, options.out / "memory.png")
     if options.readme:
-        put_table(options.readme, markdown(counted))
+        put_table(options.readme, "memory", markdown(counted))
     wrong = [row for row in rows if not agrees(row)]
     for row in wrong:
         print(f"computed and measured differ: {line(row)}", file=sys.stderr)
@@ -195,16 +195,6 @@ def size_text(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def put_table(readme: Path, table: str) -> None:
-    """Writes the table between the marks in the file; ValueError if they are not there, once each and in order."""
-    text = readme.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"{readme}: expected {BEGIN} and then {END}, once each")
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
-
-
 def draw(counted: list[Counted], path: Path) -> None:
     """Bars by network and form, bytes on a logarithmic axis; procedural feedback has no bar."""
     figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
@@ -231,7 +221,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description="Memory of feedback: computed for large networks, measured if it fits."
     )
     parser.add_argument("--out", type=Path, default=Path("runs/memory"), help="folder, default %(default)s")
-    parser.add_argument("--readme", type=Path, help=f"file whose table between {BEGIN} and {END} is rewritten")
+    parser.add_argument("--readme", type=Path, help="Markdown file with the table's marks")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where feedback is made for measuring")
     parser.add_argument(
         "--limit-gb", type=float, default=2.0, help="measure forms up to this size, default %(default)s"

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dfa_kernels as dfa
 from bench import memory
 from bench.large_networks import GPT2, LARGE_NETWORKS, LargeNetwork
+from bench.readme import put_table
 from dfa_kernels.fastfood import fastfood_diagonals
 from dfa_kernels.feedback_spec import KINDS
 
@@ -133,31 +134,19 @@ def test_csv_and_json(tmp_path: Path, counted: dict[str, memory.Counted]) -> Non
     assert '"commit"' in (tmp_path / "memory.json").read_text()
 
 
-def test_table_in_the_readme(tmp_path: Path, counted: dict[str, memory.Counted]) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{memory.BEGIN}\nold\n{memory.END}\nafter\n")
+def test_line_of_vgg(counted: dict[str, memory.Counted]) -> None:
     table = memory.markdown(list(counted.values()))
-    memory.put_table(readme, table)
-    memory.put_table(readme, table)
-    assert readme.read_text() == f"before\n{memory.BEGIN}\n{table}\n{memory.END}\nafter\n"
     (vgg,) = [line for line in table.splitlines() if line.startswith("| VGG-16")]
     assert [cell.strip() for cell in vgg.split("|")[3:-1]] == [
         "54.22 GB", "12.85 GB", "0.41 GB", "0.51 GB", "41.7 MB", "0",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", memory.BEGIN, f"{memory.END}{memory.BEGIN}", f"{memory.BEGIN}{memory.END}" * 2])
-def test_readme_without_its_marks(tmp_path: Path, text: str) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(ValueError, match=r"expected <!-- memory --> and then <!-- /memory -->"):
-        memory.put_table(readme, "table")
-    assert readme.read_text() == text
-
-
-def test_the_project_s_readme_holds_the_table(counted: dict[str, memory.Counted]) -> None:
-    readme = Path(__file__).resolve().parent.parent / "README.md"
-    assert f"{memory.BEGIN}\n{memory.markdown(list(counted.values()))}\n{memory.END}" in readme.read_text()
+def test_the_project_s_readme_holds_the_table(tmp_path: Path, counted: dict[str, memory.Counted]) -> None:
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme)
+    put_table(tmp_path / "README.md", "memory", memory.markdown(list(counted.values())))
+    assert (tmp_path / "README.md").read_text() == readme
 
 
 def test_chart(tmp_path: Path, counted: dict[str, memory.Counted]) -> None:
