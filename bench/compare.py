@@ -176,6 +176,17 @@ def table(cases: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The table of compare.json."""
+    cases = result["cases"]
+    lines = [f"| one step, ms (and over `{OURS}`) | " + " | ".join(case["name"] for case in cases) + " |"]
+    lines.append("|---" * (1 + len(cases)) + "|")
+    for rows in zip(*(case["variants"] for case in cases), strict=True):
+        cells = [f"{row['ms']:.1f} ({row['speedup']:.2f}×)" if row["correct"] else "wrong result" for row in rows]
+        lines.append(f"| {rows[0]['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _line(row: dict[str, Any]) -> str:
     if not row["correct"]:
         return f"{row['name']:<26}  wrong result (weights off by {row['weight_error']:.2g}): not timed"

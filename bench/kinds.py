@@ -1,10 +1,10 @@
 """The paper's network on CIFAR-10 by every kind and storage of feedback: accuracy and alignment over the same seeds.
 
-    python bench/kinds.py --data-dir data [--seeds 0,1,2] [--jobs 2] [--out bench/results/cpu] [--readme README.md]
+    python bench/kinds.py --data-dir data [--seeds 0,1,2] [--jobs 2] [--out bench/results/cpu]
 
 Every run is one of bench/train.py with the published settings, in a folder of --runs named KIND-STORAGE-SEED. Runs that
 are finished there are read, unfinished ones go on, missing ones are made (each takes some 10 minutes of one core).
-Writes kinds.json, and with --readme the table between its marks.
+Writes kinds.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import environment, train
-from bench.readme import put_table
 from dfa_kernels.feedback_spec import KINDS, STORAGES
 
 BASELINE = ("gaussian", "dense")
@@ -56,7 +55,8 @@ class Job:
 
 def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
-    jobs = [Job(kind, storage, seed) for storage in STORAGES for kind in KINDS for seed in options.seeds]
+    seeds = {"dense": options.seeds, "procedural": options.procedural_seeds}
+    jobs = [Job(kind, storage, seed) for storage in STORAGES for kind in KINDS for seed in seeds[storage]]
     work = [(job, options.runs, options.data_dir) for job in jobs if finished(job, options.runs) is None]
     with get_context("spawn").Pool(options.jobs) as pool:
         failed = [job for job, status in zip(work, pool.starmap(run, work, chunksize=1), strict=True) if status]
@@ -64,14 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"did not finish: {job}", file=sys.stderr)
     if failed:
         return 1
-    rows = [row(kind, storage, options.seeds, options.runs) for kind in KINDS for storage in STORAGES]
-    table = markdown(rows)
-    print(table)
-    result = {"environment": environment.describe(), "seeds": options.seeds, "paper": PAPER, "rows": rows}
+    rows = [row(kind, storage, seeds[storage], options.runs) for kind in KINDS for storage in STORAGES]
+    result = {"environment": environment.describe(), "paper": PAPER, "rows": rows}
+    print(markdown(result))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "kinds.json").write_text(json.dumps(result, indent=1) + "\n")
-    if options.readme:
-        put_table(options.readme, "kinds", table)
     return 0
 
 
@@ -103,6 +100,7 @@ def row(kind: str, storage: str, seeds: list[int], runs: Path) -> dict[str, Any]
     return {
         "kind": kind,
         "storage": storage,
+        "seeds": seeds,
         "same_as_dense": all(a["history"] == b["history"] for a, b in zip(results, dense, strict=True)),
         "feedback_bytes": results[0]["feedback_bytes"]["in_use"],
         "test": _mean_std([summary["test_accuracy"]["final"] for summary in summaries]),
@@ -123,16 +121,17 @@ def _mean_std(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of the README: a line for each kind, and what the storage changes."""
+def markdown(result: dict[str, Any]) -> str:
+    """The table of kinds.json: a line for each kind, and what the storage changes; mean (std) over the seeds."""
     lines = ["| feedback | test, % | train, % | alignment 1 | 2 | 3 | procedural |", "|---|---|---|---|---|---|---|"]
     alignment = " | ".join(_short(*pair) for pair in PAPER["alignment"])
     lines.append(f"| paper | {_percent(*PAPER['test'])} | {_percent(*PAPER['train'])} | {alignment} | |")
-    by_form = {(row["kind"], row["storage"]): row for row in rows}
+    by_form = {(row["kind"], row["storage"]): row for row in result["rows"]}
     for kind in KINDS:
         dense, procedural = by_form[kind, "dense"], by_form[kind, "procedural"]
         alignment = " | ".join(_short(*pair) for pair in dense["alignment"])
         same = "the same, bit for bit" if procedural["same_as_dense"] else f"test {_percent(*procedural['test'])}"
+        same += f" ({len(procedural['seeds'])} seeds)"
         lines.append(f"| {kind} | {_percent(*dense['test'])} | {_percent(*dense['train'])} | {alignment} | {same} |")
     return "\n".join(lines)
 
@@ -150,10 +149,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes")
     parser.add_argument("--runs", type=Path, default=Path("runs/kinds"), help="folder of the runs, default %(default)s")
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="comma-separated, default 0,1,2")
+    parser.add_argument("--procedural-seeds", type=_seeds, help="of --seeds; default all of them")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each; default 1")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of kinds.json, default %(default)s")
-    parser.add_argument("--readme", type=Path, help="Markdown file with the table's marks")
     options = parser.parse_args(argv)
+    options.procedural_seeds = options.procedural_seeds or options.seeds
+    if not set(options.procedural_seeds) <= set(options.seeds):
+        parser.error(f"--procedural-seeds: got {options.procedural_seeds}, expected some of {options.seeds}")
     if options.jobs < 1:
         parser.error(f"--jobs: got {options.jobs}, expected at least 1")
     return options

@@ -1,10 +1,10 @@
 """What feedback costs in memory (Table 1 of the paper, extended): every kind and storage, for five large networks.
 
-    python bench/memory.py [--out bench/results/cpu] [--readme README.md]
+    python bench/memory.py [--out bench/results/cpu]
 
 Computed bytes follow from the taps that one pass on the meta device finds. Measured bytes are real: what a fresh
 process keeps and by how much its resident memory (on a GPU: torch's allocations) grows, for forms up to --limit-gb.
-Writes memory.csv, memory.json and memory.png, and the table between the marks in the README.
+Writes memory.csv, memory.json and memory.png.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -28,7 +29,6 @@ if __package__ in (None, ""):
 import dfa_kernels as dfa
 from bench import environment
 from bench.large_networks import LARGE_NETWORKS, LargeNetwork
-from bench.readme import put_table
 from dfa_kernels.feedback_spec import KINDS, STORAGES
 
 TABLE_COLUMNS = ("naive", "unified", "rademacher", "sparse", "fastfood", "procedural")
@@ -74,8 +74,6 @@ def main(argv: list[str] | None = None) -> int:
     write_csv(rows, options.out / "memory.csv")
     write_json(rows, counted, options, options.out / "memory.json")
     draw(counted, options.out / "memory.png")
-    if options.readme:
-        put_table(options.readme, "memory", markdown(counted))
     wrong = [row for row in rows if not agrees(row)]
     for row in wrong:
         print(f"computed and measured differ: {line(row)}", file=sys.stderr)
@@ -175,8 +173,9 @@ def write_json(rows: list[Row], counted: list[Counted], options: argparse.Namesp
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def markdown(counted: list[Counted]) -> str:
-    """One line a network, one column a form; GB or MB."""
+def markdown(result: dict[str, Any]) -> str:
+    """The table of memory.json: one line a network, one column a form; GB or MB."""
+    counted = [Counted(**network) for network in result["networks"]]
     lines = [
         "| network (parameters) | taps, largest × error | " + " | ".join(TABLE_COLUMNS) + " |",
         "|---" * (2 + len(TABLE_COLUMNS)) + "|",
@@ -221,7 +220,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description="Memory of feedback: computed for large networks, measured if it fits."
     )
     parser.add_argument("--out", type=Path, default=Path("runs/memory"), help="folder, default %(default)s")
-    parser.add_argument("--readme", type=Path, help="Markdown file with the table's marks")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where feedback is made for measuring")
     parser.add_argument(
         "--limit-gb", type=float, default=2.0, help="measure forms up to this size, default %(default)s"

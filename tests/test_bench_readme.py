@@ -1,29 +1,38 @@
-"""Tables that programs keep in the README."""
+"""The README's tables are those of the committed results."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 import pytest
 
-from bench.readme import put_table
+from bench.readme import ROOT, TABLES, with_table, with_tables
 
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
+RESULTS = ROOT / "bench" / "results" / "cpu"
 
 
-def test_the_table_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n<!-- memory -->\nother\n<!-- /memory -->\n")
-    for _ in range(2):
-        put_table(readme, "speed", "| new |")
-        expected = f"before\n{BEGIN}\n| new |\n{END}\nafter\n<!-- memory -->\nother\n<!-- /memory -->\n"
-        assert readme.read_text() == expected
+def test_the_readme_is_up_to_date():
+    text = (ROOT / "README.md").read_text()
+    assert with_tables(text, RESULTS) == text
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_whole(name):
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = TABLES[name](result).splitlines()
+    assert len(lines) > 2
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def test_the_table_takes_the_place_of_the_old_one():
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n<!-- memory -->\nother\n<!-- /memory -->\n"
+    expected = f"before\n{BEGIN}\n| new |\n{END}\nafter\n<!-- memory -->\nother\n<!-- /memory -->\n"
+    assert with_table(text, "speed", "| new |") == expected
+    assert with_table(expected, "speed", "| new |") == expected
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}" * 2])
-def test_readme_without_its_marks(tmp_path: Path, text: str) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
+def test_text_without_the_marks(text):
     with pytest.raises(ValueError, match=r"expected <!-- speed --> and then <!-- /speed -->"):
-        put_table(readme, "speed", "table")
-    assert readme.read_text() == text
+        with_table(text, "speed", "table")
