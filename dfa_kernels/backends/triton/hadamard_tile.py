@@ -5,24 +5,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# A tile of so many numbers a row goes through shared memory at once, in float32: as large as every GPU has room for.
+MOST_BITS_AT_ONCE = tl.constexpr(14)
+
 
 @triton.jit
 def hadamard_tile(x, BITS: tl.constexpr):
-    """H x of every 2^BITS neighbours along the last axis of x [R, N], in Sylvester's order, not scaled.
-
-    One butterfly a bit, written so that the compiler sees sums and differences of halves and chooses itself which bits
-    of the index live in a thread, in a warp and in shared memory.
-    """
-    for bit in tl.static_range(BITS):
-        x = _butterflies(x, 1 << bit)
-    return x
+    """H x of every 2^BITS neighbours along the last axis of x [R, N], in Sylvester's order, not scaled."""
+    if BITS > MOST_BITS_AT_ONCE:
+        R: tl.constexpr = x.shape[0]
+        N: tl.constexpr = x.shape[1]
+        halves = tl.reshape(x, (R, N >> BITS, 2, 1 << (BITS - 1)))
+        left, right = tl.split(tl.permute(halves, (0, 1, 3, 2)))
+        left = _rotations(tl.reshape(left, (R, N // 2)), BITS - 1)
+        right = _rotations(tl.reshape(right, (R, N // 2)), BITS - 1)
+        both = tl.reshape(tl.join(left + right, left - right), (R, N >> BITS, 1 << (BITS - 1), 2))
+        return tl.reshape(tl.permute(both, (0, 1, 3, 2)), (R, N))
+    return _rotations(x, BITS)
 
 
 @triton.jit
-def _butterflies(x, DISTANCE: tl.constexpr):
+def _rotations(x, BITS: tl.constexpr):
+    """A butterfly of neighbours a bit, whose sum and difference go to the halves of the result.
+
+    So the lowest bit of the index becomes the highest, and after all bits everything is in its place. With each pair's
+    distance growing instead, the compiler moves data between threads for nearly every bit, and here for every fifth:
+    those that lie in one thread come after each other.
+    """
     R: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
-    pairs = tl.reshape(x, (R, N // (2 * DISTANCE), 2, DISTANCE))
-    left, right = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-    mixed = tl.permute(tl.join(left + right, left - right), (0, 1, 3, 2))
-    return tl.reshape(mixed, (R, N))
+    for _ in tl.static_range(BITS):
+        left, right = tl.split(tl.reshape(x, (R, N >> BITS, (1 << BITS) // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 1, 3, 2)), (R, N))
+    return x
