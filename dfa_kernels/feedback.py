@@ -80,31 +80,37 @@ class Feedback:
         """
         place = self.device or torch.device(device)
         kept = self._kept.get((error_size, place))
-        if kept is not None and kept[0].shape[0] * row_unit(self.spec, error_size) >= rows:
+        if kept is not None and type(rows) is int and 1 <= rows <= kept[0].shape[0] * row_unit(self.spec, error_size):
             return kept
         rows, error_size = self._check_shape(rows, error_size)
         if self.spec.storage == "procedural":
             return []
+        self._check_room(rows, error_size, place, given_back=sum(part.nbytes for part in kept or ()))
         # Let go of the smaller one before the larger one is made.
         kept = None
         self._kept.pop((error_size, place), None)
-        self._check_room(rows, error_size, place)
         units = -(-rows // row_unit(self.spec, error_size))
         made = self._kept[error_size, place] = self._make(units, error_size, place)
         return made
 
-    def _check_room(self, rows: int, error_size: int, device: torch.device) -> None:
-        """torch.OutOfMemoryError, before anything is allocated, if that many rows of U do not fit on the device."""
+    def _check_room(self, rows: int, error_size: int, device: torch.device, given_back: int) -> None:
+        """torch.OutOfMemoryError, before anything is allocated, if that many rows of U do not fit on the device.
+
+        given_back: bytes that come free before these are needed.
+        """
         if torch.compiler.is_compiling() or (self._given is not None and self._given.device == device):
             return
         wanted, free = self.nbytes(rows, error_size), free_bytes(device)
-        if free is None or wanted <= free:
+        if free is None or wanted <= free + given_back:
             return
+        asked = f"feedback: {rows} x {error_size} of {self.spec.kind!r} need {_size(wanted)} on {device}, "
+        asked += f"where {_size(free + given_back)} are free"
+        if self._given is not None:
+            raise torch.OutOfMemoryError(f"{asked}; from_matrix(U, device=...) projects on another device")
         others = {kind: Feedback(kind, dtype=self.spec.dtype).nbytes(rows, error_size) for kind in KINDS}
-        fitting = [f"{kind!r} ({_size(n)})" for kind, n in others.items() if n <= free]
+        fitting = [f"{kind!r} ({_size(n)})" for kind, n in others.items() if n <= free + given_back]
         raise torch.OutOfMemoryError(
-            f"feedback: {self.spec.kind!r} with storage 'dense' of {rows} x {error_size} needs {_size(wanted)} on "
-            f"{device}, where {_size(free)} are free; storage='procedural' keeps nothing of any kind"
+            f"{asked}; storage='procedural' keeps only the seed, for any kind"
             + (f", and these kinds would fit: {', '.join(fitting)}" if fitting else "")
         )
 
@@ -139,9 +145,10 @@ class Feedback:
             raise ValueError("error must have shape [..., E], got a 0-d tensor")
         size, error_size = self._check_shape(size, error.shape[-1])
         rows = error.reshape(error.shape[:-1].numel(), error_size).to(self.device or error.device)
+        # In float16 the error has to be scaled before its components are summed.
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32)) * self.spec.scale(size, error_size)
         with without_autocast(rows.device):
-            result = project_unscaled(rows, self.stored(size, error_size, rows.device), self.spec, size)
-        result = result.mul_(self.spec.scale(size, error_size))
+            result = project_unscaled(wide, self.stored(size, error_size, rows.device), self.spec, size)
         return result.to(error.device, error.dtype).view(*error.shape[:-1], size)
 
     def nbytes(self, size: int, error_size: int) -> int:
@@ -196,6 +203,8 @@ class Feedback:
 
 def _size(count: int) -> str:
     """Bytes, for people."""
+    if count < 1e5:
+        return f"{count} bytes"
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 

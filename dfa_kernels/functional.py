@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .hadamard import hadamard
+from .hadamard import HadamardFunction, hadamard
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -13,11 +14,13 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     Equals `F.linear(x, hadamard(n)) * scale` for n a power of two (scipy.linalg.hadamard, Sylvester's order),
     else `(F.linear(F.pad(x, (0, d - n)), hadamard(d)) * scale)[..., :n]` with d the next power of two;
     n·log(n) work. float16 and bfloat16 are summed in float32. ValueError if x is 0-d or n is 0, TypeError if
-    x is not floating.
+    x is not floating. scale is a constant: nothing differentiates by it.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating tensor, got dtype {x.dtype}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {list(x.shape)}")
-    result: Tensor = hadamard(x, scale)
+    # The operator suffices to a compiler, which does not take a Function with a forward mode.
+    transform = hadamard if torch.compiler.is_compiling() else HadamardFunction.apply
+    result: Tensor = transform(x, float(scale))
     return result

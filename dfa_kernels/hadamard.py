@@ -91,3 +91,28 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 
 torch.library.register_autograd("dfa_kernels::hadamard", _hadamard_backward, setup_context=_setup_context)
+
+
+class HadamardFunction(torch.autograd.Function):
+    """The operator with forward mode, and for torch.func: a registered operator has neither."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: float) -> Tensor:
+        result: Tensor = hadamard(x, scale)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return HadamardFunction.apply(grad, ctx.scale), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
+        return HadamardFunction.apply(tangent, ctx.scale)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, scale: float) -> tuple[Any, int]:
+        return HadamardFunction.apply(x.movedim(in_dims[0], 0), scale), 0

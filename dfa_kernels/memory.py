@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .feedback import Feedback
+from .feedback_spec import check_integer
 
 
 def feedback_memory(model_or_sizes: Any, error_size: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
@@ -30,10 +31,10 @@ def feedback_memory(model_or_sizes: Any, error_size: int, dtype: torch.dtype = t
 
 def _sizes(model_or_sizes: Any) -> list[int]:
     taps = getattr(model_or_sizes, "taps", None)
-    if taps is None and not isinstance(model_or_sizes, Iterable):
+    if taps is None and (isinstance(model_or_sizes, torch.nn.Module) or not isinstance(model_or_sizes, Iterable)):
         got = type(model_or_sizes).__name__
-        raise TypeError(f"model_or_sizes must be a wrapped model or an iterable of layer sizes, got {got}")
-    sizes = list(model_or_sizes) if taps is None else [tap.size for tap in taps]
+        raise TypeError(f"model_or_sizes must be a model wrapped by DFA or an iterable of layer sizes, got {got}")
+    sizes = [check_integer("size", size, 1) for size in model_or_sizes] if taps is None else [tap.size for tap in taps]
     if not sizes:
         raise ValueError("model_or_sizes has no layer sizes; a wrapped model knows them after one forward pass")
     return sizes

@@ -96,7 +96,8 @@ def project_unscaled(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int
     dtype = torch.float64 if error.dtype == torch.float64 else spec.dtype
     if stored and spec.kind in PLAIN_KINDS:
         matrix = stored[0] if stored[0].shape[0] == size else stored[0][:size]
-        return error.to(dtype) @ matrix.to(dtype).T
+        if matrix.dtype == dtype:
+            return error.to(dtype) @ matrix.T
     return _project_in_blocks(error, stored, spec, size, dtype)
 
 

@@ -162,8 +162,18 @@ def test_mixed_precision_returns_the_errors_dtype():
     error = randn(4, 20)
     got = feedback.project(error, 30)
     assert got.dtype == torch.float32
-    unscaled = error.bfloat16() @ fill(torch.empty(30, 20, dtype=torch.bfloat16), "gaussian", 0).T
-    assert torch.equal(got, (unscaled * (1 / math.sqrt(600))).float())
+    scaled = (error * (1 / math.sqrt(600))).bfloat16()
+    assert torch.equal(got, (scaled @ fill(torch.empty(30, 20, dtype=torch.bfloat16), "gaussian", 0).T).float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_half_precision_holds_sums_that_it_could_not_before_scaling(kind, storage):
+    """Of 10,000 components of 1000 each: sums reach 10^5, twice what float16 holds, and scaled ones 100."""
+    error = torch.full((1, 10_000), 1000.0)
+    half = Feedback(kind, storage, dtype=torch.float16).project(error, 200)
+    exact = Feedback(kind, storage).project(error.double(), 200)
+    assert (half - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def test_autocast_does_not_lower_the_precision():
@@ -292,7 +302,8 @@ def test_from_matrix_projects_by_it(convert):
     assert torch.equal(feedback.matrix(30, 10), u * (1 / math.sqrt(300)))
     plain = Feedback.from_matrix(convert(u), normalize=False).project(error, 12)
     assert within_baseline(plain.reshape(6, 12), error.reshape(6, 10), u[:12], torch.float32)
-    torch.testing.assert_close(feedback.project(error, 12), plain / math.sqrt(120), rtol=3e-7, atol=0)
+    scaled = feedback.project(error, 12).reshape(6, 12)
+    assert within_baseline(scaled, error.reshape(6, 10), u[:12] / math.sqrt(120), torch.float32)
     assert feedback.nbytes(12, 10) == 30 * 10 * 4
     assert torch.equal(feedback.stored(12, 10, "cpu")[0], u)
 
@@ -322,16 +333,17 @@ def test_from_matrix_allows_what_is_not_finite():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_projection_needs_bounded_memory(kind, storage, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_projection_needs_bounded_memory(kind, storage, dtype, monkeypatch):
     """The whole U has 64 MB; neither form of it may show up, nor anything else of that order."""
     monkeypatch.setattr(entries, "entries_per_pass", lambda device: 2**14)
     monkeypatch.setattr(fastfood, "entries_per_pass", lambda device: 2**14)
-    feedback, error = Feedback(kind, storage), randn(2, 256)
+    feedback, error = Feedback(kind, storage), randn(2, 256).to(dtype)
     stored = [] if storage == "procedural" else feedback.stored(2**16, 256, "cpu")
     with Largest() as largest:
         project_unscaled(error, stored, feedback.spec, 2**16)
     kept = feedback.nbytes(2**16, 256)
-    assert largest.bytes <= max(kept, 2 * 2**16 * 4)
+    assert largest.bytes <= max(kept, 2 * 2**16 * dtype.itemsize)
 
 
 def test_making_entries_needs_bounded_memory(monkeypatch):
@@ -403,6 +415,11 @@ def test_bad_shapes(kind, size, error_size, error, message):
     for call in (feedback.matrix, feedback.nbytes, lambda *shape: feedback.stored(*shape, "cpu")):
         with pytest.raises(error, match=message):
             call(size, error_size)
+    kept = feedback.stored(10, 5, "cpu")
+    if error_size == 5:
+        with pytest.raises(error, match=message):
+            feedback.stored(size, error_size, "cpu")
+    assert feedback.stored(10, 5, "cpu") is kept
 
 
 def test_numpy_sizes_are_integers():

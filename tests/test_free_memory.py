@@ -40,8 +40,8 @@ def test_feedback_that_cannot_fit_says_what_would(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError) as caught:
         asked.stored(10**10, 1000, "cpu")
     message = str(caught.value)
-    assert "'gaussian' with storage 'dense' of 10000000000 x 1000 needs 40000.00 GB on cpu" in message
-    assert "where 1000.00 GB are free; storage='procedural' keeps nothing" in message
+    assert "10000000000 x 1000 of 'gaussian' need 40000.00 GB on cpu, where 1000.00 GB are free" in message
+    assert "storage='procedural' keeps only the seed, for any kind" in message
     assert message.endswith("these kinds would fit: 'fastfood' (130.00 GB)")
     assert asked.stored(10, 1000, "cpu")[0].shape == (10, 1000)
 
@@ -50,6 +50,24 @@ def test_a_given_matrix_is_there_already(monkeypatch):
     monkeypatch.setattr(feedback, "free_bytes", lambda device: 0)
     given = torch.randn(5, 3)
     assert torch.equal(dfa.Feedback.from_matrix(given).stored(5, 3, "cpu")[0], given)
-    with pytest.raises(torch.OutOfMemoryError, match=r"'gaussian' with .* of 5 x 3 needs 0.00 MB on cpu"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"5 x 3 of 'gaussian' need 60 bytes on cpu"):
         dfa.Feedback().stored(5, 3, "cpu")
     assert dfa.Feedback(storage="procedural").stored(5, 3, "cpu") == []
+
+
+def test_a_given_matrix_cannot_be_procedural(monkeypatch):
+    monkeypatch.setattr(feedback, "free_bytes", lambda device: 10)
+    with pytest.raises(torch.OutOfMemoryError, match=r"5 x 3 of 'matrix' need 60 bytes on meta.*another device$"):
+        dfa.Feedback.from_matrix(torch.randn(5, 3)).stored(5, 3, "meta")
+
+
+def test_growing_counts_what_it_gives_back_and_loses_nothing_if_it_fails(monkeypatch):
+    """100 rows of 3 take 1200 bytes, 60 of them those of the first five."""
+    growing = dfa.Feedback()
+    small = growing.stored(5, 3, "cpu")
+    monkeypatch.setattr(feedback, "free_bytes", lambda device: 1139)
+    with pytest.raises(torch.OutOfMemoryError, match=r"need 1200 bytes on cpu, where 1199 bytes are free"):
+        growing.stored(100, 3, "cpu")
+    assert growing.stored(5, 3, "cpu") is small
+    monkeypatch.setattr(feedback, "free_bytes", lambda device: 1140)
+    assert growing.stored(100, 3, "cpu")[0].shape == (100, 3)

@@ -60,10 +60,32 @@ def test_result_shares_nothing_with_the_input(n):
 
 
 @pytest.mark.parametrize("n", [1, 5, 8])
-def test_gradients(n):
-    x = torch.randn(2, n, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v: hadamard_transform(v, 0.7), (x,))
-    assert torch.autograd.gradgradcheck(lambda v: hadamard_transform(v, 0.7).square(), (x,))
+def test_every_mode_of_differentiation(n):
+    x, v = torch.randn(2, 3, n, dtype=torch.float64).unbind(0)
+    expected = reference(v, 0.7)
+
+    def f(x):
+        return hadamard_transform(x, 0.7)
+
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (v,))[1], expected)
+    torch.testing.assert_close(torch.func.vjp(f, x)[1](v)[0], expected)
+    torch.testing.assert_close(torch.func.vmap(f)(v), expected)
+    torch.testing.assert_close(torch.func.vmap(f, in_dims=1, out_dims=1)(v.T), expected.T)
+    matrix = reference(torch.eye(n, dtype=torch.float64), 0.7)
+    for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+        torch.testing.assert_close(jacobian(f)(x[0]), matrix)
+    torch.testing.assert_close(torch.func.hessian(lambda x: f(x).square().sum() / 2)(x[0]), matrix @ matrix)
+    x.requires_grad_()
+    checks = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(f, (x,), **checks)
+    assert torch.autograd.gradgradcheck(lambda x: f(x).square(), (x,), check_fwd_over_rev=True)
+
+
+def test_compiles_whole():
+    x = torch.randn(3, 6, requires_grad=True)
+    compiled = torch.compile(lambda x: hadamard_transform(x * 2, 0.5).sum(), fullgraph=True, backend="aot_eager")
+    compiled(x).backward()
+    torch.testing.assert_close(x.grad, reference(torch.ones(3, 6)).float())
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (5,), (2, 3, 6), (0, 4), (7, 1)])
@@ -90,8 +112,13 @@ def test_orthogonality():
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_input_must_be_floating(dtype):
-    with pytest.raises(TypeError, match=f"x must be a floating tensor, got dtype {dtype}"):
+    with pytest.raises(TypeError, match=f"x must be a floating tensor, got {dtype}"):
         hadamard_transform(torch.ones(4).to(dtype))
+
+
+def test_input_must_be_a_tensor():
+    with pytest.raises(TypeError, match="x must be a floating tensor, got list"):
+        hadamard_transform([1.0, 2.0])
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0)])

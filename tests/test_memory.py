@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from dfa_kernels.feedback import Feedback
 from dfa_kernels.memory import feedback_memory
@@ -54,8 +55,13 @@ def test_no_sizes(empty):
 
 
 def test_neither_model_nor_sizes():
-    with pytest.raises(TypeError, match=r"model_or_sizes must be a wrapped model or an iterable .* got int"):
+    with pytest.raises(TypeError, match=r"model_or_sizes must be a model wrapped by DFA or an iterable .* got int"):
         feedback_memory(5, 10)
+
+
+def test_a_model_that_is_not_wrapped():
+    with pytest.raises(TypeError, match=r"must be a model wrapped by DFA or an iterable .* got Sequential"):
+        feedback_memory(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), 2)
 
 
 @pytest.mark.parametrize(("sizes", "error_size"), [([0], 10), ([5], 0), ([5, -1], 10)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from test_fastfood import factor_by_factor
+from torch import nn
 from triton_cases import DEVICE
 
+import dfa_kernels as dfa
 from dfa_kernels.backends.triton.fastfood_tile import _parts, fastfood_tile
 from dfa_kernels.fastfood import block_count, block_rows, fastfood_diagonals, fastfood_products
 
@@ -87,3 +90,18 @@ def test_the_product_is_the_factors(source, error_size, units):
     plain = torch.cat([product for _, product in pieces]).T
     allowed = 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max() * (source == "fastfood_seed")
     assert (out.cpu() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("storage", ["dense", "procedural"])
+def test_float16_feedback_of_a_large_error(storage):
+    """Before it is scaled the projection reaches 10^5, more than float16 holds."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, 1000)).to(DEVICE)
+    x = torch.randn(2, 4, device=DEVICE)
+    grads = []
+    for backend in ("torch", "triton"):
+        model = dfa.DFA(copy.deepcopy(net), dfa.Feedback("fastfood", storage, dtype=torch.float16), backend=backend)
+        (model(x) * 5000).sum().backward()
+        grads.append(model.net[0].weight.grad)
+    assert grads[1].isfinite().all()
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=2e-3 * float(grads[0].abs().max()))

@@ -92,4 +92,4 @@ def test_a_program_has_at_least_a_row(bits):
     warps, rows = tile_of(2**bits)
     assert rows >= 1
     assert 4 <= warps <= 32
-    assert rows * 2**bits <= 64 * 32 * warps
+    assert rows * 2**bits == 32 * 32 * warps

@@ -34,7 +34,7 @@ def fastfood_tile(
 def fastfood_product(x, stored, key0, key1, first_unit, units, SOURCE: tl.constexpr, BITS: tl.constexpr):
     """x Vᵀ for x [R, N] that repeats its rows of 2^BITS components for every block: float32 [R, N].
 
-    What is stored reaches up to `units`, rounded up to a whole block; beyond that the product is 0.
+    What is stored reaches up to `units`, rounded up to a whole block; beyond that the product means nothing.
     """
     R: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]

@@ -157,7 +157,7 @@ def projection_tile(
             error, stored, key0, key1, first_unit, units, row, rows, error_size, stride_row, stride_column, SOURCE,
             unit.shape[0], BITS,
         )  # fmt: skip
-        return tl.trans(product).to(ENTRY).to(tl.float32)
+        return tl.trans(product)
     projection = tl.zeros((unit.shape[0], row.shape[0]), tl.float32)
     if SOURCE == "sparse" or SOURCE == "sparse_seed":
         offset = _sparse_offset(unit, error_size, key0, key1, SOURCE)
