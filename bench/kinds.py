@@ -163,9 +163,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        seeds = [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected integers like 0,1,2") from None
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected different integers like 0,1,2")
+    return seeds
 
 
 if __name__ == "__main__":

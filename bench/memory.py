@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dfa_kernels as dfa
 from bench import environment
@@ -224,7 +224,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit-gb", type=float, default=2.0, help="measure forms up to this size, default %(default)s"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not options.limit_gb >= 0:
+        parser.error(f"--limit-gb: got {options.limit_gb}, expected at least 0")
+    return options
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dfa_kernels as dfa
 from bench import environment
@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--units", type=int, default=3_200_000)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(argv)
+    if options.units < 100:
+        parser.error(f"--units: got {options.units}, expected at least 100")
     # A process for each: the peak of resident memory never falls.
     with get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
         rows = processes.starmap(measure, [(kind, options.units) for kind in ("rademacher", "gaussian")], chunksize=1)

@@ -2,27 +2,33 @@
 
     python bench/projection.py [--units 1000000] [--batch 16] [--threads 1] [--out bench/results/cpu/projection.json]
 
-Every result is checked in full against the same projection in float64 before anything is timed; it may deviate at most
-twice as far as the dense float32 product does from its own. What does not is reported as wrong, without a time.
+Before anything is timed, every result is checked at blocks of units spread over all of them against rows of U that are
+written out here, multiplied in float64; it may deviate at most twice as far as the plain float32 product with those
+rows does. What does not is reported as wrong, without a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.linalg import hadamard
 from torch import Tensor
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dfa_kernels as dfa
 from bench import environment, timing
+from dfa_kernels import fastfood
+from dfa_kernels.entries import fill, sparse_entries
+from dfa_kernels.feedback_spec import FeedbackSpec
 
 ERROR_SIZE = 1000
 PRODUCT = "dense product"
@@ -35,7 +41,7 @@ FORMS = (
     ("fastfood", "procedural"),
 )
 TARGET = {"fastfood, dense": 5.0}
-ROWS_AT_ONCE = 100_000
+SPOTS = 12
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,13 +66,11 @@ def measure(units: int, batch: int, rounds: int) -> list[dict[str, Any]]:
     matrix = feedbacks["gaussian, dense"].stored(units, ERROR_SIZE, "cpu")[0]
     steps: dict[str, timing.Step] = {PRODUCT: lambda: error @ matrix.T}
     steps |= {name: partial(feedback.project, error, units) for name, feedback in feedbacks.items()}
-    exact = torch.cat([error.double() @ rows.double().T for rows in matrix.split(ROWS_AT_ONCE)], dim=1)
-    deviations = {PRODUCT: _deviation(error @ matrix.T, exact)}
-    for name, feedback in feedbacks.items():
-        reference = exact if name == "gaussian, dense" else feedback.project(error.double(), units)
-        deviations[name] = _deviation(feedback.project(error, units), reference)
-    allowed = 2 * deviations[PRODUCT]
-    right = {name: step for name, step in steps.items() if deviations[name] <= allowed}
+    deviations, allowed = {}, {}
+    for name, step in steps.items():
+        kind = feedbacks[name].spec.kind if name in feedbacks else "gaussian"
+        deviations[name], allowed[name] = deviation(step(), error, kind)
+    right = {name: step for name, step in steps.items() if deviations[name] <= allowed[name]}
     seconds = timing.medians(timing.interleaved(right, rounds, warm_up=1))
     return [
         {
@@ -82,8 +86,38 @@ def measure(units: int, batch: int, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def _deviation(result: Tensor, exact: Tensor) -> float:
-    return (result - exact).abs().max().item()
+def deviation(result: Any, error: Tensor, kind: str) -> tuple[float, float]:
+    """Largest error of e Uᵀ at the spots against float64, and what it may be."""
+    found = plain = 0.0
+    d = fastfood.block_rows(ERROR_SIZE)
+    blocks = -(-result.shape[1] // d)
+    for block in torch.linspace(0, blocks - 1, SPOTS).long().unique().tolist():
+        here = result[:, block * d : (block + 1) * d]
+        rows = written_out(kind, block, d)[: here.shape[1]]
+        exact = error.double() @ rows.double().T
+        found = max(found, (here - exact).abs().max().item())
+        plain = max(plain, (error @ rows.float().T - exact).abs().max().item())
+    return found, 2 * plain + 1e-6
+
+
+def written_out(kind: str, block: int, d: int) -> Tensor:
+    """Rows block·d to (block + 1)·d of U with seed 0: [d, ERROR_SIZE].
+
+    Those of Fastfood are its factors multiplied as matrices in float64.
+    """
+    rows, cpu = range(block * d, (block + 1) * d), torch.device("cpu")
+    if kind == "fastfood":
+        parts = fastfood.fastfood_diagonals(0, range(block, block + 1), ERROR_SIZE, cpu)
+        signs, permutation, gaussian, scaling = (part[0] for part in parts)
+        H = torch.from_numpy(hadamard(d)).double()
+        V = scaling.double()[:, None] * (H @ (gaussian.double()[:, None] * (H * signs.double())[permutation.long()]))
+        return V[:, :ERROR_SIZE]
+    if kind == "sparse":
+        nonzeros = FeedbackSpec("sparse").nonzeros_per_row(ERROR_SIZE)
+        columns, signs = sparse_entries(0, rows, ERROR_SIZE, nonzeros, cpu)
+        values = signs * math.sqrt(ERROR_SIZE / nonzeros)
+        return torch.zeros(d, ERROR_SIZE).scatter_(1, columns.long(), values)
+    return fill(torch.empty(d, ERROR_SIZE), kind, seed=0, row=rows.start)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ Each stands between <!-- name --> and <!-- /name -->.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -29,7 +30,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser(description="Write the README's tables from the committed results.").parse_args(argv)
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text(), ROOT / "bench" / "results" / "cpu"))
     return 0

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.gpu.clock import Clock
 from bench.gpu.forced import Config, with_config
