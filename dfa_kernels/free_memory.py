@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 _MEMINFO = Path("/proc/meminfo")
-_GROUP = Path("/sys/fs/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -17,8 +18,8 @@ def free_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
-    known = [found for found in (_available_on_host(), _left_in_group()) if found is not None]
-    return min(known, default=None)
+    known = [_available_on_host(), *(_left_in_group(group) for group in _own_groups())]
+    return min((found for found in known if found is not None), default=None)
 
 
 def _available_on_host() -> int | None:
@@ -29,11 +30,21 @@ def _available_on_host() -> int | None:
         return None
 
 
-def _left_in_group() -> int | None:
-    """What the limit of a container leaves; files in its cache that nobody reads do not count as used."""
+def _own_groups() -> list[Path]:
+    """The control group of this process and those around it; a container, a job and its step may each be limited."""
     try:
-        used = int((_GROUP / "memory.current").read_text()) - _numbers(_GROUP / "memory.stat")["inactive_file"]
-        return int((_GROUP / "memory.max").read_text()) - used
+        lines = _OWN_GROUP.read_text().splitlines()
+    except OSError:
+        lines = []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    return [_GROUPS / own, *(_GROUPS / parent for parent in Path(own).parents)] if own else [_GROUPS]
+
+
+def _left_in_group(group: Path) -> int | None:
+    """What the limit of a group leaves; files in its cache that nobody reads do not count as used."""
+    try:
+        used = int((group / "memory.current").read_text()) - _numbers(group / "memory.stat")["inactive_file"]
+        return int((group / "memory.max").read_text()) - used
     except (OSError, KeyError, ValueError):
         return None
 

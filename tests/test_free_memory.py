@@ -13,12 +13,19 @@ CPU = torch.device("cpu")
 def system(tmp_path, monkeypatch):
     """A machine with 8 GiB available, in a container of 3 GiB, 2 of them used, half a GiB of that by idle files."""
     (tmp_path / "meminfo").write_text("MemTotal:       16777216 kB\nMemAvailable:    8388608 kB\nHugePages_Total:  0\n")
-    (tmp_path / "memory.max").write_text(f"{3 * 2**30}\n")
-    (tmp_path / "memory.current").write_text(f"{2 * 2**30}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2**29}\n")
+    limit(tmp_path, 3 * 2**30, 2 * 2**30, 2**29)
+    (tmp_path / "cgroup").write_text("0::/\n")
     monkeypatch.setattr(free_memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(free_memory, "_GROUP", tmp_path)
+    monkeypatch.setattr(free_memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(free_memory, "_OWN_GROUP", tmp_path / "cgroup")
     return tmp_path
+
+
+def limit(group, most, used, idle):
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text(f"{most}\n")
+    (group / "memory.current").write_text(f"{used}\n")
+    (group / "memory.stat").write_text(f"anon 1\ninactive_file {idle}\n")
 
 
 def test_the_smaller_of_host_and_container_counts(system):
@@ -27,6 +34,23 @@ def test_the_smaller_of_host_and_container_counts(system):
     assert free_memory.free_bytes(CPU) == 8 * 2**30
     (system / "meminfo").unlink()
     assert free_memory.free_bytes(CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "free"), [(10**6, 10**7, 10**6), (10**7, 10**6, 10**6), (10**12, 10**12, 3 * 2**29)]
+)
+def test_every_group_around_the_process_counts(system, inner, outer, free):
+    """As under a batch system: a limit for the job and one for its step."""
+    (system / "cgroup").write_text("1:cpu:/other\n0::/jobs/7/step\n")
+    limit(system / "jobs" / "7" / "step", inner, 0, 0)
+    limit(system / "jobs" / "7", outer, 0, 0)
+    assert free_memory.free_bytes(CPU) == free
+
+
+def test_without_groups_the_host_counts(system):
+    (system / "cgroup").unlink()
+    (system / "memory.max").unlink()
+    assert free_memory.free_bytes(CPU) == 8 * 2**30
 
 
 def test_nobody_says_it_of_other_devices():
