@@ -131,7 +131,7 @@ def markdown(result: dict[str, Any]) -> str:
         dense, procedural = by_form[kind, "dense"], by_form[kind, "procedural"]
         alignment = " | ".join(_short(*pair) for pair in dense["alignment"])
         same = "the same, bit for bit" if procedural["same_as_dense"] else f"test {_percent(*procedural['test'])}"
-        same += f" ({len(procedural['seeds'])} seeds)"
+        same += f" (seeds {', '.join(map(str, procedural['seeds']))})"
         lines.append(f"| {kind} | {_percent(*dense['test'])} | {_percent(*dense['train'])} | {alignment} | {same} |")
     return "\n".join(lines)
 

@@ -48,9 +48,9 @@ def test_finished_runs_become_the_table(tmp_path, capsys):
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table[2:]}
     assert list(lines) == ["paper", *KINDS]
     alignment = ["0.100 (0.000)", "0.200 (0.000)", "0.300 (0.000)"]
-    assert lines["gaussian"] == ["41.00 (1.00)", "80.00 (0.00)", *alignment, "the same, bit for bit (2 seeds)"]
-    assert lines["sparse"] == ["31.00 (1.00)", "80.00 (0.00)", *alignment, "the same, bit for bit (2 seeds)"]
-    assert lines["uniform"] == ["41.00 (1.00)", "80.00 (0.00)", *alignment, "test 40.50 (0.71) (2 seeds)"]
+    assert lines["gaussian"] == ["41.00 (1.00)", "80.00 (0.00)", *alignment, "the same, bit for bit (seeds 0, 1)"]
+    assert lines["sparse"] == ["31.00 (1.00)", "80.00 (0.00)", *alignment, "the same, bit for bit (seeds 0, 1)"]
+    assert lines["uniform"] == ["41.00 (1.00)", "80.00 (0.00)", *alignment, "test 40.50 (0.71) (seeds 0, 1)"]
     result = json.loads((tmp_path / "kinds.json").read_text())
     assert len(result["rows"]) == len(KINDS) * len(STORAGES)
     assert {tuple(row["commits"]) for row in result["rows"]} == {("abc",)}
