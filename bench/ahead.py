@@ -1,0 +1,189 @@
+"""Compiles the kernels for GPUs that are not here: from a case to a plan, and from a plan to machine code.
+
+Triton's own compiler and its copy of ptxas do this without a driver. What the machine code is like, `sass.py` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dfa_kernels.backends.triton.configs import table
+from dfa_kernels.backends.triton.epilogue import NUMBERS
+from dfa_kernels.backends.triton.hadamard import hadamard_kernel, tile_of
+from dfa_kernels.backends.triton.plan import LaunchPlan, plan_one_phase, plan_projection, plan_two_phase
+from dfa_kernels.backends.triton.problem import GroupedProblem, Projected, TapsProblem, Target
+from dfa_kernels.feedback_spec import FeedbackSpec
+
+MULTIPROCESSORS = 100
+DTYPES = {"fp32": torch.float32, "ieee": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+STORED = {
+    "matrix": ("*fp32",), "signs": ("*i32",), "sparse": ("*i32", "*i8"), "projection": ("*fp32",),
+    "fastfood": ("*i8", "*i32", "*fp32", "*fp32"),
+}  # fmt: skip
+KINDS = {
+    "matrix": "gaussian", "signs": "rademacher", "sparse_seed": "sparse", "fastfood_seed": "fastfood",
+    "projection": "fastfood",
+}  # fmt: skip
+BLOCKS = ("fastfood", "fastfood_seed")
+# Widths of the network's input and hidden layers: multiples of 16 bytes, of 4 and of 2 in half precision.
+WIDTHS = {"even": (3070, 802), "odd": (3071, 801)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel for a problem, not yet compiled."""
+
+    kernel: str
+    config: int
+    dtype: str
+    rule: str = "store"
+    source: str = "matrix"
+    error_size: int = 10
+    network: str = "aligned"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.config} {self.dtype} {self.rule} {self.source} E={self.error_size} {self.network}"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether there is a matrix product in it: a sparse U is summed up, a given P only read."""
+        return self.kernel != "project_taps" or self.source not in ("sparse", "sparse_seed", "projection", *BLOCKS)
+
+
+def feedback_of(source: str) -> FeedbackSpec:
+    """A feedback whose U the kernels get from there."""
+    return FeedbackSpec(KINDS.get(source, source), "dense" if source in STORED else "procedural")
+
+
+def projected(case: Case) -> Projected:
+    dtype = torch.float32 if case.source == "projection" else DTYPES[case.dtype]
+    strides = (case.error_size, 1)
+    return Projected(
+        1024,
+        case.error_size,
+        strides,
+        dtype,
+        feedback_of(case.source),
+        case.source,
+        DTYPES[case.dtype],
+        True,
+        case.dtype == "fp32",
+    )
+
+
+def grouped(case: Case) -> GroupedProblem:
+    """The paper's network, all gradients wanted, float32 parameters."""
+    width, hidden = WIDTHS.get(case.network, (3072, 800))
+    activations = ("tanh", "relu", "gelu") if case.network == "activations" else ("tanh",) * 3
+    return GroupedProblem(
+        projected(case),
+        (width, *(hidden,) * 3),
+        (*(hidden,) * 3, case.error_size),
+        (4 if case.network == "positions" else 1,) * 4,
+        activations,
+        (0.0,) * 6,
+        0b111 if case.network == "noise" else 0,
+        0b1111,
+        0b1111,
+        torch.float32,
+        case.rule,
+        (0,) * 4,
+        (0,) * 4,
+    )
+
+
+def taps(case: Case) -> TapsProblem:
+    """Two convolutions' taps, the second in channels-last order with dropout."""
+    return TapsProblem(projected(case), (16384, 8192), (16, 32), ("relu",) * 2, (0.0,) * 4, 0b11, 0b10, 0b10)
+
+
+def planned(case: Case, arch: int) -> LaunchPlan:
+    """The plan with the config asked for."""
+    config = getattr(table()[arch][projected(case).arithmetic], case.kernel)[case.config]
+    if case.kernel == "project_taps":
+        return plan_projection(taps(case), config)
+    if case.kernel == "one_phase":
+        return plan_one_phase(grouped(case), config)
+    return plan_two_phase(grouped(case), config, Target(arch, MULTIPROCESSORS))
+
+
+def types_of(plan: LaunchPlan) -> tuple[list[Any], tuple[Any, ...]]:
+    """The types of the launch's tensors, and its numbers."""
+    problem = plan.problem
+    how = problem.projected
+    error, x = POINTERS[how.error_dtype], POINTERS[how.dtype]
+    stored = STORED.get(how.source, (error,))
+    if isinstance(problem, TapsProblem):
+        each = (x,) * len(problem.sizes)
+        return [error, stored, each, each, each], plan.numbers
+    layers, hidden = len(problem.widths_in), problem.hidden
+    tensors = [error, stored, (x,) * layers, (x,) * hidden, (x,) * hidden]
+    if plan.counters:
+        tensors = ["*i32", *tensors, (x,) * layers]
+    tensors += [(POINTERS[problem.parameter_dtype],) * layers] * 6
+    return tensors, (*plan.numbers, (0.5,) * max(NUMBERS[problem.rule], 1))
+
+
+def source_of(plan: LaunchPlan) -> ASTSource:
+    """Specialised as a launch on torch's tensors is: every address a multiple of 16, the error's columns adjacent.
+
+    But for the numbers in tuples, which a launch specialises as well: on being 1, and on being a multiple of 16.
+    """
+    tensors, numbers = types_of(plan)
+    constants = plan.constants_by_name()
+    names = plan.kernel.arg_names
+    runtime = [name for name in names if name not in constants]
+    signature = dict(zip(runtime, [*tensors, *map(_number_type, numbers)], strict=True))
+    stride = names.index("stride_column")
+    constexprs = {(names.index(name),): value for name, value in constants.items()} | {(stride,): 1}
+    signature |= dict.fromkeys([*constants, "stride_column"], "constexpr")
+    return ASTSource(
+        fn=plan.kernel,
+        signature={name: signature[name] for name in names},
+        constexprs=constexprs,
+        attrs={path: [["tt.divisibility", 16]] for path in _pointers(names, signature)},
+    )
+
+
+def _number_type(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_number_type, value))
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _pointers(names: list[str], signature: dict[str, Any]) -> Iterator[tuple[int, ...]]:
+    for i, name in enumerate(names):
+        kind = signature[name]
+        if isinstance(kind, tuple):
+            yield from ((i, j) for j, each in enumerate(kind) if each.startswith("*"))
+        elif kind.startswith("*"):
+            yield (i,)
+
+
+def hadamard_source(length: int, dtype: torch.dtype) -> tuple[ASTSource, dict[str, Any]]:
+    """The transform of rows of `length` numbers, and what the compiler is told."""
+    names = hadamard_kernel.arg_names
+    warps, rows = tile_of(length)
+    constants = {"BLOCK": rows, "BITS": length.bit_length() - 1}
+    types = {"x": POINTERS[dtype], "out": POINTERS[dtype], "rows": "i32", "n": "i32", "scale": "fp32"}
+    source = ASTSource(
+        fn=hadamard_kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ("x", "out", "n")[: 2 + (length >= 16)]},
+    )
+    return source, {"num_warps": warps, "enable_fp_fusion": True}
+
+
+def compiled(source: ASTSource, options: dict[str, Any], arch: int) -> Any:
+    """Triton's compiled kernel; whatever Triton and ptxas raise for one that does not compile."""
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
