@@ -1,0 +1,239 @@
+"""Predicts how long a launch takes, from its machine code and a card's datasheet. Nothing here is measured.
+
+    time = LAUNCH + max(bytes / bandwidth, sum over phases of tiles on the busiest multiprocessor × time of a tile)
+    time of a tile = rest + turns × turn
+    rest, turn = the largest of the times that each unit of a multiprocessor needs for its instructions
+
+A phase is a kind of tile: `two_phase` has tiles of δ and tiles of gradients. A turn is one of the product's loop, on
+the path with the fewest instructions (without the sums for the bias, which only the first column of tiles makes); the
+rest is the path with the most instructions outside of it. Bytes are the fewest that the workload can move.
+
+The units: four schedulers that issue an instruction each a clock; float32, integer multiply-add, other integer and
+logic, and special-function lanes; shared memory with L1 (128 bytes and one instruction a clock); what a tile asks of
+the L2 cache (64 bytes a clock); tensor cores.
+
+What is left out makes a card slower than this: latency of memory, barriers, and instructions that wait for each other
+(nothing here profits from more programs on a multiprocessor), bank conflicts, misses of the L2 cache beyond the fewest
+bytes, waiting of one phase for the other, atomics, and clocks below the datasheet's. The one thing left out that makes
+it faster: loads that hit in L1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench import sass
+from bench.cards import MULTIPROCESSORS, RESERVED_SHARED, Card, Multiprocessor
+from bench.sass import Instruction
+
+LAUNCH = 2.5e-6
+"""Seconds from the end of one kernel of a CUDA graph to the end of an empty one behind it. An assumption."""
+SCHEDULERS = 4
+LANES = 32
+"""Threads of a warp."""
+SHARED_BYTES = 128
+"""A clock, of a multiprocessor's L1 and shared memory (NVIDIA's architecture whitepapers)."""
+L2_BYTES = 64
+"""A clock, between a multiprocessor and the L2 cache (NVIDIA's architecture whitepapers)."""
+SPECIAL_LANES = 16
+"""CUDA Programming Guide, "Throughput of Native Arithmetic Instructions"."""
+MMA_SYNC_ON_SM_90 = 0.63
+"""Of the datasheet's rate: what instructions of one warp reach (Luo et al., arXiv 2402.13499)."""
+UNITS = {
+    "integer products": r"IMAD",
+    "integer and logic": r"IADD|VIADD|LEA|LOP|SHF|PRMT|PLOP|SEL|SGXT|BMSK|ISETP|FSETP|FSEL|FSET|FMNMX|IMNMX|VIMNMX|FLO",
+    "float32": r"FFMA|FMUL|FADD|FSWZ",
+    "special functions": r"MUFU|I2F\b|F2I\b|FRND|F2F\b|POPC",
+}
+REGISTERS_AT_ONCE = 256
+"""A warp's registers are handed out in such units, and its program's shared memory in SHARED_AT_ONCE bytes."""
+SHARED_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one warp has to run: instructions in all and by unit, bytes through shared memory, products' operations."""
+
+    instructions: int
+    units: dict[str, int]
+    memory: int
+    shared_bytes: float
+    tensor: dict[tuple[str, bool], float]
+    """By the instruction, "HMMA" or "HGMMA", and whether in tf32."""
+
+    @staticmethod
+    def of(code: Sequence[Instruction]) -> Work:
+        units = {name: sum(bool(re.match(pattern, line.opcode)) for line in code) for name, pattern in UNITS.items()}
+        moving = [moved for line in code if (moved := sass.shared_bytes(line))]
+        tensor = {
+            (kind, tf32): sum(
+                sass.operations(line)
+                for line in code
+                if line.opcode.startswith(f"{kind}.") and ("TF32" in line.opcode) == tf32
+            )
+            for kind in ("HMMA", "HGMMA")
+            for tf32 in (False, True)
+        }
+        return Work(len(code), units, len(moving), sum(max(SHARED_BYTES, moved) for moved in moving), tensor)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A kind of tile: its loop, and what runs around it. Without a loop everything is `rest`."""
+
+    rest: Work
+    turn: Work | None = None
+    operations: float = 0.0
+    """Of the products in a turn, by a warp."""
+    loads: dict[str, int] = field(default_factory=dict)
+    """Instructions in the loop that read global memory, by kind."""
+    products: int = 0
+    """Instructions in the loop that multiply."""
+    most: int = 0
+    """Instructions of the longest turn."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the machine code says. Bytes; registers of a thread."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    warps: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def spills(self) -> bool:
+        """Whether anything lies on the stack or in local memory that belongs into registers."""
+        return self.stack > 0 or self.local > 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How many tiles a phase has, and of each: steps of its loop, operations of a step, bytes asked of the L2 cache."""
+
+    count: int
+    steps: int = 0
+    step_operations: float = 0.0
+    step_bytes: float = 0.0
+    other_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds; `limit`: what takes most of them."""
+
+    seconds: float
+    limit: str
+
+
+def kernel_of(compiled: Any, warps: int) -> Kernel:
+    """Triton's compiled kernel, read."""
+    cubin = compiled.asm["cubin"]
+    used = sass.resources(cubin)
+    phases = phases_of(sass.instructions(sass.disassembled(cubin)))
+    return Kernel(used["reg"], used["stack"], used["local"], compiled.metadata.shared, warps, phases)
+
+
+def phases_of(code: Sequence[Instruction]) -> tuple[Phase, ...]:
+    """A phase for every loop that multiplies; one of everything if none does."""
+    exits = {line.address for line in code if line.opcode == "EXIT"}
+    bodies = sass.product_loops(code)
+    if not bodies:
+        return (Phase(Work.of(sass.path(code, code[0].address, exits, longest=True))),)
+    first, last = bodies[0][0].address, bodies[-1][-1].address
+    around = [body for body in sass.loops(code) if body[0].address < first and last < body[-1].address]
+    if around:
+        # Tiles are drawn in a loop of their own, once around which is one tile.
+        tickets = max(around, key=len)
+        return tuple(_phase(code, body, tickets[0].address, {tickets[-1].address}) for body in bodies)
+    return tuple(_phase(code, body, code[0].address, exits) for body in bodies)
+
+
+def _phase(code: Sequence[Instruction], body: Sequence[Instruction], start: int, ends: set[int]) -> Phase:
+    first, last = body[0].address, body[-1].address
+    before = sass.path(code, start, {first}, longest=True)
+    after = sass.path(code, first, {end for end in ends if end > last}, longest=True)
+    rest = [line for line in (*before, *after) if not first <= line.address <= last]
+    turn = sass.path(code, first, {last})
+    most = sass.path(code, first, {last}, longest=True)
+    products = sum(sass.operations(line) > 0 for line in turn)
+    loads = dict(sorted(sass.loads(turn).items()))
+    return Phase(Work.of(rest), Work.of(turn), sum(map(sass.operations, turn)), loads, products, len(most))
+
+
+def programs_at_once(kernel: Kernel, arch: int) -> int:
+    """How many programs of it a multiprocessor takes; 0 if not even one."""
+    has: Multiprocessor = MULTIPROCESSORS[arch]
+    registers = _up(kernel.registers * LANES, REGISTERS_AT_ONCE) * kernel.warps
+    shared = _up(kernel.shared + RESERVED_SHARED, SHARED_AT_ONCE)
+    if kernel.shared > has.shared_of_program:
+        return 0
+    return min(has.programs, has.warps // kernel.warps, has.registers // registers, has.shared // shared)
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def occupancy(kernel: Kernel, arch: int) -> float:
+    """Share of a multiprocessor's warps that run at once."""
+    return programs_at_once(kernel, arch) * kernel.warps / MULTIPROCESSORS[arch].warps
+
+
+def clocks(work: Work, warps: int, card: Card, l2_bytes: float = 0.0) -> dict[str, float]:
+    """Clocks that each unit of a multiprocessor needs for a program's work."""
+    has = MULTIPROCESSORS[card.arch]
+    lanes = {
+        "integer products": has.integer_lanes,
+        "integer and logic": has.integer_lanes,
+        "float32": has.float_lanes,
+        "special functions": SPECIAL_LANES,
+    }
+    tensor_seconds = sum(
+        operations
+        / (card.tf32 if tf32 else card.half)
+        / (MMA_SYNC_ON_SM_90 if (kind, card.arch) == ("HMMA", 90) else 1)
+        for (kind, tf32), operations in work.tensor.items()
+    )
+    return {
+        "issue": work.instructions * warps / SCHEDULERS,
+        **{name: work.units[name] * warps * LANES / lanes[name] for name in UNITS},
+        "shared memory": work.shared_bytes * warps / SHARED_BYTES,
+        "L2 cache": l2_bytes / L2_BYTES,
+        "tensor cores": tensor_seconds * warps * card.multiprocessors * card.clock,
+    }
+
+
+def predict(kernel: Kernel, tiles: Sequence[Tiles], bytes_moved: float, card: Card) -> Prediction:
+    """The time of a launch; tiles: of each of the kernel's phases."""
+    times: Counter[str] = Counter()
+    busy = 0.0
+    for phase, these in zip(kernel.phases, tiles, strict=True):
+        here = -(-these.count // card.multiprocessors)
+        for work, l2_bytes, often in _parts(phase, these, kernel.warps):
+            needed = clocks(work, kernel.warps, card, l2_bytes)
+            busy += here * often * max(needed.values()) / card.clock
+            times.update({name: here * often * value / card.clock for name, value in needed.items()})
+    times.update({"launch": LAUNCH, "memory": bytes_moved / card.bandwidth})
+    return Prediction(LAUNCH + max(busy, times["memory"]), max(times, key=lambda name: times[name]))
+
+
+def _parts(phase: Phase, tiles: Tiles, warps: int) -> list[tuple[Work, float, float]]:
+    """(work of a program, bytes asked of the L2 cache, how often in a tile)."""
+    parts = [(phase.rest, tiles.other_bytes, 1.0)]
+    if phase.turn:
+        steps = steps_of_turn(phase, tiles, warps)
+        parts.append((phase.turn, tiles.step_bytes * steps, tiles.steps / steps))
+    return parts
+
+
+def steps_of_turn(phase: Phase, tiles: Tiles, warps: int) -> int:
+    """How many steps of the kernel's loop one turn of the machine code's makes."""
+    return max(1, round(phase.operations * warps / tiles.step_operations)) if tiles.step_operations else 1
