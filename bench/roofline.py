@@ -183,7 +183,7 @@ def read(plan: LaunchPlan, arch: int) -> Kernel:
 def _read_source(source: Any, options: dict[str, Any], arch: int) -> Kernel:
     key = (source.hash(), tuple(sorted(options.items(), key=str)), arch)
     if key not in _read:
-        _read[key] = kernel_of(compiled(source, options, arch), options["num_warps"])
+        _read[key] = kernel_of(compiled(source, options, arch), options["num_warps"], options.get("num_stages", 1))
     return _read[key]
 
 
@@ -372,7 +372,8 @@ def config_table(rows: list[dict[str, Any]]) -> str:
     """A line for every phase of every config; its numbers are those of one multiprocessor."""
     columns = (
         "arch", "kernel, config, dtype", "registers", "stack + spilled B", "shared KB", "programs, occupancy",
-        "loop: instructions, products", "loads in the loop", "around the loop", "tile: KB, Mop", "limit", "tensor cores",
+        "loop: instructions, products", "loads in the loop", "around the loop", "tile: KB, Mop", "limit",
+        "tensor share",
     )  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:

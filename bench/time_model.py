@@ -1,27 +1,28 @@
 """Predicts how long a launch takes, from its machine code and a card's datasheet. Nothing here is measured.
 
-    time = LAUNCH + max(bytes / bandwidth, sum over phases of tiles on the busiest multiprocessor × time of a tile)
-    time of a tile = rest + turns × turn
-    rest, turn = the largest of the times that each unit of a multiprocessor needs for its instructions
+    time = LAUNCH + max(bytes / bandwidth, sum over phases of the busiest multiprocessor's time for its tiles)
+    its time = max(tiles × work, tiles / programs at once, rounded up × alone)
+    work = rest + turns × turn; each the largest of the times that one unit of the multiprocessor needs
+    alone = LATENCY + rest + turns × max(turn, waiting)
 
 A phase is a kind of tile: `two_phase` has tiles of δ and tiles of gradients. A turn is one of the product's loop, on
 the path with the fewest instructions (without the sums for the bias, which only the first column of tiles makes); the
-rest is the path with the most instructions outside of it. Bytes are the fewest that the workload can move.
+rest is the path with the most instructions outside of it. Waiting is LATENCY if the loop loads into registers, or
+LATENCY / stages ahead if it copies to shared memory. Bytes are the fewest that the workload can move.
 
 The units: four schedulers that issue an instruction each a clock; float32, integer multiply-add, other integer and
 logic, and special-function lanes; shared memory with L1 (128 bytes and one instruction a clock); what a tile asks of
 the L2 cache (64 bytes a clock); tensor cores.
 
-What is left out makes a card slower than this: latency of memory, barriers, and instructions that wait for each other
-(nothing here profits from more programs on a multiprocessor), bank conflicts, misses of the L2 cache beyond the fewest
-bytes, waiting of one phase for the other, atomics, and clocks below the datasheet's. The one thing left out that makes
-it faster: loads that hit in L1.
+What is left out makes a card slower than this: instructions that wait for each other and for barriers, bank conflicts,
+misses of the L2 cache beyond the fewest bytes, one phase waiting for the other, atomics, and clocks below the
+datasheet's. Left out too, and making it faster: loads that hit in L1, or in L2 sooner than LATENCY.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,8 @@ from bench.sass import Instruction
 
 LAUNCH = 2.5e-6
 """Seconds from the end of one kernel of a CUDA graph to the end of an empty one behind it. An assumption."""
+LATENCY = 600e-9
+"""Seconds from a load to its data, from memory. An assumption, between what is published for these cards."""
 SCHEDULERS = 4
 LANES = 32
 """Threads of a warp."""
@@ -106,6 +109,7 @@ class Kernel:
     local: int
     shared: int
     warps: int
+    stages: int
     phases: tuple[Phase, ...]
 
     @property
@@ -133,12 +137,12 @@ class Prediction:
     limit: str
 
 
-def kernel_of(compiled: Any, warps: int) -> Kernel:
+def kernel_of(compiled: Any, warps: int, stages: int) -> Kernel:
     """Triton's compiled kernel, read."""
     cubin = compiled.asm["cubin"]
     used = sass.resources(cubin)
     phases = phases_of(sass.instructions(sass.disassembled(cubin)))
-    return Kernel(used["reg"], used["stack"], used["local"], compiled.metadata.shared, warps, phases)
+    return Kernel(used["reg"], used["stack"], used["local"], compiled.metadata.shared, warps, stages, phases)
 
 
 def phases_of(code: Sequence[Instruction]) -> tuple[Phase, ...]:
@@ -213,25 +217,42 @@ def clocks(work: Work, warps: int, card: Card, l2_bytes: float = 0.0) -> dict[st
 
 def predict(kernel: Kernel, tiles: Sequence[Tiles], bytes_moved: float, card: Card) -> Prediction:
     """The time of a launch; tiles: of each of the kernel's phases."""
-    times: Counter[str] = Counter()
-    busy = 0.0
+    times: dict[str, float] = defaultdict(float)
+    busy = latency = 0.0
     for phase, these in zip(kernel.phases, tiles, strict=True):
         here = -(-these.count // card.multiprocessors)
-        for work, l2_bytes, often in _parts(phase, these, kernel.warps):
-            needed = clocks(work, kernel.warps, card, l2_bytes)
-            busy += here * often * max(needed.values()) / card.clock
-            times.update({name: here * often * value / card.clock for name, value in needed.items()})
-    times.update({"launch": LAUNCH, "memory": bytes_moved / card.bandwidth})
+        turns, rest, turn = _clocks_of_tile(phase, these, kernel, card)
+        work = _seconds(rest, card) + turns * _seconds(turn, card)
+        alone = LATENCY + _seconds(rest, card) + turns * max(_seconds(turn, card), waiting(phase, kernel.stages))
+        waits = -(-here // max(1, programs_at_once(kernel, card.arch))) * alone
+        busy += max(here * work, waits)
+        for name, needed in rest.items():
+            times[name] += here * (needed + turns * turn.get(name, 0.0)) / card.clock
+        latency += max(0.0, waits - here * work)
+    times.update({"launch": LAUNCH, "latency": latency, "memory": bytes_moved / card.bandwidth})
     return Prediction(LAUNCH + max(busy, times["memory"]), max(times, key=lambda name: times[name]))
 
 
-def _parts(phase: Phase, tiles: Tiles, warps: int) -> list[tuple[Work, float, float]]:
-    """(work of a program, bytes asked of the L2 cache, how often in a tile)."""
-    parts = [(phase.rest, tiles.other_bytes, 1.0)]
-    if phase.turn:
-        steps = steps_of_turn(phase, tiles, warps)
-        parts.append((phase.turn, tiles.step_bytes * steps, tiles.steps / steps))
-    return parts
+def waiting(phase: Phase, stages: int) -> float:
+    """Seconds at least between two turns of a loop, for what it loads."""
+    if any(kind.startswith("LDG") for kind in phase.loads):
+        return LATENCY
+    return LATENCY / max(1, stages - 1) if phase.loads else 0.0
+
+
+def _clocks_of_tile(
+    phase: Phase, tiles: Tiles, kernel: Kernel, card: Card
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """(turns of a tile, clocks of the rest by unit, clocks of a turn by unit)."""
+    rest = clocks(phase.rest, kernel.warps, card, tiles.other_bytes)
+    if phase.turn is None:
+        return 0.0, rest, {}
+    steps = steps_of_turn(phase, tiles, kernel.warps)
+    return tiles.steps / steps, rest, clocks(phase.turn, kernel.warps, card, tiles.step_bytes * steps)
+
+
+def _seconds(clocks_by_unit: dict[str, float], card: Card) -> float:
+    return max(clocks_by_unit.values(), default=0.0) / card.clock
 
 
 def steps_of_turn(phase: Phase, tiles: Tiles, warps: int) -> int:
