@@ -1,6 +1,6 @@
 """Predicts without a GPU what each kernel and committed config can reach, beside the floor that no kernel can pass.
 
-    python bench/roofline.py [--out bench/results/predicted] [--select mlp]
+    python bench/roofline.py [--out bench/results/predicted] [--select hadamard]
 
 Plans are those that the package makes for each card; they are compiled ahead of time and their machine code is read.
 How a time follows from it, and what that leaves out, says `time_model.py`; the cards' numbers are in `cards.py`.
@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -172,23 +171,24 @@ def _name(plan: LaunchPlan) -> str:
     return f"{plan.name.removesuffix('_kernel')}, tiles {tiles}, {plan.config.num_warps} warps"
 
 
-_read: dict[tuple[Any, ...], Kernel] = {}
-
-
 def read(plan: LaunchPlan, arch: int) -> Kernel:
     """The plan's kernel, compiled for the architecture and read."""
     return _read_source(source_of(plan), plan.options, arch)
 
 
+_read: dict[tuple[Any, ...], Kernel] = {}
+
+
 def _read_source(source: Any, options: dict[str, Any], arch: int) -> Kernel:
+    """What several workloads and cards launch is compiled once."""
     key = (source.hash(), tuple(sorted(options.items(), key=str)), arch)
     if key not in _read:
         _read[key] = kernel_of(compiled(source, options, arch), options["num_warps"], options.get("num_stages", 1))
     return _read[key]
 
 
-@cache
 def read_hadamard(length: int, arch: int) -> Kernel:
+    """The transform's kernel for rows of `length` numbers, compiled and read."""
     return _read_source(*hadamard_source(length, torch.float32), arch)
 
 
@@ -274,7 +274,7 @@ def config_cases(arch: int) -> Iterator[Case]:
 
 
 def config_rows(arch: int) -> Iterator[dict[str, Any]]:
-    """A row for every phase of every config and of every transform."""
+    """A row for every phase of every config and of every transform; clocks are of a turn of the loop, if there is one."""
     card = next(card for card in CARDS if card.arch == arch)
     for case in config_cases(arch):
         plan = planned(case, arch)
@@ -311,7 +311,7 @@ def _rows(
             "other_instructions": phase.rest.instructions,
             "tile_bytes": these.steps * these.step_bytes + these.other_bytes,
             "tile_operations": these.steps * these.step_operations,
-            "clocks": needed,
+            "clocks": {name: round(value, 1) for name, value in needed.items()},
             "limit": limit,
             "tensor_share": needed["tensor cores"] / needed[limit],
         }

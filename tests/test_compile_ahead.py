@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from bench.cards import KIB, MULTIPROCESSORS, RESERVED_SHARED, Multiprocessor
 from dfa_kernels.backends.triton.configs import KINDS, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,33 +34,26 @@ Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Card:
-    """What a multiprocessor has, and what a program may use of it. Sizes in bytes; tensor memory in columns."""
+class Expected:
+    """What machine code for an architecture has to fit into and to use. Tensor memory in columns."""
 
     instruction: str
-    shared_of_program: int
-    shared: int
-    warps: int
-    registers: int = 65536
+    limits: Multiprocessor
     tensor_memory: int = 512
     tma: bool = False
 
 
-KIB = 1024
-SMALL = Card("mma.sync", 99 * KIB, 100 * KIB, 48)
 CARDS = {
-    80: Card("mma.sync", 163 * KIB, 164 * KIB, 64),
-    86: SMALL,
-    89: SMALL,
-    90: Card("wgmma", 227 * KIB, 228 * KIB, 64, tma=True),
-    100: Card("tcgen05", 227 * KIB, 228 * KIB, 64, tma=True),
-    120: SMALL,
+    80: Expected("mma.sync", MULTIPROCESSORS[80]),
+    86: Expected("mma.sync", MULTIPROCESSORS[86]),
+    89: Expected("mma.sync", MULTIPROCESSORS[89]),
+    90: Expected("wgmma", MULTIPROCESSORS[90], tma=True),
+    100: Expected("tcgen05", MULTIPROCESSORS[100], tma=True),
+    120: Expected("mma.sync", MULTIPROCESSORS[120]),
 }
-# The driver's own, of every program.
-RESERVED_SHARED = 1 * KIB
 
 
-def complaints(result: Result, card: Card) -> Iterator[str]:
+def complaints(result: Result, card: Expected) -> Iterator[str]:
     """What is wrong with a kernel's machine code, a phrase each."""
     if "error" in result:
         yield result["error"]
@@ -68,24 +62,24 @@ def complaints(result: Result, card: Card) -> Iterator[str]:
     yield from _instruction_complaints(result, card)
 
 
-def _resource_complaints(result: Result, card: Card) -> Iterator[str]:
+def _resource_complaints(result: Result, card: Expected) -> Iterator[str]:
     for name in ("stack", "local"):
         if result[name] != 0:
             yield f"{name.upper()} {result[name]}, expected 0"
-    if result["shared"] > card.shared_of_program:
-        yield f"{result['shared']} B of shared memory, expected at most {card.shared_of_program}"
+    if result["shared"] > card.limits.shared_of_program:
+        yield f"{result['shared']} B of shared memory, expected at most {card.limits.shared_of_program}"
     programs = result["programs"]
     for name, used, limit in (
-        ("B of shared memory", result["shared"] + RESERVED_SHARED, card.shared),
-        ("registers", result["reg"] * result["warps"] * 32, card.registers),
-        ("warps", result["warps"], card.warps),
+        ("B of shared memory", result["shared"] + RESERVED_SHARED, card.limits.shared),
+        ("registers", result["reg"] * result["warps"] * 32, card.limits.registers),
+        ("warps", result["warps"], card.limits.warps),
         ("columns of tensor memory", result["tensor_memory"], card.tensor_memory),
     ):
         if used * programs > limit:
             yield f"{programs} programs of {used} {name}, expected at most {limit} together"
 
 
-def _instruction_complaints(result: Result, card: Card) -> Iterator[str]:
+def _instruction_complaints(result: Result, card: Expected) -> Iterator[str]:
     found = result["instructions"]
     if result["dtype"] == "ieee":
         if wrong := {"mma.sync", "wgmma", "tcgen05"} & set(found):
