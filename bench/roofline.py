@@ -274,7 +274,7 @@ def config_cases(arch: int) -> Iterator[Case]:
 
 
 def config_rows(arch: int) -> Iterator[dict[str, Any]]:
-    """A row for every phase of every config and of every transform; clocks are of a turn of the loop, if there is one."""
+    """A row for every phase of every config and of every transform. Clocks: of a turn of its loop, if it has one."""
     card = next(card for card in CARDS if card.arch == arch)
     for case in config_cases(arch):
         plan = planned(case, arch)
