@@ -26,6 +26,8 @@ from .two_phase import two_phase
 
 # A hidden layer's tile holds its rows of U: beyond this many components they do not fit beside the gradient.
 LARGEST_HELD_ERROR = 64
+# A product of tiles has at least so many of each.
+SMALLEST_FACTOR = 16
 # δ made again by every tile costs arithmetic, δ written once costs a wait in the launch. Estimated, not yet measured.
 MOST_REPEATED_DELTAS = 2**23
 
@@ -120,10 +122,10 @@ def _fitted(config: Any, projected: Projected) -> Any:
         units = max(config.block_u, _block(projected))
         return replace(config, block_u=units, block_r=max(1, 32 * threads // units))
     if projected.source in REGENERATED:
-        # A tile of U is made once for all the rows whose sums fit into a quarter of the registers.
+        # A tile of U is made once for all the rows whose sums fit into a quarter of the registers, and for no more.
         most = threads * ((config.registers + 1) // 4) // config.block_u
-        rows = min(triton.next_power_of_2(max(1, projected.rows)), 1 << (most.bit_length() - 1))
-        return replace(config, block_r=max(config.block_r, rows))
+        needed = max(SMALLEST_FACTOR, triton.next_power_of_2(max(1, projected.rows)))
+        return replace(config, block_r=min(needed, max(config.block_r, 1 << (most.bit_length() - 1))))
     return config
 
 

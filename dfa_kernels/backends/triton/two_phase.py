@@ -48,7 +48,7 @@ def two_phase(
     row_tiles, unit_tiles = tl.cdiv(rows, BLOCK_R), tl.cdiv(widest, BLOCK_U)
     ticket = tl.atomic_add(counters, 1)
     while ticket < total:
-        if ticket < copies:
+        if COPY and ticket < copies:
             _copy_error(
                 ticket, error, pick(deltas, len(deltas) - 1), rows, error_size, stride_row, stride_column, delta_width,
                 INDEX, BLOCK_U, BLOCK_R,
