@@ -24,7 +24,7 @@ import triton
 from matplotlib.figure import Figure
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dfa_kernels as dfa
 from bench import environment, time_model
@@ -363,6 +363,19 @@ def workload_table(rows: list[dict[str, Any]]) -> str:
             f"{row['predicted_us']:,.1f}, {row['fraction_of_floor']:.0%}, {row['limit']}"
             for row in rows
             if row["workload"] == name
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The table of the README: a line a workload, a column a card."""
+    rows = result["workloads"]
+    cards = list(dict.fromkeys(row["card"] for row in rows))
+    lines = ["| µs predicted (floor's share) | " + " | ".join(cards) + " |", "|---" * (1 + len(cards)) + "|"]
+    for name in dict.fromkeys(row["workload"] for row in rows):
+        cells = [
+            f"{row['predicted_us']:,.0f} ({row['fraction_of_floor']:.0%})" for row in rows if row["workload"] == name
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
