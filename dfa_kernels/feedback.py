@@ -98,7 +98,7 @@ class Feedback:
 
         given_back: bytes that come free before these are needed.
         """
-        if torch.compiler.is_compiling() or (self._given is not None and self._given.device == device):
+        if torch.compiler.is_compiling() or self._is_given_on(device):
             return
         wanted, free = self.nbytes(rows, error_size), free_bytes(device)
         if free is None or wanted <= free + given_back:
@@ -113,6 +113,10 @@ class Feedback:
             f"{asked}; storage='procedural' keeps only the seed, for any kind"
             + (f", and these kinds would fit: {', '.join(fitting)}" if fitting else "")
         )
+
+    def _is_given_on(self, device: torch.device) -> bool:
+        # "cuda" is the current one of them: a tensor there says which.
+        return self._given is not None and self._given.device == torch.empty(0, device=device).device
 
     def _make(self, units: int, error_size: int, device: torch.device) -> Parts:
         if self._given is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .hadamard import HadamardFunction, hadamard
+from .hadamard import HadamardFunction, hadamard, hadamard_by_products
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -20,7 +23,12 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
         raise TypeError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {list(x.shape)}")
-    # The operator suffices to a compiler, which does not take a Function with a forward mode.
-    transform = hadamard if torch.compiler.is_compiling() else HadamardFunction.apply
-    result: Tensor = transform(x, float(scale))
+    result: Tensor = _transform()(x, float(scale))
     return result
+
+
+def _transform() -> Callable[[Tensor, float], Tensor]:
+    """The form that can be differentiated in every mode here: a compiler takes no Function with a forward mode."""
+    if not torch.compiler.is_compiling():
+        return HadamardFunction.apply
+    return hadamard_by_products if forward_ad._current_level >= 0 else hadamard

@@ -73,7 +73,8 @@ def test_feedback_that_cannot_fit_says_what_would(monkeypatch):
 def test_a_given_matrix_is_there_already(monkeypatch):
     monkeypatch.setattr(feedback, "free_bytes", lambda device: 0)
     given = torch.randn(5, 3)
-    assert torch.equal(dfa.Feedback.from_matrix(given).stored(5, 3, "cpu")[0], given)
+    for device in (None, "cpu", "cpu:0"):
+        assert torch.equal(dfa.Feedback.from_matrix(given, device=device).stored(5, 3, "cpu")[0], given)
     with pytest.raises(torch.OutOfMemoryError, match=r"5 x 3 of 'gaussian' need 60 bytes on cpu"):
         dfa.Feedback().stored(5, 3, "cpu")
     assert dfa.Feedback(storage="procedural").stored(5, 3, "cpu") == []

@@ -88,6 +88,23 @@ def test_compiles_whole():
     torch.testing.assert_close(x.grad, reference(torch.ones(3, 6)).float())
 
 
+@pytest.mark.parametrize("n", [5, 8])
+def test_compiles_whole_in_forward_mode(n):
+    x, v = torch.randn(n, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
+
+    def tangent(x, v):
+        return torch.func.jvp(lambda x: hadamard_transform(x, 0.7), (x,), (v,))[1]
+
+    def jacobian(x):
+        return torch.func.jacfwd(lambda x: hadamard_transform(x, 0.7))(x)
+
+    def compiled(f):
+        return torch.compile(f, fullgraph=True, backend="aot_eager")
+
+    torch.testing.assert_close(compiled(tangent)(x, v), reference(v, 0.7))
+    torch.testing.assert_close(compiled(jacobian)(x), reference(torch.eye(n, dtype=torch.float64), 0.7))
+
+
 @pytest.mark.parametrize("shape", [(3, 8), (5,), (2, 3, 6), (0, 4), (7, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_operator_is_well_formed(shape, dtype):

@@ -86,6 +86,7 @@ def nearest_tf32(x):
 @triton.jit
 def _sign_tile(unit, column, first_column, key0, key1):
     """±1 [M, BLOCK_E] for columns that lie in one call of 128 signs."""
+    tl.static_assert(column.shape[0] <= 128)
     word0, word1, word2, word3 = flat_words(unit, first_column // 128, RADEMACHER, key0, key1)
     if column.shape[0] > 32:
         return sign_entries(

@@ -44,10 +44,10 @@ def tile_of(length: int) -> tuple[int, int]:
 @triton.jit(do_not_specialize=["rows", "scale"])
 def hadamard_kernel(x, out, rows, n, scale, BLOCK: tl.constexpr, BITS: tl.constexpr):
     """Rows of n <= 2^BITS numbers, filled up with zeros; the first n of the result are kept."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, 1 << BITS)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row, column = tl.arange(0, BLOCK), tl.arange(0, 1 << BITS)
     at = row[:, None] * n + column[None, :]
-    inside = (row < rows)[:, None] & (column < n)[None, :]
-    tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    inside = (row < rows - first)[:, None] & (column < n)[None, :]
+    tile = tl.load(x + first * n + at, mask=inside, other=0.0).to(tl.float32)
     tile = hadamard_tile(tile, BITS) * scale
-    tl.store(out + at, tile.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + first * n + at, tile.to(out.dtype.element_ty), mask=inside)
