@@ -52,6 +52,9 @@ class Card:
     half: float
     tf32: float
     ieee: float
+    l2_bytes: float
+    """A clock, from the whole L2 cache. The A100 whitepaper's; for the H100 and H200, of which none is published, the
+    same; for GeForce cards, of which none is either, what all multiprocessors together can ask for."""
     source: str
 
     def rate(self, arithmetic: str) -> float:
@@ -61,12 +64,47 @@ class Card:
 
 
 CARDS = (
-    Card("A100 SXM 80 GB", 80, 108, 1.410e9, 2039e9, 312e12, 156e12, 19.5e12, "NVIDIA A100 datasheet and whitepaper"),
-    Card("RTX 3090", 86, 82, 1.695e9, 936e9, 71e12, 35.6e12, 35.6e12, "NVIDIA Ampere GA102 whitepaper, appendix A"),
-    Card("RTX 4090", 89, 128, 2.520e9, 1008e9, 165.2e12, 82.6e12, 82.6e12, "NVIDIA Ada whitepaper, appendix A"),
-    Card("H100 SXM", 90, 132, 1.830e9, 3352e9, 989.4e12, 494.7e12, 66.9e12, "NVIDIA H100 datasheet and whitepaper"),
-    Card("H200", 90, 132, 1.830e9, 4800e9, 989.4e12, 494.7e12, 66.9e12, "NVIDIA H200 datasheet"),
     Card(
-        "RTX 5090", 120, 170, 2.407e9, 1792e9, 209.5e12, 104.8e12, 104.8e12, "NVIDIA RTX Blackwell whitepaper, appendix"
+        "A100 SXM 80 GB",
+        80,
+        108,
+        1.410e9,
+        2039e9,
+        312e12,
+        156e12,
+        19.5e12,
+        5120,
+        "NVIDIA A100 datasheet and whitepaper",
+    ),
+    Card(
+        "RTX 3090",
+        86,
+        82,
+        1.695e9,
+        936e9,
+        71e12,
+        35.6e12,
+        35.6e12,
+        82 * 64,
+        "NVIDIA Ampere GA102 whitepaper, appendix A",
+    ),
+    Card(
+        "RTX 4090", 89, 128, 2.520e9, 1008e9, 165.2e12, 82.6e12, 82.6e12, 128 * 64, "NVIDIA Ada whitepaper, appendix A"
+    ),
+    Card(
+        "H100 SXM", 90, 132, 1.830e9, 3352e9, 989.4e12, 494.7e12, 66.9e12, 5120, "NVIDIA H100 datasheet and whitepaper"
+    ),
+    Card("H200", 90, 132, 1.830e9, 4800e9, 989.4e12, 494.7e12, 66.9e12, 5120, "NVIDIA H200 datasheet"),
+    Card(
+        "RTX 5090",
+        120,
+        170,
+        2.407e9,
+        1792e9,
+        209.5e12,
+        104.8e12,
+        104.8e12,
+        170 * 64,
+        "NVIDIA RTX Blackwell whitepaper, appendix",
     ),
 )

@@ -1,11 +1,12 @@
-"""Predicts without a GPU what each kernel and committed config can reach, beside the floor that no kernel can pass.
+"""Predicts without a GPU what each kernel and committed config can reach, beside the workload's floor.
 
     python bench/roofline.py [--out bench/results/predicted] [--select hadamard]
 
 Plans are those that the package makes for each card; they are compiled ahead of time and their machine code is read.
 How a time follows from it, and what that leaves out, says `time_model.py`; the cards' numbers are in `cards.py`.
 
-The floor of a workload: the larger of its fewest bytes / bandwidth and its operations / the datasheet's rate. Writes
+The floor of a workload, computed this way in this arithmetic from memory that no cache holds yet: the larger of its
+fewest bytes / bandwidth and its operations / the datasheet's rate. Writes
 roofline.json, roofline.md and roofline.png. Needs a Triton that compiles (not TRITON_INTERPRET=1), but no driver.
 """
 
@@ -15,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,8 @@ def _name(plan: LaunchPlan) -> str:
 
 def read(plan: LaunchPlan, arch: int) -> Kernel:
     """The plan's kernel, compiled for the architecture and read."""
-    return _read_source(source_of(plan), plan.options, arch)
+    kernel = _read_source(source_of(plan), plan.options, arch)
+    return replace(kernel, most_programs=plan.config.programs) if plan.name == "two_phase" else kernel
 
 
 _read: dict[tuple[Any, ...], Kernel] = {}

@@ -11,12 +11,14 @@ rest is the path with the most instructions outside of it. Waiting is LATENCY if
 LATENCY / stages ahead if it copies to shared memory. Bytes are the fewest that the workload can move.
 
 The units: four schedulers that issue an instruction each a clock; float32, integer multiply-add, other integer and
-logic, and special-function lanes; shared memory with L1 (128 bytes and one instruction a clock); what a tile asks of
-the L2 cache (64 bytes a clock); tensor cores.
+logic, and special-function lanes; the pipe that float32 and integer multiply-add share; shared memory with L1 (128
+bytes and one instruction a clock); what a tile asks of the L2 cache (64 bytes a clock, and its share of what the whole
+cache gives); tensor cores.
 
 What is left out makes a card slower than this: instructions that wait for each other and for barriers, bank conflicts,
-misses of the L2 cache beyond the fewest bytes, one phase waiting for the other, atomics, and clocks below the
-datasheet's. Left out too, and making it faster: loads that hit in L1, or in L2 sooner than LATENCY.
+misses of the L2 cache beyond the fewest bytes, one phase waiting for the other, atomics, clocks below the datasheet's
+under a limit of power, and memory that reaches some nine tenths of its datasheet's bandwidth. Left out too, and making
+it faster: loads that hit in L1, or in L2 sooner than LATENCY, and what an earlier kernel left in L2.
 """
 
 from __future__ import annotations
@@ -41,16 +43,16 @@ LANES = 32
 SHARED_BYTES = 128
 """A clock, of a multiprocessor's L1 and shared memory (NVIDIA's architecture whitepapers)."""
 L2_BYTES = 64
-"""A clock, between a multiprocessor and the L2 cache (NVIDIA's architecture whitepapers)."""
+"""A clock, that a multiprocessor takes from the L2 cache at most. An assumption, as on the A100 and before."""
 SPECIAL_LANES = 16
 """CUDA Programming Guide, "Throughput of Native Arithmetic Instructions"."""
 MMA_SYNC_ON_SM_90 = 0.63
 """Of the datasheet's rate: what instructions of one warp reach (Luo et al., arXiv 2402.13499)."""
 UNITS = {
     "integer products": r"IMAD",
-    "integer and logic": r"IADD|VIADD|LEA|LOP|SHF|PRMT|PLOP|SEL|SGXT|BMSK|ISETP|FSETP|FSEL|FSET|FMNMX|IMNMX|VIMNMX|FLO",
+    "integer and logic": r"IADD|VIADD|LEA|LOP|SHF|PRMT|PLOP|SEL|SGXT|BMSK|ISETP|FSETP|FSEL|FSET|FMNMX|IMNMX|VIMNMX",
     "float32": r"FFMA|FMUL|FADD|FSWZ",
-    "special functions": r"MUFU|I2F\b|F2I\b|FRND|F2F\b|POPC",
+    "special functions": r"MUFU|I2F\b|F2I\b|FRND|F2F\b|POPC|FLO",
 }
 REGISTERS_AT_ONCE = 256
 """A warp's registers are handed out in such units, and its program's shared memory in SHARED_AT_ONCE bytes."""
@@ -111,6 +113,8 @@ class Kernel:
     warps: int
     stages: int
     phases: tuple[Phase, ...]
+    most_programs: int = 64
+    """On a multiprocessor, where the launch itself starts no more of them."""
 
     @property
     def spills(self) -> bool:
@@ -179,7 +183,9 @@ def programs_at_once(kernel: Kernel, arch: int) -> int:
     shared = _up(kernel.shared + RESERVED_SHARED, SHARED_AT_ONCE)
     if kernel.shared > has.shared_of_program:
         return 0
-    return min(has.programs, has.warps // kernel.warps, has.registers // registers, has.shared // shared)
+    return min(
+        kernel.most_programs, has.programs, has.warps // kernel.warps, has.registers // registers, has.shared // shared
+    )
 
 
 def _up(value: int, unit: int) -> int:
@@ -208,9 +214,10 @@ def clocks(work: Work, warps: int, card: Card, l2_bytes: float = 0.0) -> dict[st
     )
     return {
         "issue": work.instructions * warps / SCHEDULERS,
+        "multiply-add": (work.units["integer products"] + work.units["float32"]) * warps * LANES / has.float_lanes,
         **{name: work.units[name] * warps * LANES / lanes[name] for name in UNITS},
         "shared memory": work.shared_bytes * warps / SHARED_BYTES,
-        "L2 cache": l2_bytes / L2_BYTES,
+        "L2 cache": l2_bytes / min(L2_BYTES, card.l2_bytes / card.multiprocessors),
         "tensor cores": tensor_seconds * warps * card.multiprocessors * card.clock,
     }
 

@@ -156,11 +156,11 @@ def test_time_of_a_launch() -> None:
     it = kernel(255, 0, 8, 0, Phase(rest, turn, 64 * 4096, {"cp.async 16 B": 2}))
     needed = time_model.clocks(turn, 8, A100, l2_bytes=6400)
     # 8 warps: 100 instructions each by 4 schedulers; 28 of them on 64 lanes; 8 × 512 bytes by 128; 64 × 4096 operations
-    # at 312e12 / 108 / 1.41e9 a clock.
+    # at 312e12 / 108 / 1.41e9 a clock; 6400 bytes, of which the L2 cache gives 5120 a clock to all 108.
     assert needed["issue"] == 200
     assert needed["integer and logic"] == 112
     assert needed["shared memory"] == 256
-    assert needed["L2 cache"] == 100
+    assert needed["L2 cache"] == 135
     assert needed["tensor cores"] == pytest.approx(8 * 64 * 4096 * 108 * 1.41e9 / 312e12)
     assert needed["float32"] == 0
     # 217 tiles are 3 on the busiest multiprocessor, one at a time; 5 steps of which a turn makes one; 1023.6 clocks of
@@ -217,6 +217,34 @@ def test_no_committed_prediction_is_below_its_floor() -> None:
     assert [row for row in result["workloads"] if not row["predicted_us"] >= row["floor_us"] > 0] == []
     assert result["note"] == roofline.NOT_MEASURED
     assert [row for row in result["configs"] if row["stack_bytes"] + row["spill_bytes"]] == []
+
+
+def test_committed_predictions_are_of_todays_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernel, tiles and their numbers; nothing is compiled for it."""
+    one = kernel(64, 0, 4, 0)
+    two = replace(one, phases=one.phases * 2)
+    monkeypatch.setattr(roofline, "read", lambda plan, arch: two if plan.name == "two_phase" else one)
+    monkeypatch.setattr(roofline, "read_hadamard", lambda length, arch: one)
+    launches = {(w.name, card.name): w.launch(card) for w in roofline.workloads() for card in CARDS}
+    for row in json.loads(RESULT.read_text())["workloads"]:
+        launch = launches[row["workload"], row["card"]]
+        assert (row["launch"], row["tiles"]) == (launch.name, [tiles.count for tiles in launch.tiles]), row["workload"]
+
+
+def test_units_of_a_multiprocessor() -> None:
+    """4 warps of 10 multiply-adds, 6 of them of integers, in 64 lanes; a tile's 1,000 bytes from a shared L2 cache."""
+    work = replace(NOTHING, instructions=10, units=NOTHING.units | {"integer products": 6, "float32": 4})
+    needed = time_model.clocks(work, 4, A100, 1000.0)
+    assert needed["multiply-add"] == 10 * 4 * 32 / 64
+    assert needed["integer products"] == 6 * 4 * 32 / 64
+    assert needed["issue"] == 10
+    assert needed["L2 cache"] == pytest.approx(1000 * 108 / 5120)
+    assert time_model.clocks(work, 4, RTX4090, 1000.0)["L2 cache"] == pytest.approx(1000 / 64)
+
+
+def test_a_launch_that_starts_fewer_programs_has_no_more_at_once() -> None:
+    assert time_model.programs_at_once(kernel(32, 0, 4), 90) == 16
+    assert time_model.programs_at_once(replace(kernel(32, 0, 4), most_programs=2), 90) == 2
 
 
 def test_prediction_of_a_real_compilation(tmp_path: Path) -> None:
