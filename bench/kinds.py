@@ -104,6 +104,7 @@ def row(kind: str, storage: str, seeds: list[int], runs: Path) -> dict[str, Any]
         "same_as_dense": all(a["history"] == b["history"] for a, b in zip(results, dense, strict=True)),
         "feedback_bytes": results[0]["feedback_bytes"]["in_use"],
         "test": _mean_std([summary["test_accuracy"]["final"] for summary in summaries]),
+        "best_test": _mean_std([summary["test_accuracy"]["best"] for summary in summaries]),
         "train": _mean_std([summary["train_accuracy"]["final"] for summary in summaries]),
         "alignment": [_mean_std([s["alignment"][tap]["mean"] for s in summaries]) for tap in summaries[0]["alignment"]],
         "commits": sorted({result["environment"]["commit"] for result in results}),

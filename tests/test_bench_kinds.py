@@ -53,6 +53,7 @@ def test_finished_runs_become_the_table(tmp_path, capsys):
     assert lines["uniform"] == ["41.00 (1.00)", "80.00 (0.00)", *alignment, "test 40.50 (0.71) (seeds 0, 1)"]
     result = json.loads((tmp_path / "kinds.json").read_text())
     assert len(result["rows"]) == len(KINDS) * len(STORAGES)
+    assert {tuple(row["best_test"]) for row in result["rows"]} == {(0.9, 0.0)}
     assert {tuple(row["commits"]) for row in result["rows"]} == {("abc",)}
 
 
