@@ -17,23 +17,25 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import compare, memory, procedural, projection, vgg_step
+from bench import compare, kinds, memory, procedural, projection, roofline, vgg_step
 
 ROOT = Path(__file__).resolve().parents[1]
-# The mark's name is that of the result file, too.
+# The name of a table's marks is that of its result file.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "compare": compare.markdown,
-    "projection": projection.markdown,
-    "procedural": procedural.markdown,
-    "memory": memory.markdown,
-    "vgg_step": vgg_step.markdown,
+    "cpu/compare": compare.markdown,
+    "cpu/kinds": kinds.markdown,
+    "cpu/projection": projection.markdown,
+    "cpu/procedural": procedural.markdown,
+    "cpu/memory": memory.markdown,
+    "cpu/vgg_step": vgg_step.markdown,
+    "predicted/roofline": roofline.summary,
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(description="Write the README's tables from the committed results.").parse_args(argv)
     readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(), ROOT / "bench" / "results" / "cpu"))
+    readme.write_text(with_tables(readme.read_text(), ROOT / "bench" / "results"))
     return 0
 
 

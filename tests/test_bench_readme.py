@@ -9,12 +9,19 @@ import pytest
 from bench.readme import ROOT, TABLES, with_table, with_tables
 
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
-RESULTS = ROOT / "bench" / "results" / "cpu"
+RESULTS = ROOT / "bench" / "results"
 
 
 def test_the_readme_is_up_to_date():
     text = (ROOT / "README.md").read_text()
     assert with_tables(text, RESULTS) == text, "results have changed: run python bench/readme.py"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_results_are_of_a_commit(name):
+    """Kinds are trained over hours, a commit each; see its rows."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    assert "dirty" not in json.dumps([result["environment"], result["rows"] if name == "cpu/kinds" else None])
 
 
 @pytest.mark.parametrize("name", TABLES)
