@@ -48,10 +48,12 @@ class Case:
     source: str = "matrix"
     error_size: int = 10
     network: str = "aligned"
+    rows: int = 1024
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {self.config} {self.dtype} {self.rule} {self.source} E={self.error_size} {self.network}"
+        about = f"{self.kernel} {self.config} {self.dtype} {self.rule} {self.source} E={self.error_size} {self.network}"
+        return about if self.rows == 1024 else f"{about} rows={self.rows}"
 
     @property
     def multiplies(self) -> bool:
@@ -68,7 +70,7 @@ def projected(case: Case) -> Projected:
     dtype = torch.float32 if case.source == "projection" else DTYPES[case.dtype]
     strides = (case.error_size, 1)
     return Projected(
-        1024,
+        case.rows,
         case.error_size,
         strides,
         dtype,

@@ -70,6 +70,8 @@ def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
     taps = replace(two, kernel="project_taps")
     yield from (replace(taps, source=source) for source in ("gaussian", "sparse_seed", *BLOCKS, "projection"))
     yield from (replace(taps, source=source, error_size=LARGEST_FASTFOOD_ERROR) for source in BLOCKS)
+    # Regenerated tiles have no more rows than the batch.
+    yield from (replace(case, source=source, rows=8) for case in (taps, two) for source in ("gaussian", "rademacher"))
     for case in (one, two):
         yield from (replace(case, source=source) for source in SOURCES if source not in ("matrix", "gaussian"))
         yield from (replace(case, rule=rule) for rule in ("sgd", "momentum", "adamw"))
