@@ -24,7 +24,6 @@ if __package__ in (None, ""):
 from bench import environment, train
 from dfa_kernels.feedback_spec import KINDS, STORAGES
 
-BASELINE = ("gaussian", "dense")
 PAPER: dict[str, Any] = {
     "test": (0.4646, 0.0035),
     "train": (0.8662, 0.0031),
