@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import async_products
 import torch
 import triton
 from triton.compiler import ASTSource
@@ -41,6 +42,8 @@ INSTRUCTIONS = {
 }
 # Where all sources of U and rare networks are compiled: each kind of tensor core, and both precisions.
 THOROUGH = {(86, "bf16"), (90, "bf16"), (100, "fp32")}
+# Where products go on while the program does, and rings of tiles come with the copy engine or without it.
+ASYNCHRONOUS = (90, 100)
 RARE = ("noise", "positions", "activations")
 
 
@@ -54,8 +57,10 @@ def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
             # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
             yield replace(two, error_size=10)
             yield from (replace(case, rule="adamw", source="gaussian") for case in (one, two))
+        without_tma = next(i for i, config in enumerate(configs.two_phase) if not config.needs_tma)
+        if arch in ASYNCHRONOUS and dtype in ("fp16", "bf16"):
+            yield replace(two, config=without_tma, network="even")
         if not usual_only and (arch, dtype) in THOROUGH:
-            without_tma = next(i for i, config in enumerate(configs.two_phase) if not config.needs_tma)
             yield from _rare(one, two, replace(two, config=without_tma))
 
 
@@ -82,7 +87,7 @@ def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
 
 
 def describe(kernel: Any) -> dict[str, Any]:
-    """Instructions, registers, stack and shared memory of the machine code; columns of tensor memory."""
+    """Instructions, registers, stack and shared memory of the machine code; what overwrites a tile that is read."""
     ptx = kernel.asm["ptx"]
     return {
         **sass.resources(kernel.asm["cubin"]),
@@ -90,6 +95,7 @@ def describe(kernel: Any) -> dict[str, Any]:
         "tensor_memory": kernel.metadata.tmem_size or 0,
         "instructions": [name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, ptx)],
         "plain_dots": len(re.findall(r"\btt\.dot .*-> tensor<[^>]*#blocked", kernel.asm["ttgir"])),
+        "overwritten": async_products.overwritten(kernel.asm["ttgir"]),
     }
 
 
@@ -110,7 +116,9 @@ def hadamard(length: int, dtype: torch.dtype, arch: int, known: Path | None) -> 
 
 def described(source: ASTSource, options: dict[str, Any], arch: int, known: Path | None) -> dict[str, Any]:
     """What `describe` says, or why it does not compile."""
-    programs = "".join(Path(module).read_text() for module in (__file__, ahead.__file__, sass.__file__))
+    programs = "".join(
+        Path(module).read_text() for module in (__file__, ahead.__file__, sass.__file__, async_products.__file__)
+    )
     identity = f"{triton.__version__} {arch} {sorted(options.items())} {source.hash()} {programs}"
     file = known / f"{hashlib.sha256(identity.encode()).hexdigest()}.json" if known else None
     if file and file.exists():

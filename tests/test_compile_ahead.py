@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,17 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_versions import INSTALLED, OWN_VENV, THOROUGH, every_version, output_under
 
 from bench.cards import KIB, MULTIPROCESSORS, RESERVED_SHARED, Multiprocessor
 from dfa_kernels.backends.triton.configs import KINDS, table
-
-ROOT = Path(__file__).resolve().parent.parent
-PINNED = re.findall(r"^triton==([\w.]+)", (ROOT / "requirements-triton.txt").read_text(), re.MULTILINE)
-# Compiled with rare networks and sources of U as well; another version of Triton rarely changes those alone.
-THOROUGH = PINNED[0]
-INSTALLED = "installed"
-OWN_VENV = Path(sys.prefix).resolve() == (ROOT / ".venv").resolve()
-NO_VENV = pytest.mark.skip(reason="not in the .venv of `make setup`, which alone has this version of Triton")
 
 Result = dict[str, Any]
 
@@ -58,6 +47,7 @@ def complaints(result: Result, card: Expected) -> Iterator[str]:
     if "error" in result:
         yield result["error"]
         return
+    yield from result["overwritten"]
     yield from _resource_complaints(result, card)
     yield from _instruction_complaints(result, card)
 
@@ -101,32 +91,25 @@ def _instruction_complaints(result: Result, card: Expected) -> Iterator[str]:
         yield f"no {copies} in {found}: tiles are not loaded ahead"
 
 
-def versions() -> list[Any]:
-    """Those of Triton to compile with."""
-    if OWN_VENV:
-        return list(PINNED)
-    return [*(pytest.param(version, marks=NO_VENV) for version in PINNED), INSTALLED]
+def targets() -> list[Any]:
+    """(version of Triton, architecture): the installed version beside the pinned ones where products are asynchronous.
+
+    Their rings of tiles depend on the version.
+    """
+    found = []
+    for version in every_version():
+        beside_others = OWN_VENV and version == INSTALLED
+        name, marks = (version, ()) if isinstance(version, str) else (version.values[0], version.marks)
+        archs = [arch for arch in CARDS if CARDS[arch].tma or not beside_others]
+        found += [pytest.param(name, arch, marks=marks) for arch in archs]
+    return found
 
 
 def compiled(version: str, arch: int, known: Path) -> list[Result]:
     """Everything for this GPU; what is in `known` is not compiled again."""
-    folders = [ROOT] if version == INSTALLED else [ROOT / ".venv" / "triton" / version, ROOT]
-    for folder in folders:
-        assert folder.is_dir(), f"{folder} is missing, expected Triton {version} there: run `make setup`"
-    command = [sys.executable, str(ROOT / "tests" / "compile_ahead.py"), f"sm_{arch}", "--known", str(known)]
-    if version not in (THOROUGH, INSTALLED):
-        command.append("--usual")
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(map(str, folders)),
-            "OMP_NUM_THREADS": "1",
-            "TRITON_CACHE_DIR": cache,
-            "TRITON_DISABLE_LINE_INFO": "1",
-        }
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr}"
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    extent = [] if version == THOROUGH else ["--usual"]
+    printed = output_under(version, "compile_ahead.py", f"sm_{arch}", "--known", str(known), *extent)
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +123,7 @@ def compilations(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, int
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("arch", CARDS)
-@pytest.mark.parametrize("version", versions())
+@pytest.mark.parametrize(("version", "arch"), targets())
 def test_machine_code(version: str, arch: int, compilations: dict[tuple[str, int], Future[list[Result]]]) -> None:
     """Tensor cores, nothing on the stack, tiles loaded ahead, as many programs on a multiprocessor as planned."""
     results = compilations[version, arch].result()
@@ -153,7 +135,7 @@ def test_machine_code(version: str, arch: int, compilations: dict[tuple[str, int
     assert not wrong, "\n".join(wrong)
     assert version in (INSTALLED, *{result["triton"] for result in results})
     found = {(result["kernel"], result["config"], result["dtype"]) for result in results}
-    assert every_config(arch, version in (THOROUGH, INSTALLED)) <= found
+    assert every_config(arch, version == THOROUGH) <= found
 
 
 def every_config(arch: int, thorough: bool) -> set[tuple[str, int, str]]:
@@ -176,7 +158,7 @@ def test_every_architecture_with_configs_is_compiled_for() -> None:
 FINE: Result = {
     "kernel": "two_phase", "dtype": "bf16", "network": "aligned", "multiplies": True, "tma": True, "warps": 8,
     "programs": 1, "reg": 255, "stack": 0, "local": 0, "shared": 227 * KIB, "tensor_memory": 512,
-    "instructions": ["tcgen05", "tma"], "plain_dots": 0,
+    "instructions": ["tcgen05", "tma"], "plain_dots": 0, "overwritten": [],
 }  # fmt: skip
 
 
@@ -202,6 +184,7 @@ FINE: Result = {
             ["2 programs of 512 columns of tensor memory, expected at most 512 together"],
         ),
         ({"instructions": ["mma.sync", "tma"]}, ["no tcgen05 in ['mma.sync', 'tma']"]),
+        ({"overwritten": ["%x, slot 1, is overwritten"]}, ["%x, slot 1, is overwritten"]),
         ({"plain_dots": 1}, ["1 products without tensor cores, expected 0"]),
         ({"tma": False}, ["planned with TMA: False, expected True"]),
         ({"instructions": ["tcgen05", "cp.async"]}, ["no tma in ['tcgen05', 'cp.async']: tiles are not loaded ahead"]),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_compile_ahead import OWN_VENV, ROOT, THOROUGH
+from triton_versions import OWN_VENV, ROOT, THOROUGH
 
 from bench import roofline, sass, time_model
 from bench.cards import CARDS, KIB, Card
