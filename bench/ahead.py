@@ -130,7 +130,7 @@ def types_of(plan: LaunchPlan) -> tuple[list[Any], tuple[Any, ...]]:
     layers, hidden = len(problem.widths_in), problem.hidden
     tensors = [error, stored, (x,) * layers, (x,) * hidden, (x,) * hidden]
     if plan.counters:
-        tensors = ["*i32", *tensors, (x,) * layers]
+        tensors = ["*i32", *tensors, (x,) * layers, "*fp32"]
     tensors += [(POINTERS[problem.parameter_dtype],) * layers] * 6
     return tensors, (*plan.numbers, (0.5,) * max(NUMBERS[problem.rule], 1))
 

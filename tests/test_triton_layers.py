@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -236,3 +237,33 @@ def test_offsets_in_int64_give_the_same_bits(kernel: str) -> None:
         expected = run(call, kernel, 1)
         with in_64_bits():
             assert_same(run(call, kernel, 1), expected)
+
+
+@both_kernels
+def test_an_error_that_is_not_finite_stays_in_its_own_bias(kernel: str) -> None:
+    """The output layer's bias is summed from the error itself."""
+    call = make_call(plain_network([plain_layer()], error_size=5))
+    call.error[2, 3] = torch.inf
+    found = run(call, kernel)[-1]
+    assert found.isfinite().tolist() == [True, True, True, False, True]
+    torch.testing.assert_close(found[:3], call.error[:, :3].sum(0), rtol=1e-5, atol=1e-6)
+
+
+@both_kernels
+def test_biases_are_sums_of_delta_before_it_is_rounded(kernel: str) -> None:
+    """float16 with a U of signs, so that nothing else is rounded: as if all had been float32."""
+    network = plain_network([plain_layer(width_out=33), plain_layer(positions=3)], rows=70, error_size=9)
+    network["feedback"].update(place=("rademacher", "dense"))
+    call = make_call(network, torch.float16)
+    found = run(call, kernel)
+    exact, same = (torch_backend.layer_grads(*in_dtype(call, dtype), dtype) for dtype in (torch.float64, torch.float32))
+    for (name, _, scale), *tensors in zip(call.wanted_gradients(), found, exact, same, strict=True):
+        if name.startswith("b"):
+            assert_close_to_oracle(*(tensor.cpu() for tensor in tensors), scale, name)
+
+
+def in_dtype(call: Call, dtype: torch.dtype) -> list[Any]:
+    """The call's arguments with these very numbers in another dtype."""
+    tensors = {"inputs": call.inputs, "kept": call.kept}
+    converted = {name: [tensor.to(dtype) for tensor in group] for name, group in tensors.items()}
+    return replace(call, error=call.error.to(dtype), **converted).arguments()

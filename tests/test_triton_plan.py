@@ -27,6 +27,7 @@ from triton_cases import (
 )
 
 import dfa_kernels as dfa
+from bench.gpu.precision import tf32
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.triton import configs, plan
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
@@ -360,6 +361,23 @@ def test_precision_of_float32_products_is_torchs(kernel: str, precision: str) ->
     constants = made.constants_by_name()
     assert (constants["PRECISION"], constants["DELTA_PRECISION"]) == (precision, precision)
     assert taps.constants_by_name()["DELTA_PRECISION"] == precision
+
+
+def test_what_a_sparse_matrix_picks_of_the_error_is_not_rounded() -> None:
+    """It is exact wherever it is a sum, and so it is where it is a product."""
+    with tf32(True):
+        found = layers_plan(kind="sparse")
+    assert (found.name, found.constants_by_name()["DELTA_PRECISION"]) == ("one_phase", "tf32x3")
+
+
+def test_sums_over_tiles_of_rows_need_wide_offsets_by_themselves() -> None:
+    """With tiles of a row they are as many numbers as all layers' δ together."""
+    for rows, expected in ((2**17 - 1, tl.int32), (2**17, tl.int64)):
+        problem = layers_plan((4096,) * 5, rows=rows, error_size=4096, kind="fastfood").problem
+        found = plan_two_phase(problem, TWO_PHASE[-1], H200)
+        assert found.config.block_r == 1
+        assert found.sums == 4 * 4096 * rows
+        assert index(found) == expected
 
 
 @pytest.mark.parametrize(

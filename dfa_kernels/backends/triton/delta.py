@@ -11,17 +11,19 @@ from .tiles import multiple, slope_product
 
 @triton.jit
 def write_deltas(
-    tile, error, stored, kept, noise, deltas, error_size, stride_row, stride_column, key0, key1, nonzeros, widest,
+    tile, error, stored, kept, noise, deltas, sums, error_size, stride_row, stride_column, key0, key1, nonzeros, widest,
     rows, sizes, channels, scales, p, q,
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
-    ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr,
+    SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr,
+    DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Writes δ at tile `tile` of the projection [widest units, rows] into every tap that reaches it.
 
     kept, noise and deltas of tap i are [rows, sizes[i]]; in channels-last order [rows, sizes[i] / channels[i],
-    channels[i]] for taps in CHANNELS_LAST. KEPT and NOISE tell which taps have the respective tensor.
+    channels[i]] for taps in CHANNELS_LAST. KEPT and NOISE tell which taps have the respective tensor. Of taps in SUMS,
+    sums [taps, tiles of rows, widest] gets the sum of δ over the tile's rows, before δ is rounded to its dtype.
     """
     row_tiles = tl.cdiv(rows, BLOCK_R)
     first_unit = ((tile // row_tiles) * BLOCK_U).to(INDEX)
@@ -48,3 +50,19 @@ def write_deltas(
             if (NOISE >> i) & 1:
                 delta *= tl.load(noise[i] + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(deltas[i] + at, delta.to(deltas[i].dtype.element_ty), mask=inside)
+            if (SUMS >> i) & 1:
+                place = (i * row_tiles + tile % row_tiles).to(INDEX) * widest + unit
+                tl.store(sums + place, tl.sum(delta, axis=1), mask=unit < size)
+
+
+@triton.jit
+def column_sums(matrix, rows, stride_row, column, columns, stride_column):
+    """Σ over the rows of matrix [rows, columns] at `column` [M], in float32; 0 beyond the last column."""
+    BLOCK: tl.constexpr = 32
+    total = tl.zeros((column.shape[0],), tl.float32)
+    for first in range(0, rows, BLOCK):
+        row = (first + tl.arange(0, BLOCK)).to(column.dtype)
+        at = row[:, None] * stride_row + column[None, :] * stride_column
+        part = tl.load(matrix + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+        total += tl.sum(part.to(tl.float32), axis=0)
+    return total

@@ -113,7 +113,8 @@ def _launch(
     noise = tuple([inputs[0] if mask is None else dense(mask) for mask in call.noise])
     tensors: Arguments = (error, stored, inputs, kept or anything, noise if plan.problem.noise else anything)
     if plan.counters:
-        tensors = (counters(plan.counters, error.device), *tensors, _rooms_for_deltas(plan, error, inputs, kept))
+        sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
+        tensors = (counters(plan.counters, error.device), *tensors, _rooms_for_deltas(plan, error, inputs, kept), sums)
     results = [tuple([destinations[i] for i in places]) for places in (route.weights, route.biases)]
     each = len(state) // len(destinations)
     for places in (route.weights, route.biases):

@@ -55,6 +55,8 @@ class LaunchPlan:
     why: str
     counters: int = 0
     """int32 counters the launch needs."""
+    sums: int = 0
+    """float32 numbers that its sums of δ over tiles of rows take."""
     copy_width: int = 0
     """Columns of the copy of the error that the launch makes, if any."""
     uses_tma: bool = False
@@ -200,7 +202,8 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
     width = -(-projected.error_size // 16) * 16 if copy else projected.error_size
     copy_tiles = -(-width // config.block_u) if copy and has_output else 0
     uses_tma = can_use_tma(projected.dtype, align, target)
-    constants = _grouped_constants(problem, projected.rows * width) | dict(
+    sums = problem.hidden * row_tiles * problem.widest if problem.biases else 0
+    constants = _grouped_constants(problem, projected.rows * width, sums) | dict(
         ALIGN=align,
         TMA=uses_tma,
         COPY=copy_tiles > 0,
@@ -233,6 +236,7 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
         _in_order(two_phase, constants),
         "chosen",
         counters=1 + unit_tiles + copy_tiles,
+        sums=sums,
         copy_width=width if copy_tiles else 0,
         uses_tma=uses_tma,
     )

@@ -66,11 +66,13 @@ class Projected:
         entry = self.error_dtype if signs else self.feedback.dtype
         dot = self.error_dtype if entry == self.error_dtype else torch.float32
         narrow_error = self.error_dtype in HALF
+        # Sums of picked components are exact elsewhere, so a product in their place may not round them.
+        tensor_cores = "tf32x3" if self.source in ("sparse", "sparse_seed") else "tf32"
         return dict(
             SOURCE=self.source,
             ENTRY=_TILE_DTYPE[torch.float32 if signs or self.source == "projection" else entry],
             DOT=_TILE_DTYPE[dot],
-            DELTA_PRECISION="tf32" if self.tf32 or narrow_error else "ieee",
+            DELTA_PRECISION=tensor_cores if self.tf32 or narrow_error else "ieee",
             ROUND=narrow_error and dot == torch.float32,
             ALIGN_ERROR=alignment((self.error_size, self.error_strides[0])) if self.error_strides[1] == 1 else 1,
             BITS=padded_bits(self.error_size) if self.is_fastfood else 0,

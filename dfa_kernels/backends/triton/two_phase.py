@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .delta import write_deltas
+from .delta import column_sums, write_deltas
 from .epilogue import finish_layer
 from .feedback_tile import error_tile
 from .tiles import locate, multiple, pick
@@ -26,9 +26,9 @@ RESET_BLOCK = tl.constexpr(1024)
     ]
 )  # fmt: skip
 def two_phase(
-    counters, error, stored, inputs, kept, noise, deltas, weights, biases, weight_state0, weight_state1, bias_state0,
-    bias_state1, error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows, widths_in, widths_out,
-    positions, sizes, scales, p, q, delta_width, delta_stride, copies, projections, total, hyper,
+    counters, error, stored, inputs, kept, noise, deltas, sums, weights, biases, weight_state0, weight_state1,
+    bias_state0, bias_state1, error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows, widths_in,
+    widths_out, positions, sizes, scales, p, q, delta_width, delta_stride, copies, projections, total, hyper,
     SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, NOISE: tl.constexpr,
     WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr,
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
@@ -41,8 +41,9 @@ def two_phase(
 
     counters: int32 zeros, one and one for every tile of units; zeros again afterwards. deltas: room for δ of every
     hidden layer [rows · positions, widths_out], then the output layer's δ [rows, delta_width] in rows of delta_stride:
-    the error itself or, if COPY, room for a copy of it. The first `copies` tickets copy, the next `projections` make δ,
-    and all up to `total` gradients. Otherwise as for `one_phase`.
+    the error itself or, if COPY, room for a copy of it. sums: room for the sums of δ over each tile of rows, float32
+    [hidden layers, tiles of rows, widest]. The first `copies` tickets copy, the next `projections` make δ, and all up
+    to `total` gradients. Otherwise as for `one_phase`.
     """
     HIDDEN: tl.constexpr = len(sizes)
     row_tiles, unit_tiles = tl.cdiv(rows, BLOCK_R), tl.cdiv(widest, BLOCK_U)
@@ -56,10 +57,10 @@ def two_phase(
             _announce(counters + 1 + unit_tiles + ticket // row_tiles, TMA)
         elif ticket < copies + projections:
             write_deltas(
-                ticket - copies, error, stored, kept, noise, deltas, error_size, stride_row, stride_column, key0,
+                ticket - copies, error, stored, kept, noise, deltas, sums, error_size, stride_row, stride_column, key0,
                 key1, nonzeros, widest, rows, sizes, sizes, scales, p, q,
-                SOURCE, DERIVATIVES, WHICH, (1 << HIDDEN) - 1, NOISE, 0, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN,
-                ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
+                SOURCE, DERIVATIVES, WHICH, (1 << HIDDEN) - 1, NOISE, BIASES, 0, ENTRY, DOT, DELTA_PRECISION, ROUND,
+                ALIGN, ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
             )  # fmt: skip
             _announce(counters + 1 + (ticket - copies) // row_tiles, TMA)
         else:
@@ -74,11 +75,17 @@ def two_phase(
             if COPY or not is_output:
                 ready = counters + 1 + tl.where(is_output, unit_tiles, 0)
                 _wait(ready, m * BLOCK_M, width_delta, span, row_tiles, BLOCK_M, BLOCK_U, TMA)
-            gradient, bias_gradient = _product(
+            gradient = _product(
                 pick(deltas, layer), pick(inputs, layer), m * BLOCK_M, n * BLOCK_N, width_delta, stride, width_in,
-                rows * span, n == 0, PRECISION, BIASES != 0, INDEX, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+                rows * span, PRECISION, INDEX, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             out = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+            bias_gradient = tl.zeros((BLOCK_M,), tl.float32)
+            if BIASES and n == 0:
+                if is_output:
+                    bias_gradient = column_sums(error, rows, stride_row, out, error_size, stride_column)
+                else:
+                    bias_gradient = _sum_over_tiles(sums, layer, out, width_out, span, row_tiles, widest)
             finish_layer(
                 gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases,
                 weight_state0, weight_state1, bias_state0, bias_state1, hyper,
@@ -143,13 +150,16 @@ def _order_with_tma():
 
 @triton.jit
 def _product(
-    delta, x, first_out, first_in, width_out, stride, width_in, length, with_bias,
-    PRECISION: tl.constexpr, BIAS: tl.constexpr, INDEX: tl.constexpr, TMA: tl.constexpr,
+    delta, x, first_out, first_in, width_out, stride, width_in, length,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """δᵀ x [BLOCK_M, BLOCK_N] and the sums of δ [BLOCK_M], over all `length` rows of δ and x."""
+    """δᵀ x [BLOCK_M, BLOCK_N], over all `length` rows of δ and x.
+
+    Neither tile has a second use, nor may it: Triton (3.6 to 3.9) then gives it a slot of shared memory too few, and
+    the next copy overwrites what the asynchronous product still reads.
+    """
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    bias_gradient = tl.zeros((BLOCK_M,), tl.float32)
     if TMA:
         delta_view = tl.make_tensor_descriptor(delta, [length, width_out], [stride, 1], [BLOCK_K, BLOCK_M])
         x_view = tl.make_tensor_descriptor(x, [length, width_in], [width_in, 1], [BLOCK_K, BLOCK_N])
@@ -167,6 +177,15 @@ def _product(
             x_at = x + row[:, None] * width_in + column[None, :]
             x_tile = tl.load(x_at, mask=inside & (column < width_in)[None, :], other=0.0)
         gradient = tl.dot(tl.trans(delta_tile), x_tile, gradient, input_precision=PRECISION)
-        if BIAS and with_bias:
-            bias_gradient += tl.sum(delta_tile.to(tl.float32), axis=0)
-    return gradient, bias_gradient
+    return gradient
+
+
+@triton.jit
+def _sum_over_tiles(sums, layer, out, width_out, span, row_tiles, widest):
+    """Σ δ over all rows and positions at outputs `out` [M], from its sums over tiles of rows."""
+    total = tl.zeros((out.shape[0],), tl.float32)
+    first_tile = (layer * row_tiles).to(out.dtype)
+    for position in range(span):
+        first = first_tile * widest + (position * width_out).to(out.dtype)
+        total += column_sums(sums + first, row_tiles, widest, out, width_out, 1)
+    return total
