@@ -18,6 +18,7 @@ from torch import Tensor
 from .autocast import without_autocast
 from .entries import Stream, entries_per_pass, fill, packed_signs, row_passes, row_words, unpack_signs
 from .hadamard import padded_bits, walsh_hadamard
+from .philox import rounded_root
 
 PERMUTATION_ROUNDS = 4
 
@@ -44,7 +45,7 @@ def fastfood_diagonals(seed: int, blocks: range, error_size: int, device: torch.
     passes = list(row_passes(blocks, 4 * d, device))
     if len(passes) < 2:
         return _diagonals(seed, blocks, d, device)
-    # The temporaries, float64 among them, are several times as large as the result.
+    # The temporaries are several times as large as the result.
     dtypes = (torch.int8, torch.int32, torch.float32, torch.float32)
     diagonals = [torch.empty(len(blocks), d, dtype=dtype, device=device) for dtype in dtypes]
     for part in passes:
@@ -57,9 +58,9 @@ def fastfood_diagonals(seed: int, blocks: range, error_size: int, device: torch.
 def _diagonals(seed: int, blocks: range, d: int, device: torch.device) -> list[Tensor]:
     signs = unpack_signs(packed_signs(seed, blocks, d, device, Stream.FASTFOOD_SIGNS), d).to(torch.int8)
     gaussian = _normals(seed, Stream.FASTFOOD_GAUSSIAN, blocks, d, device)
-    norm = gaussian.double().square().sum(1, keepdim=True).mul_(d).sqrt_()
-    scaling = _chi(_normals(seed, Stream.FASTFOOD_SCALING, blocks, d, device).double()) / norm
-    return [signs, _permutation(seed, blocks, d, device), gaussian, scaling.float()]
+    normal = _normals(seed, Stream.FASTFOOD_SCALING, blocks, d, device)
+    scaling = _relative_chi(normal).div_(_norms(gaussian))
+    return [signs, _permutation(seed, blocks, d, device), gaussian, scaling]
 
 
 def _normals(seed: int, stream: Stream, blocks: range, d: int, device: torch.device) -> Tensor:
@@ -67,15 +68,23 @@ def _normals(seed: int, stream: Stream, blocks: range, d: int, device: torch.dev
     return fill(out, "gaussian", seed, row=blocks.start, stream=stream)
 
 
-def _chi(normal: Tensor) -> Tensor:
-    """chi-distributed numbers with d = normal.shape[-1] degrees of freedom, each from one standard normal z.
+def _norms(rows: Tensor) -> Tensor:
+    """||row||, [len(rows), 1]. Squares are added in pairs, an order that kernels can keep to the last bit."""
+    total = rows.square()
+    while total.shape[1] > 1:
+        total = total[:, 0::2] + total[:, 1::2]
+    return rounded_root(total)
+
+
+def _relative_chi(normal: Tensor) -> Tensor:
+    """chi-distributed numbers with d = normal.shape[-1] degrees of freedom, over sqrt(d), each from a standard normal.
 
     An approximation, by Wilson and Hilferty (1931): chi² = d (1 - 2/(9d) + z sqrt(2/(9d)))³, and 0 where
     negative.
     """
-    d = normal.shape[-1]
-    variance = 2.0 / (9.0 * d)
-    return (1.0 - variance + normal * math.sqrt(variance)).clamp_(min=0.0).pow_(1.5).mul_(math.sqrt(d))
+    variance = 2.0 / (9.0 * normal.shape[-1])
+    cube_root = normal.mul(math.sqrt(variance)).add_(1.0 - variance).clamp_(min=0.0)
+    return rounded_root(cube_root).mul_(cube_root)
 
 
 def _permutation(seed: int, blocks: range, d: int, device: torch.device) -> Tensor:

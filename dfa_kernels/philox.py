@@ -5,8 +5,6 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -16,6 +14,24 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 # Rounds that leave counters which vary along one axis each in smaller tensors than their broadcast.
 CHEAP_ROUNDS = 2
+
+# Minimax polynomials from the highest power on, their coefficients rounded to float32 one after the other, the lowest
+# power first. -2 log(1 + f) / f for 1 + f from sqrt(1/2) to sqrt(2), to 6e-9 of the logarithm.
+TWICE_NEGATIVE_LOG = (
+    0.15272724628448486, -0.25524285435676575, 0.26319196820259094, -0.2840317189693451, 0.3324682116508484,
+    -0.4000248312950134, 0.5000163912773132, -0.6666666269302368, 1.0, -2.0,
+)  # fmt: skip
+# -sin(πx) / x and cos(πx) in x² for |x| <= 1/2, to 8e-9 and 2e-9.
+NEGATIVE_SINE = (
+    -0.07643380761146545, 0.5976253747940063, -2.549957752227783, 5.1677021980285645, -3.141592502593994,
+)  # fmt: skip
+COSINE = (
+    -0.023963874205946922, 0.23468376696109772, -1.335161566734314, 4.0587053298950195, -4.934802055358887, 1.0,
+)  # fmt: skip
+# -2 log 2 in two parts, of which small multiples of the first are exact.
+TWICE_NEGATIVE_LOG_2 = (-1.38629150390625, -2.857213530660374e-06)
+# The bits of sqrt(1/2) as float32.
+ROOT_OF_HALF = 0x3F3504F3
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -73,11 +89,50 @@ def uniform_open(words: Tensor) -> Tensor:
 
 
 def normals(words: Words) -> Words:
-    """Four independent standard normals (float32) from four random words, elementwise (Box, Muller 1958)."""
+    """Four independent standard normals (float32) from four random words, elementwise (Box, Muller 1958).
+
+    The same to the last bit on every device and in the kernels: no library's logarithm, sine or cosine has a part in
+    it, only float32 sums, products and square roots, each of which is rounded by itself, to nearest.
+    """
     return *_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])
 
 
 def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
-    radius = uniform_open(word0).log_().mul_(-2.0).sqrt_()
-    angle = uniform_open(word1).mul_(2.0 * math.pi)
-    return angle.cos().mul_(radius), angle.sin_().mul_(radius)
+    """Radius sqrt(-2 log u) with u = uniform_open(word0), times cosine and sine of the angle 2π word1 / 2^32."""
+    radius = rounded_root(_twice_negative_log(uniform_open(word0)))
+    # As a signed number the word is the angle's distance from 0 in units of π / 2^31.
+    turn = word1.to(torch.int32).to(torch.float32).mul_(2.0**-31)
+    # |angle| = π/2 + πx, so its cosine is -sin πx and its sine cos πx.
+    x = turn.abs().sub_(0.5)
+    square = x * x
+    cosine = _polynomial(square, NEGATIVE_SINE).mul_(x)
+    sine = _polynomial(square, COSINE).copysign_(turn)
+    return cosine.mul_(radius), sine.mul_(radius)
+
+
+def rounded_root(x: Tensor) -> Tensor:
+    """sqrt of float32 numbers, rounded to nearest; on a CPU torch's own may be off in the last bit.
+
+    float64 has more than twice the bits, so no root of a float32 comes near enough to where the rounding turns.
+    """
+    return x.double().sqrt().to(torch.float32)
+
+
+def _twice_negative_log(u: Tensor) -> Tensor:
+    """-2 log u, of float32 numbers that are positive and normal, in their memory."""
+    bits = u.view(torch.int32)
+    exponent = bits.sub(ROOT_OF_HALF).bitwise_right_shift_(23)
+    # u = 2^exponent (1 + f) with 1 + f between sqrt(1/2) and sqrt(2).
+    f = bits.sub_(exponent.bitwise_left_shift(23)).view(torch.float32).sub_(1.0)
+    exponent = exponent.to(torch.float32)
+    near_one = _polynomial(f, TWICE_NEGATIVE_LOG).mul_(f)
+    return near_one.add_(exponent.mul(TWICE_NEGATIVE_LOG_2[1])).add_(exponent.mul_(TWICE_NEGATIVE_LOG_2[0]))
+
+
+def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """By Horner's rule; coefficients from the highest power on, exact in float32."""
+    first, second, *rest = coefficients
+    value = x.mul(first).add_(second)
+    for coefficient in rest:
+        value.mul_(x).add_(coefficient)
+    return value

@@ -19,7 +19,7 @@ from triton_cases import DEVICE, FRESH, in_nans
 from dfa_kernels import entries
 from dfa_kernels.backends.triton.feedback_tile import feedback_tile, nearest_tf32
 from dfa_kernels.backends.triton.philox import normal_entries, philox4x32
-from dfa_kernels.philox import key_of
+from dfa_kernels.philox import key_of, normals
 
 SEEDS = [0, 7, 2**32 - 1, 2**32, 2**63 + 12345, 2**64 - 1]
 ROWS = [0, 5, 2**31 - 3, 2**32 - 3, 2**32, 2**40 + 9]
@@ -115,7 +115,7 @@ def filled(kind: str, seed: int, row: int, column: int, dtype: torch.dtype = tor
     return entries.fill(torch.empty(16, 32, dtype=dtype), kind, seed, row, column)
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "uniform"])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "uniform"])
 @pytest.mark.parametrize("column", [0, 32, 96, 128, 224])
 def test_entries_are_the_same_bits(kind: str, column: int) -> None:
     for seed, row in zip(SEEDS, ROWS, strict=True):
@@ -123,38 +123,27 @@ def test_entries_are_the_same_bits(kind: str, column: int) -> None:
         assert torch.equal(found, filled(kind, seed, row, column)), (seed, row)
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_gaussian_entries(row: int) -> None:
-    """As near to Box–Muller in float64 as the entries made outside of kernels."""
-    for seed in SEEDS[::2]:
-        found, usual = tile("gaussian", seed, row, 64, 1000).double(), filled("gaussian", seed, row, 64).double()
-        words = entries.row_words(seed, entries.Stream.GAUSSIAN, range(row, row + 16), range(16, 24), found.device)
-        exact = torch.stack(box_muller([w.to(torch.float32) for w in words]), dim=-1).flatten(1)
-        assert (found - exact).abs().max() <= 2 * (usual - exact).abs().max()
-        assert (usual - exact).abs().max() < 1e-5
+def normals_of(words: Tensor) -> Tensor:
+    """[N, 4] of words [N, 4] in [0, 2^32), from a kernel."""
+    out = torch.full(words.shape, math.nan, device=DEVICE)
+    normals_kernel[(1,)](words.t().contiguous().to(DEVICE, torch.int32), out, len(words))
+    return out.cpu()
 
 
-def box_muller(words: Sequence[Tensor]) -> list[Tensor]:
-    """Normals in float64 from float32(word) · 2⁻³² + 2⁻³³, rounded to float32 as defined."""
-    u = [(w * 2.0**-32 + 2.0**-33).double() for w in words]
-    values = []
-    for first, second in ((u[0], u[1]), (u[2], u[3])):
-        radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
-        values += [radius * angle.cos(), radius * angle.sin()]
-    return values
+def extreme_words() -> Tensor:
+    """0 and 1 of the radius's number, every eighth of a turn, and their neighbours: [N, 4]."""
+    radii = [k * 2**31 + d for k in range(3) for d in (-129, -128, -1, 0, 1, 2**10)]
+    turns = [k * 2**29 + d for k in range(9) for d in (-1, 0, 1, 2**10)]
+    pairs = [(radius, turn, radius, turn) for radius in radii for turn in turns]
+    return torch.tensor(pairs + pairs[: 2**10 - len(pairs)]) & 0xFFFFFFFF
 
 
-def test_normals_of_extreme_words() -> None:
-    """0 and 1 of both uniform numbers, every quarter of a turn and its neighbours."""
-    turns = [k * 2**29 + d for k in range(8) for d in (-1, 0, 1, 2**10)]
-    words = [(a & 0xFFFFFFFF, b & 0xFFFFFFFF) for a in (0, 1, 2**31, 2**32 - 1) for b in (*turns, 2**32 - 1, 2**20)]
-    columns = [(a, b, a, b) for a, b in words[:128]]
-    out = torch.full((128, 4), math.nan, device=DEVICE)
-    normals_kernel[(1,)](bits(columns).to(DEVICE), out, 128)
-    exact = box_muller([torch.tensor(w).to(torch.float32) for w in zip(*columns, strict=True)])
-    for i in range(4):
-        # An angle's last bit, at most 2^-22 radians, moves a normal by that times the radius.
-        assert (out[:, i].cpu().double() - exact[i]).abs().max() <= 2.0**-21 * math.sqrt(66 * math.log(2))
+def test_normals_of_any_words_are_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for words in (extreme_words(), torch.randint(2**32, (2**14, 4), generator=generator)):
+        expected = torch.stack(normals(tuple(words.unbind(1))), dim=1)
+        assert expected.isfinite().all()
+        assert torch.equal(normals_of(words), expected)
 
 
 @pytest.mark.parametrize(("error_size", "nonzeros"), [(32, 1), (32, 6), (32, 32), (19, 7), (1, 1)])

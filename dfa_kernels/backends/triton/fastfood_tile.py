@@ -11,6 +11,7 @@ import triton.language as tl
 from ...entries import Stream
 from .hadamard_tile import hadamard_tile
 from .philox import box_muller, normal_entries, philox4x32, sign_entries
+from .rounded import product, step, total
 
 SIGNS = tl.constexpr(int(Stream.FASTFOOD_SIGNS))
 PERMUTATION = tl.constexpr(int(Stream.FASTFOOD_PERMUTATION))
@@ -68,14 +69,23 @@ def _parts(first_block, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
     D: tl.constexpr = 1 << BITS
     gaussian = _normals(first_block, GAUSSIAN, key0, key1, N, BITS)
     normal = _normals(first_block, SCALING, key0, key1, N, BITS)
-    square = tl.reshape(gaussian * gaussian, (N // D, D))
-    length = tl.reshape(tl.broadcast_to(tl.sqrt(tl.sum(square, axis=1))[:, None], (N // D, D)), (N,))
-    # chi as `dfa_kernels.fastfood` has it; its sqrt(d) and that of the scaling cancel.
     VARIANCE: tl.constexpr = 2.0 / (9.0 * D)
     ROOT: tl.constexpr = VARIANCE**0.5
-    cube_root = tl.maximum(1.0 - VARIANCE + normal * ROOT, 0.0)
-    scaling = cube_root * tl.sqrt(cube_root) / length
+    # To the bits of `dfa_kernels.fastfood`.
+    cube_root = tl.maximum(step(normal, ROOT, 1.0 - VARIANCE), 0.0)
+    scaling = tl.div_rn(product(cube_root, tl.sqrt_rn(cube_root)), _norms(gaussian, BITS))
     return _signs(first_block, key0, key1, N, BITS), _permutation(first_block, key0, key1, N, BITS), gaussian, scaling
+
+
+@triton.jit
+def _norms(x, BITS: tl.constexpr):
+    """The norm of every block of 2^BITS of x [N], at each of its places; squares are added in pairs."""
+    N: tl.constexpr = x.shape[0]
+    sums = product(x, x)
+    for i in tl.static_range(BITS):
+        even, odd = tl.split(tl.reshape(sums, (N >> (i + 1), 2)))
+        sums = total(even, odd)
+    return tl.reshape(tl.broadcast_to(tl.sqrt_rn(sums)[:, None], (N >> BITS, 1 << BITS)), (N,))
 
 
 @triton.jit

@@ -10,19 +10,29 @@ import math
 import triton
 import triton.language as tl
 
-from ...philox import KEY_STEPS, MULTIPLIERS, ROUNDS
+from ...philox import (
+    COSINE,
+    KEY_STEPS,
+    MULTIPLIERS,
+    NEGATIVE_SINE,
+    ROUNDS,
+    TWICE_NEGATIVE_LOG,
+    TWICE_NEGATIVE_LOG_2,
+)
+from ...philox import ROOT_OF_HALF as ROOT_OF_HALF_BITS
+from .rounded import product, step, total
 
 MULTIPLIER_0 = tl.constexpr(MULTIPLIERS[0])
 MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[1])
 KEY_STEP_0 = tl.constexpr(KEY_STEPS[0])
 KEY_STEP_1 = tl.constexpr(KEY_STEPS[1])
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
-PI = tl.constexpr(math.pi)
-TWO_PI = tl.constexpr(2.0 * math.pi)
-# π/2 in three parts, the first two so short that small multiples of them are exact.
-HALF_PI_HIGH = tl.constexpr(1.5703125)
-HALF_PI_MIDDLE = tl.constexpr(4.837512969970703125e-4)
-HALF_PI_LOW = tl.constexpr(math.pi / 2 - 1.5703125 - 4.837512969970703125e-4)
+L9, L8, L7, L6, L5, L4, L3, L2, L1, L0 = map(tl.constexpr, TWICE_NEGATIVE_LOG)
+S4, S3, S2, S1, S0 = map(tl.constexpr, NEGATIVE_SINE)
+C5, C4, C3, C2, C1, C0 = map(tl.constexpr, COSINE)
+LOG_2_HIGH, LOG_2_LOW = map(tl.constexpr, TWICE_NEGATIVE_LOG_2)
+ROOT_OF_HALF = tl.constexpr(ROOT_OF_HALF_BITS)
+TO_TURN = tl.constexpr(2.0**-31)
 TO_UNIT = tl.constexpr(2.0**-32)
 HALF_STEP = tl.constexpr(2.0**-33)
 UNIFORM_SCALE = tl.constexpr(math.sqrt(3.0) * 2.0**-24)
@@ -80,29 +90,37 @@ def normal_entries(word0, word1, word2, word3):
 
 @triton.jit
 def box_muller(word0, word1):
-    radius = tl.sqrt(tl.log(_uniform_open(word0)) * -2.0)
-    cosine, sine = _cosine_sine(_uniform_open(word1) * TWO_PI)
-    return cosine * radius, sine * radius
+    """The bits of `dfa_kernels.philox.normals`: its operations in its order, none of them fused with another."""
+    radius = tl.sqrt_rn(_twice_negative_log(_uniform_open(word0)))
+    turn = product(word1.to(tl.int32, bitcast=True).to(tl.float32), TO_TURN)
+    x = total(tl.abs(turn), -0.5)
+    square = product(x, x)
+    cosine = product(step(step(step(step(S4, square, S3), square, S2), square, S1), square, S0), x)
+    sine = step(step(step(step(step(C5, square, C4), square, C3), square, C2), square, C1), square, C0)
+    return product(cosine, radius), product(_with_sign_of(sine, word1), radius)
 
 
 @triton.jit
-def _cosine_sine(angle):
-    """Both of an angle in [0, 2π], to the last bit or two: the library's take any angle, and local memory for it."""
-    quarter = tl.floor(angle * (2 / PI) + 0.5)
-    r = angle - quarter * HALF_PI_HIGH - quarter * HALF_PI_MIDDLE - quarter * HALF_PI_LOW
-    square = r * r
-    s = r + r * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
-    series = 4.166664568298827e-2 - square * (1.388731625493765e-3 - square * 2.443315711809948e-5)
-    c = 1 - 0.5 * square + square * square * series
-    turn = quarter.to(tl.int32) & 3
-    cosine = tl.where(turn % 2 == 0, c, s)
-    sine = tl.where(turn % 2 == 0, s, c)
-    return tl.where((turn == 1) | (turn == 2), -cosine, cosine), tl.where(turn >= 2, -sine, sine)
+def _twice_negative_log(u):
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - ROOT_OF_HALF) >> 23
+    f = total((bits - (exponent << 23)).to(tl.float32, bitcast=True), -1.0)
+    value = step(step(step(step(L9, f, L8), f, L7), f, L6), f, L5)
+    value = product(step(step(step(step(step(value, f, L4), f, L3), f, L2), f, L1), f, L0), f)
+    exponent = exponent.to(tl.float32)
+    return total(total(product(exponent, LOG_2_LOW), value), product(exponent, LOG_2_HIGH))
+
+
+@triton.jit
+def _with_sign_of(x, word):
+    """x with the uppermost bit of `word` for its sign."""
+    bits = x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF | word & 0x80000000
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _uniform_open(word):
-    return word.to(tl.float32) * TO_UNIT + HALF_STEP
+    return step(word.to(tl.float32), TO_UNIT, HALF_STEP)
 
 
 @triton.jit
