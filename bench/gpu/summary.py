@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.gpu import timing
 from bench.gpu.cases import LARGE, SMALL, SMALL_IEEE
+from bench.gpu.deviation import complaint
 from bench.gpu.kernel_counts import PROFILED
 from bench.gpu.kernel_times import CHOSEN, LIBRARY
 from bench.gpu.variants import BACKWARD, BP, BP_GRAPHED, OURS, OURS_GRAPHED, STEP, UPDATE
@@ -124,7 +125,7 @@ def _host_microseconds(results: Results) -> float:
     if results.get("quick"):
         raise NotMeasuredError("tiny sizes")
     if not made["correct"]:
-        raise NotMeasuredError(f"wrong result: off by {made['error']:.2g}, allowed {made['allowed']:.2g}")
+        raise NotMeasuredError(complaint(made))
     return float(made[CHOSEN]) * 1e6
 
 
