@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from bench.gpu import (
     results,
     sanitizer,
     sharded_tests,
+    small,
     steps,
     summary,
     timing,
@@ -34,7 +37,7 @@ from bench.gpu.clock import Clock, in_turn
 from bench.gpu.deviation import deviation_of
 from bench.gpu.precision import TruncatedProducts, tf32, truncated
 from bench.gpu.reference import Reference, make_reference
-from bench.gpu.steps import Step, run_step, shorten
+from bench.gpu.steps import Step, finish, run_step, shorten
 from bench.gpu.variants import BACKWARD, BP, EVERYWHERE, OURS, STEP, UPDATE, ByHand, Region, Regions, gradients_of
 from dfa_kernels.backends.triton.launch import INTERPRETED
 
@@ -79,6 +82,13 @@ def test_a_step_is_ended_at_its_limit_with_all_that_it_started(tmp_path):
     assert (tmp_path / "s.log").read_text() == "began\n"
     time.sleep(1.2)
     assert not sign.exists()
+
+
+def test_processes_are_ended_at_the_deadline():
+    codes = ["import time; time.sleep(60)", "import sys; sys.exit(3)", "import time; time.sleep(60)"]
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+    assert finish(processes, time.monotonic() + 2) == [None, 3, None]
+    assert all(process.returncode is not None for process in processes)
 
 
 def test_a_steps_results_are_looked_at_while_it_runs(tmp_path):
@@ -508,38 +518,141 @@ def test_device_activities_are_those_of_the_device():
 
 CLEAN = "========= ERROR SUMMARY: 0 errors"
 RACES = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
+RAN = {"a": {"launched": {"one_phase": 1}}, "b": {"launched": {"one_phase": 1, "two_phase": 2}}}
 
 
 @pytest.mark.parametrize(
-    ("code", "text", "clean"),
+    ("code", "text", "rows", "clean"),
     [
-        (0, CLEAN, True),
-        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", True),
-        (0, RACES, False),
-        (99, "========= ERROR SUMMARY: 10 errors", False),
-        (99, CLEAN, False),
-        (0, "nothing was said", False),
-        (None, CLEAN, False),
+        (0, CLEAN, RAN, True),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", RAN, True),
+        (0, RACES, RAN, False),
+        (99, "========= ERROR SUMMARY: 10 errors", RAN, False),
+        (99, CLEAN, RAN, False),
+        (0, "nothing was said", RAN, False),
+        (None, CLEAN, RAN, False),
+        (0, CLEAN, {}, False),
+        (0, CLEAN, {"a": RAN["a"]}, False),
     ],
 )
-def test_what_the_memory_checker_says(code, text, clean):
-    assert sanitizer.verdict(code, text)["clean"] is clean
+def test_what_the_memory_checker_says(code, text, rows, clean):
+    found = sanitizer.verdict(sanitizer.Ended(code, text, rows), ["a", "b"])
+    assert found["clean"] is clean
+    assert found["launched"] == (
+        {"one_phase": 2, "two_phase": 2} if len(rows) == 2 else {"one_phase": 1} if rows else {}
+    )
 
 
-def fake_checker(tmp_path: Path, says: str) -> str:
+CHECKER = """#!{python}
+import subprocess, sys, time
+options = sys.argv[1 : sys.argv.index({python!r})]
+if options[:2] == ["--tool", {hangs!r}]: time.sleep(60)
+assert options[-2:] == ["--kernel-name-exclude", "kns=_ZN2at"]
+code = subprocess.run(sys.argv[len(options) + 1 :]).returncode if {runs} else 0
+print({says!r})
+sys.exit(code)
+"""
+
+
+def fake_checker(tmp_path: Path, says: str, runs: bool = True, hangs: str = "") -> str:
     tool = tmp_path / "checker"
-    tool.write_text(f"#!{sys.executable}\nprint({says!r})\n")
+    tool.write_text(CHECKER.format(python=sys.executable, says=says, runs=runs, hangs=hangs))
     tool.chmod(0o755)
     return str(tool)
 
 
-@pytest.mark.parametrize(("says", "expected"), [(CLEAN, 0), (RACES, 1)])
-def test_the_memory_checker_runs_with_every_tool(tmp_path, monkeypatch, says, expected):
-    monkeypatch.setattr(sanitizer, "_script", lambda: [sys.executable, "-c", ""])
+PROGRAM = """
+import json, sys, time
+path, *checks = sys.argv[1:]
+rows = {}
+for check in checks:
+    kernel, state = check.split()
+    if state == "hangs": time.sleep(60)
+    if state == "fails": sys.exit(3)
+    rows[check] = dict(launched={kernel: 1}, correct=state == "right", off=0.5, allowed=0.1)
+    open(path, "w").write(json.dumps(rows))
+"""
+
+
+def sanitized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, checks: list[str], limit: float = 60) -> Any:
+    """The step's exit status and results, with checks of a made-up program."""
+    program = [sys.executable, "-c", PROGRAM]
+    monkeypatch.setattr(sanitizer, "_program", lambda made, checks: [*program, str(made), *checks])
+    monkeypatch.setattr(sanitizer, "CHECKS", [argparse.Namespace(name=name) for name in checks])
     path = tmp_path / "s.json"
-    code = sanitizer.main(["--json", str(path), "--limit", "20", "--tool", fake_checker(tmp_path, says)])
+    return sanitizer.main(["--json", str(path), "--limit", str(limit), "--tool", tool]), results.read(path)
+
+
+@pytest.mark.parametrize(("says", "runs", "expected"), [(CLEAN, True, 0), (RACES, True, 1), (CLEAN, False, 1)])
+def test_the_memory_checker_runs_with_every_tool(tmp_path, monkeypatch, says, runs, expected):
+    tool = fake_checker(tmp_path, says, runs)
+    code, found = sanitized(tmp_path, monkeypatch, tool, ["k right", "l right"])
     assert code == expected
-    assert [results.read(path)[tool]["clean"] for tool in sanitizer.TOOLS] == [not expected] * 2
+    assert sanitizer.TOOLS == ("memcheck", "racecheck", "synccheck")
+    for name in sanitizer.TOOLS:
+        assert found[name]["clean"] is not bool(expected)
+        assert found[name]["launched"] == ({"k": 1, "l": 1} if runs else {})
+
+
+def test_a_check_that_fails_or_hangs_by_itself_is_no_finding(tmp_path, monkeypatch):
+    """What is only wrong may be so because of what a tool finds, and stays."""
+    monkeypatch.setattr(sanitizer, "PLAIN_SHARE", 0.1)
+    checks = ["k right", "l fails", "m hangs", "n wrong"]
+    code, found = sanitized(tmp_path, monkeypatch, fake_checker(tmp_path, CLEAN), checks, limit=30)
+    assert code == 1
+    assert [row["exit_code"] for row in found["checks"].values()] == [0, 3, None, 0]
+    for name in sanitizer.TOOLS:
+        assert found[name] == {
+            "clean": True, "exit_code": 0, "summary": "0 errors", "launched": {"k": 1, "n": 1},
+        }  # fmt: skip
+    lines = summary._sanitizer(found).splitlines()
+    assert lines[:3] == [
+        "- l fails: fails without a tool, with exit code 3; launched {}",
+        "- m hangs: did not end in time without a tool",
+        "- n wrong: wrong without a tool: off by 5.0e-01, allowed 1.0e-01",
+    ]
+    assert lines[3] == "- memcheck: 0 errors (clean: True; launched: k 1, n 1)"
+
+
+def test_a_tool_that_hangs_costs_only_itself(tmp_path, monkeypatch):
+    tool = fake_checker(tmp_path, CLEAN, hangs="racecheck")
+    code, found = sanitized(tmp_path, monkeypatch, tool, ["k right"], limit=sanitizer.SPARE + 5)
+    assert code == 1
+    assert [found[name]["clean"] for name in sanitizer.TOOLS] == [True, False, True]
+    assert found["racecheck"]["exit_code"] is None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")
+def test_the_memory_checker_sees_the_kernels(tmp_path, monkeypatch):
+    (check,) = [check for check in small.CHECKS if check.call is small.hadamard]
+    monkeypatch.setattr(sanitizer, "CHECKS", [check])
+    monkeypatch.setattr(sanitizer, "TOOLS", ["synccheck"])
+    path = tmp_path / "s.json"
+    tool = fake_checker(tmp_path, CLEAN)
+    assert sanitizer.main(["--json", str(path), "--limit", "100", "--tool", tool]) == 0
+    assert results.read(path)["synccheck"]["launched"] == {"hadamard_kernel": 1}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")
+def test_every_kernel_has_a_check_that_launches_it(tmp_path):
+    path = tmp_path / "s.json"
+    assert small.main(["--json", str(path)]) == 0
+    found = results.read(path)
+    assert list(found) == [check.name for check in small.CHECKS]
+    assert all(row["correct"] and row["off"] < 1e-5 for row in found.values())
+    launched = [found[check.name]["launched"] for check in small.CHECKS]
+    assert launched == [{check.kernel: 1} for check in small.CHECKS]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")
+def test_a_check_without_its_kernel_fails_and_a_wrong_one_is_told(tmp_path, monkeypatch):
+    check = small.Check("one_phase", small.hadamard, "float32", small.EVEN, 10)
+    monkeypatch.setattr(small, "CHECKS", (check,))
+    monkeypatch.setattr(small.torch_backend, "hadamard", lambda x, scale: torch.full_like(x, math.nan))
+    path = tmp_path / "s.json"
+    assert small.main(["--json", str(path)]) == 1
+    row = results.read(path)[check.name]
+    assert row == {"launched": {"hadamard_kernel": 1}, "correct": False, "off": "nan", "allowed": 1e-2}
 
 
 def test_without_a_memory_checker_the_step_says_so(tmp_path, monkeypatch, capsys):

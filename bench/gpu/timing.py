@@ -23,7 +23,7 @@ from bench.gpu.clock import Clock
 from bench.gpu.deviation import complaint
 from bench.gpu.kernel_times import ceilings, first_line, floors, host_seconds
 from bench.gpu.precision import tf32
-from bench.gpu.steps import ROOT, TICK, environment, python
+from bench.gpu.steps import ROOT, TICK, environment, finish, python
 
 CEILINGS, HOST = "ceilings", "host"
 BUILD_SHARE = 0.4
@@ -137,12 +137,7 @@ def build_all(options: argparse.Namespace, deadline: float) -> None:
             )
             for name in names
         ]
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            time.sleep(TICK)
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+        finish(processes, deadline)
 
 
 def build(options: argparse.Namespace) -> int:
