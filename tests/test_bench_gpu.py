@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench.gpu import __main__ as script
 from bench.gpu import (
@@ -24,16 +27,18 @@ from bench.gpu import (
     results,
     sanitizer,
     sharded_tests,
+    small,
     steps,
     summary,
     timing,
 )
-from bench.gpu.cases import CASES, LARGE, QUICK, SMALL, make_problem
+from bench.gpu.cases import CASES, LARGE, QUICK, SMALL, Case, make_problem
 from bench.gpu.clock import Clock, in_turn
+from bench.gpu.deviation import deviation_of
 from bench.gpu.precision import TruncatedProducts, tf32, truncated
-from bench.gpu.reference import make_reference
-from bench.gpu.steps import Step, run_step, shorten
-from bench.gpu.variants import BACKWARD, BP, EVERYWHERE, OURS, STEP, UPDATE, Region, Regions
+from bench.gpu.reference import Reference, make_reference
+from bench.gpu.steps import Step, finish, run_step, shorten
+from bench.gpu.variants import BACKWARD, BP, EVERYWHERE, OURS, STEP, UPDATE, ByHand, Region, Regions, gradients_of
 from dfa_kernels.backends.triton.launch import INTERPRETED
 
 CPU = torch.device("cpu")
@@ -77,6 +82,13 @@ def test_a_step_is_ended_at_its_limit_with_all_that_it_started(tmp_path):
     assert (tmp_path / "s.log").read_text() == "began\n"
     time.sleep(1.2)
     assert not sign.exists()
+
+
+def test_processes_are_ended_at_the_deadline():
+    codes = ["import time; time.sleep(60)", "import sys; sys.exit(3)", "import time; time.sleep(60)"]
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+    assert finish(processes, time.monotonic() + 2) == [None, 3, None]
+    assert all(process.returncode is not None for process in processes)
 
 
 def test_a_steps_results_are_looked_at_while_it_runs(tmp_path):
@@ -190,7 +202,8 @@ def test_every_variant_computes_the_same(name, case):
     references = case_timing.make_references(own)
     rows = case_timing.check_variant(own, name, EVERYWHERE[name], references, time.monotonic() + 60)
     assert STEP in rows
-    assert all(row["correct"] for row in rows.values()), rows
+    # The same each time: both runs begin from the same weights.
+    assert all(row["correct"] and row["repeats"] for row in rows.values()), rows
 
 
 def changed_region(variant: str, region: str, change: Callable[[Region], None]) -> Callable[..., Regions]:
@@ -246,6 +259,129 @@ def test_a_wrong_variant_is_told_and_not_timed(problem, references, region, chan
     assert "off by" in timing.cell(rows[region][OURS]) or "results are there" in timing.cell(rows[region][OURS])
 
 
+TILED = Case("tiles", 300, 260, 2, 10, 8, "float32")
+"""weight 0 is 3 × 3 tiles of 128, as weight 1 is; the output layer's is 1 × 3."""
+
+
+@pytest.fixture(scope="module")
+def tiled():
+    """The reference's gradients for a network of several tiles."""
+    return make_reference(make_problem(TILED, CPU, "torch"), "DFA", given_error=True)
+
+
+def computed(reference: Reference, *changes: Callable[[list[Tensor]], object]) -> Callable[[], list[Tensor]]:
+    """Plain torch's gradients, changed by one after the other each time they are computed, and by the last again."""
+    left = list(changes)
+
+    def compute() -> list[Tensor]:
+        found = [tensor.clone() for tensor in reference.plain[0]]
+        (left.pop(0) if len(left) > 1 else left[0])(found)
+        return found
+
+    return compute
+
+
+def right(found: list[Tensor]) -> None:
+    pass
+
+
+def one_tile(found: list[Tensor]) -> None:
+    found[2][128:256, :128] += 1
+
+
+def the_last_column(found: list[Tensor]) -> None:
+    found[0][:, -1] += 1
+
+
+def every_number(found: list[Tensor]) -> None:
+    found[4] *= 1.001
+
+
+def one_infinity(found: list[Tensor]) -> None:
+    found[0] += 1
+    found[3][200] = math.inf
+
+
+def a_last_bit(found: list[Tensor]) -> None:
+    found[1][0] = torch.nextafter(found[1][0], torch.tensor(9.0))
+
+
+CHANGES = [
+    ([one_tile], "weight 1 [260, 260]", 1, 9, True),
+    ([the_last_column], "weight 0 [260, 300]", 3, 9, True),
+    ([every_number], "weight 2 [10, 260]", 3, 3, True),
+    ([one_infinity], "bias 1 [260]", 1, 3, True),
+    ([one_tile, one_infinity], "bias 1 [260]", 1, 3, False),
+    ([one_infinity, right], "bias 1 [260]", 1, 3, False),
+    ([right, one_tile], "weight 1 [260, 260]", 1, 9, False),
+]
+
+
+@pytest.mark.parametrize(("changes", "tensor", "wrong", "tiles", "repeats"), CHANGES)
+def test_a_wrong_result_says_where_it_is_wrong_and_whether_it_repeats(
+    tiled, tmp_path, changes, tensor, wrong, tiles, repeats
+):
+    results.write(tmp_path / "row.json", tiled.check(computed(tiled, *changes), updated=False).row())
+    row = results.read(tmp_path / "row.json")
+    assert not row["correct"]
+    assert (row["tensor"], row["wrong_tiles"], row["tiles"], row["repeats"]) == (tensor, wrong, tiles, repeats)
+    how = "the same each time" if repeats else "differently each time"
+    error, allowed = float(row["error"]), row["allowed"]
+    assert math.isfinite(error) is (tensor != "bias 1 [260]")
+    expected = f"wrong: {tensor}, off by {error:.1e}, allowed {allowed:.1e}, in {wrong} of {tiles} tiles, {how}"
+    assert timing.cell(row).strip() == expected
+
+
+def test_a_number_that_is_none_repeats(tiled):
+    def nowhere(found: list[Tensor]) -> None:
+        found[5][3] = math.nan
+
+    row = tiled.check(computed(tiled, nowhere), updated=False).row()
+    assert math.isnan(row["error"])
+    assert (row["tensor"], row["wrong_tiles"], row["tiles"], row["repeats"]) == ("bias 2 [10]", 1, 1, True)
+
+
+def test_infinity_is_wrong_where_plain_torch_is_infinitely_far_off():
+    found = deviation_of("weight 0 [1, 200]", torch.full((1, 200), math.inf), torch.zeros(1, 200), math.inf)
+    assert not found.correct
+    assert (found.wrong_tiles, found.tiles, found.badness) == (2, 2, math.inf)
+
+
+def test_a_right_result_that_does_not_repeat_is_right(tiled):
+    row = tiled.check(computed(tiled, right, a_last_bit), updated=False).row()
+    assert row["correct"]
+    assert not row["repeats"]
+    assert row.keys() == {"correct", "error", "allowed", "repeats"}
+    assert "differs from run to run" in timing.cell({**row, "seconds": 1e-6})
+    row = tiled.check(computed(tiled, right), updated=False).row()
+    assert row["correct"]
+    assert row["repeats"]
+    assert timing.cell({**row, "seconds": 1e-6}).strip() == "1.0 µs"
+
+
+def test_updated_weights_are_named_as_their_gradients_are(tiled):
+    def compute() -> list[Tensor]:
+        rate = tiled.learning_rate
+        found = [w - rate * g for w, g in zip(tiled.weights, tiled.plain[0], strict=True)]
+        found[3][0] += 1
+        return found
+
+    row = tiled.check(compute, updated=True).row()
+    assert (row["tensor"], row["wrong_tiles"], row["tiles"]) == ("bias 1 [260]", 1, 3)
+
+
+def test_rows_of_older_results_still_print():
+    row = {"correct": False, "error": 0.00011, "allowed": 2.3e-05}
+    assert timing.cell(row).strip() == "wrong result: off by 1.1e-04, allowed 2.3e-05"
+    assert timing.cell({"correct": True, "error": 0.0, "allowed": 1.0, "seconds": 2e-6}).strip() == "2.0 µs"
+
+
+def test_what_is_right_and_could_not_be_timed_is_not_called_wrong():
+    row = {"correct": True, "error": 0.0, "allowed": 1.0, "repeats": True}
+    assert timing.cell(row).strip() == "not timed"
+    assert timing.cell({**row, "reason": "why"}).strip() == "why"
+
+
 def test_a_step_that_changes_nothing_is_wrong(problem, references):
     def idle(own: Any, lr: float) -> Regions:
         made = EVERYWHERE[BP](own, lr)
@@ -253,6 +389,15 @@ def test_a_step_that_changes_nothing_is_wrong(problem, references):
         return made
 
     assert not case_timing.check_variant(problem, BP, idle, references, time.monotonic() + 60)[STEP]["correct"]
+
+
+def test_gradients_left_from_the_run_before_are_wrong(problem, references):
+    hand = ByHand(problem, 0.0)
+    runs = [hand.backward]
+    region = Region(lambda: runs.pop()() if runs else None, hand.net, gradients_of(hand.net), hand.forward)
+    row = case_timing.check_region(problem, region, references["DFA", True], BACKWARD)
+    assert not row["correct"]
+    assert not row["repeats"]
 
 
 def test_a_variant_that_cannot_be_made_is_told(problem, references):
@@ -279,11 +424,13 @@ def test_the_kernels_are_compared():
     rows = kernel_times.compare_kernels(own, reference, Clock(CPU), 0.0)
     assert list(rows) == ["layer_grads", "one_phase", "two_phase", kernel_times.LIBRARY]
     assert all(row["correct"] and row["seconds"] > 0 for row in rows.values())
+    assert all(rows[name]["repeats"] for name in ("layer_grads", "one_phase", "two_phase"))
     assert "one_phase" in rows["layer_grads"]["plan"]
     for gradients in (reference.exact, *reference.plain):
         gradients[0] *= 1.01
     rows = kernel_times.compare_kernels(own, reference, Clock(CPU), 0.0)
     assert not rows["two_phase"]["correct"]
+    assert rows["two_phase"]["tensor"] == "weight 0 [16, 24]"
     assert "seconds" not in rows["two_phase"]
 
 
@@ -371,38 +518,141 @@ def test_device_activities_are_those_of_the_device():
 
 CLEAN = "========= ERROR SUMMARY: 0 errors"
 RACES = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
+RAN = {"a": {"launched": {"one_phase": 1}}, "b": {"launched": {"one_phase": 1, "two_phase": 2}}}
 
 
 @pytest.mark.parametrize(
-    ("code", "text", "clean"),
+    ("code", "text", "rows", "clean"),
     [
-        (0, CLEAN, True),
-        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", True),
-        (0, RACES, False),
-        (99, "========= ERROR SUMMARY: 10 errors", False),
-        (99, CLEAN, False),
-        (0, "nothing was said", False),
-        (None, CLEAN, False),
+        (0, CLEAN, RAN, True),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", RAN, True),
+        (0, RACES, RAN, False),
+        (99, "========= ERROR SUMMARY: 10 errors", RAN, False),
+        (99, CLEAN, RAN, False),
+        (0, "nothing was said", RAN, False),
+        (None, CLEAN, RAN, False),
+        (0, CLEAN, {}, False),
+        (0, CLEAN, {"a": RAN["a"]}, False),
     ],
 )
-def test_what_the_memory_checker_says(code, text, clean):
-    assert sanitizer.verdict(code, text)["clean"] is clean
+def test_what_the_memory_checker_says(code, text, rows, clean):
+    found = sanitizer.verdict(sanitizer.Ended(code, text, rows), ["a", "b"])
+    assert found["clean"] is clean
+    assert found["launched"] == (
+        {"one_phase": 2, "two_phase": 2} if len(rows) == 2 else {"one_phase": 1} if rows else {}
+    )
 
 
-def fake_checker(tmp_path: Path, says: str) -> str:
+CHECKER = """#!{python}
+import subprocess, sys, time
+options = sys.argv[1 : sys.argv.index({python!r})]
+if options[:2] == ["--tool", {hangs!r}]: time.sleep(60)
+assert options[-2:] == ["--kernel-name-exclude", "kns=_ZN2at"]
+code = subprocess.run(sys.argv[len(options) + 1 :]).returncode if {runs} else 0
+print({says!r})
+sys.exit(code)
+"""
+
+
+def fake_checker(tmp_path: Path, says: str, runs: bool = True, hangs: str = "") -> str:
     tool = tmp_path / "checker"
-    tool.write_text(f"#!{sys.executable}\nprint({says!r})\n")
+    tool.write_text(CHECKER.format(python=sys.executable, says=says, runs=runs, hangs=hangs))
     tool.chmod(0o755)
     return str(tool)
 
 
-@pytest.mark.parametrize(("says", "expected"), [(CLEAN, 0), (RACES, 1)])
-def test_the_memory_checker_runs_with_every_tool(tmp_path, monkeypatch, says, expected):
-    monkeypatch.setattr(sanitizer, "_script", lambda: [sys.executable, "-c", ""])
+PROGRAM = """
+import json, sys, time
+path, *checks = sys.argv[1:]
+rows = {}
+for check in checks:
+    kernel, state = check.split()
+    if state == "hangs": time.sleep(60)
+    if state == "fails": sys.exit(3)
+    rows[check] = dict(launched={kernel: 1}, correct=state == "right", off=0.5, allowed=0.1)
+    open(path, "w").write(json.dumps(rows))
+"""
+
+
+def sanitized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, checks: list[str], limit: float = 60) -> Any:
+    """The step's exit status and results, with checks of a made-up program."""
+    program = [sys.executable, "-c", PROGRAM]
+    monkeypatch.setattr(sanitizer, "_program", lambda made, checks: [*program, str(made), *checks])
+    monkeypatch.setattr(sanitizer, "CHECKS", [argparse.Namespace(name=name) for name in checks])
     path = tmp_path / "s.json"
-    code = sanitizer.main(["--json", str(path), "--limit", "20", "--tool", fake_checker(tmp_path, says)])
+    return sanitizer.main(["--json", str(path), "--limit", str(limit), "--tool", tool]), results.read(path)
+
+
+@pytest.mark.parametrize(("says", "runs", "expected"), [(CLEAN, True, 0), (RACES, True, 1), (CLEAN, False, 1)])
+def test_the_memory_checker_runs_with_every_tool(tmp_path, monkeypatch, says, runs, expected):
+    tool = fake_checker(tmp_path, says, runs)
+    code, found = sanitized(tmp_path, monkeypatch, tool, ["k right", "l right"])
     assert code == expected
-    assert [results.read(path)[tool]["clean"] for tool in sanitizer.TOOLS] == [not expected] * 2
+    assert sanitizer.TOOLS == ("memcheck", "racecheck", "synccheck")
+    for name in sanitizer.TOOLS:
+        assert found[name]["clean"] is not bool(expected)
+        assert found[name]["launched"] == ({"k": 1, "l": 1} if runs else {})
+
+
+def test_a_check_that_fails_or_hangs_by_itself_is_no_finding(tmp_path, monkeypatch):
+    """What is only wrong may be so because of what a tool finds, and stays."""
+    monkeypatch.setattr(sanitizer, "PLAIN_SHARE", 0.1)
+    checks = ["k right", "l fails", "m hangs", "n wrong"]
+    code, found = sanitized(tmp_path, monkeypatch, fake_checker(tmp_path, CLEAN), checks, limit=30)
+    assert code == 1
+    assert [row["exit_code"] for row in found["checks"].values()] == [0, 3, None, 0]
+    for name in sanitizer.TOOLS:
+        assert found[name] == {
+            "clean": True, "exit_code": 0, "summary": "0 errors", "launched": {"k": 1, "n": 1},
+        }  # fmt: skip
+    lines = summary._sanitizer(found).splitlines()
+    assert lines[:3] == [
+        "- l fails: fails without a tool, with exit code 3; launched {}",
+        "- m hangs: did not end in time without a tool",
+        "- n wrong: wrong without a tool: off by 5.0e-01, allowed 1.0e-01",
+    ]
+    assert lines[3] == "- memcheck: 0 errors (clean: True; launched: k 1, n 1)"
+
+
+def test_a_tool_that_hangs_costs_only_itself(tmp_path, monkeypatch):
+    tool = fake_checker(tmp_path, CLEAN, hangs="racecheck")
+    code, found = sanitized(tmp_path, monkeypatch, tool, ["k right"], limit=sanitizer.SPARE + 5)
+    assert code == 1
+    assert [found[name]["clean"] for name in sanitizer.TOOLS] == [True, False, True]
+    assert found["racecheck"]["exit_code"] is None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")
+def test_the_memory_checker_sees_the_kernels(tmp_path, monkeypatch):
+    (check,) = [check for check in small.CHECKS if check.call is small.hadamard]
+    monkeypatch.setattr(sanitizer, "CHECKS", [check])
+    monkeypatch.setattr(sanitizer, "TOOLS", ["synccheck"])
+    path = tmp_path / "s.json"
+    tool = fake_checker(tmp_path, CLEAN)
+    assert sanitizer.main(["--json", str(path), "--limit", "100", "--tool", tool]) == 0
+    assert results.read(path)["synccheck"]["launched"] == {"hadamard_kernel": 1}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")
+def test_every_kernel_has_a_check_that_launches_it(tmp_path):
+    path = tmp_path / "s.json"
+    assert small.main(["--json", str(path)]) == 0
+    found = results.read(path)
+    assert list(found) == [check.name for check in small.CHECKS]
+    assert all(row["correct"] and row["off"] < 1e-5 for row in found.values())
+    launched = [found[check.name]["launched"] for check in small.CHECKS]
+    assert launched == [{check.kernel: 1} for check in small.CHECKS]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")
+def test_a_check_without_its_kernel_fails_and_a_wrong_one_is_told(tmp_path, monkeypatch):
+    check = small.Check("one_phase", small.hadamard, "float32", small.EVEN, 10)
+    monkeypatch.setattr(small, "CHECKS", (check,))
+    monkeypatch.setattr(small.torch_backend, "hadamard", lambda x, scale: torch.full_like(x, math.nan))
+    path = tmp_path / "s.json"
+    assert small.main(["--json", str(path)]) == 1
+    row = results.read(path)[check.name]
+    assert row == {"launched": {"hadamard_kernel": 1}, "correct": False, "off": "nan", "allowed": 1e-2}
 
 
 def test_without_a_memory_checker_the_step_says_so(tmp_path, monkeypatch, capsys):
@@ -494,8 +744,8 @@ def test_what_is_wrong_or_missing_is_not_met():
     notes = {verdict.name: verdict.note for verdict in summary.verdicts(found) if not verdict.met}
     assert notes == {
         f"{SMALL.name}: backward, kernels": "the one kernel is not ours: sgemm",
-        f"{LARGE.name}: step over BP": "dfa.DFA: wrong result: off by 1, allowed 0.1",
-        "host's part of one layer_grads": "wrong result: off by 1, allowed 0.1",
+        f"{LARGE.name}: step over BP": "dfa.DFA: wrong result: off by 1.0e+00, allowed 1.0e-01",
+        "host's part of one layer_grads": "wrong result: off by 1.0e+00, allowed 1.0e-01",
     }
     assert len(unmet({})) == 16
     assert len(unmet({"quick": True, **made_up()})) == 1

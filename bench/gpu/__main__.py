@@ -24,7 +24,7 @@ from bench.gpu.steps import Outcome, Step, python, run_step
 STEPS = (
     Step("env", "bench.gpu.device_facts", 25),
     Step("tests", "bench.gpu.sharded_tests", 135),
-    Step("sanitizer", "bench.gpu.sanitizer", 65),
+    Step("sanitizer", "bench.gpu.sanitizer", 70),
     Step("profile", "bench.gpu.kernel_counts", 40),
     Step("time", "bench.gpu.timing", 185),
 )

@@ -121,8 +121,7 @@ def _ways(problem: Problem, operator: Operator) -> list[tuple[str, AbstractConte
 
 def _checked(problem: Problem, operator: Operator, reference: Reference) -> tuple[dict[str, Any], Step | None]:
     try:
-        error, allowed = reference.deviation(operator.grads(), updated=False)
-        row = {"correct": error <= allowed, "error": error, "allowed": allowed}
+        row = reference.check(operator.grads, updated=False).row()
         return row, _on_device(problem, operator.grads) if row["correct"] else None
     except Exception as failure:
         return {"correct": False, "reason": first_line(failure)}, None
@@ -152,8 +151,7 @@ def _library_products(problem: Problem) -> Step:
 def host_seconds(problem: Problem, reference: Reference, clock: Clock, calls: int = HOST_CALLS) -> dict[str, Any]:
     """Mean time until a call returns, without waiting for the device, whose queue never fills up."""
     operator = make_operator(problem)
-    error, allowed = reference.deviation(operator.grads(), updated=False)
-    found: dict[str, Any] = {"correct": error <= allowed, "error": error, "allowed": allowed}
+    found = reference.check(operator.grads, updated=False).row()
     if not found["correct"]:
         return found
     found[CHOSEN] = mean_host_seconds(clock, operator.grads, calls)

@@ -1,76 +1,173 @@
-"""Both grouped kernels and `project_taps` on a tiny network, for a memory checker, which makes everything slow.
+"""Every kernel once or twice on a tiny network, for a tool that watches the GPU and makes everything slow.
 
-    python -m bench.gpu.small
+    python -m bench.gpu.small --json FILE [--checks NAME ...]
 
-Compares with the torch backend, loosely: what counts here is what the checker says.
+Nothing but these kernels runs on the GPU: data is made, and results are compared with the torch backend's, on the CPU.
+Loosely: what counts here is what the tool says.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
 import dfa_kernels as dfa
+from bench.gpu import results
 from bench.gpu.forced import grouped_by, kernel_planner
+from bench.gpu.precision import tf32
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 
-# None is a multiple of a tile; odd ones go without aligned rows, even ones may take the copy engine.
-WIDTHS = {"odd": (37, 45, 33), "even": (48, 64, 80)}
-ROWS = 19
-KERNELS = {"one_phase": 10, "two_phase": 70}
+# No multiple of a tile, and more than a loop over the batch holds in its buffers, which are so used again.
+ROWS = 275
+# No multiples of a tile. Odd ones go without aligned rows, even ones may take the copy engine.
+ODD, EVEN = (37, 45, 33), (48, 64, 80)
 ALLOWED = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
 
 
-def main(device: str = "") -> int:
-    place = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+@dataclass
+class Network:
+    """Hidden layers and an output layer."""
+
+    layers: list[Any]
+    """Arguments of `layer_grads`, up to the dtype."""
+    dtype: torch.dtype
+    parameters: list[Tensor]
+    state: list[Tensor]
+    """Of AdamW."""
+
+
+Call = Callable[[Any, Network], list[Tensor]]
+
+
+def grads(backend: Any, network: Network) -> list[Tensor]:
+    found: list[Tensor] = backend.layer_grads(*network.layers, network.dtype)
+    return found
+
+
+def update(backend: Any, network: Network) -> list[Tensor]:
+    hyper = [0.1, 0.9, 0.99, 1e-8, 0.1, 1.0] * len(network.parameters)
+    backend.layer_update_(*network.layers, network.parameters, network.state, "adamw", hyper)
+    return [*network.parameters, *network.state]
+
+
+def taps(backend: Any, network: Network) -> list[Tensor]:
+    error, stored, spec, _, kept, *rest = network.layers
+    found: list[Tensor] = backend.project_taps(error, stored, spec, [h.shape[1] for h in kept], kept, *rest[:3])
+    return found
+
+
+def hadamard(backend: Any, network: Network) -> list[Tensor]:
+    return [backend.hadamard(network.layers[0], 0.5)]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A call that has to launch this kernel; "tf32" is float32 through tensor cores."""
+
+    kernel: str
+    call: Call
+    precision: str
+    widths: tuple[int, ...]
+    error_size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.call.__name__} {self.precision}"
+
+
+CHECKS = (
+    Check("one_phase", grads, "tf32", ODD, 10),
+    Check("one_phase", update, "bfloat16", EVEN, 10),
+    Check("two_phase", grads, "bfloat16", EVEN, 70),
+    Check("two_phase", update, "tf32", ODD, 70),
+    Check("project_taps_kernel", taps, "tf32", ODD, 10),
+    Check("hadamard_kernel", hadamard, "float32", ODD, 70),
+)
+"""A line is a kernel to compile: all that a tool is to see, and no more."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    known = {check.name: check for check in CHECKS}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument("--checks", nargs="*", default=list(known), choices=known, help="which to do; default all")
+    options = parser.parse_args(argv)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    found: dict[str, Any] = {}
+    for name in options.checks:
+        row = found[name] = run(known[name], device)
+        results.write(options.json, found)
+        print(f"{name}: launched {row['launched']}, off by {row['off']:.1e} of the largest", flush=True)
+    return 0 if all(known[name].kernel in row["launched"] for name, row in found.items()) else 1
+
+
+def run(check: Check, device: torch.device) -> dict[str, Any]:
+    """Which kernels a check launched, and the largest deviation as a share of the tensor's largest number."""
     # Without a GPU the kernels are interpreted, which is right in float32 only.
-    dtypes = tuple(ALLOWED) if place.type == "cuda" else (torch.float32,)
-    wrong = 0
-    for kernel, error_size in KERNELS.items():
-        for dtype in dtypes:
-            for name, widths in WIDTHS.items():
-                off = check(kernel, arguments(widths, error_size, dtype, place), dtype)
-                wrong += not off <= ALLOWED[dtype]
-                print(f"{kernel}, {dtype}, {name} widths: off by {off:.1e} of the largest", flush=True)
-    return 1 if wrong else 0
+    half = check.precision == "bfloat16" and device.type == "cuda"
+    dtype = torch.bfloat16 if half else torch.float32
+    ours, plain = make_network(check, dtype, device), make_network(check, dtype, torch.device("cpu"))
+    with tf32(check.precision == "tf32"), grouped_by(kernel_planner(check.kernel)), launches() as launched:
+        found = [tensor.cpu() for tensor in check.call(triton_backend, ours)]
+    expected = check.call(torch_backend, plain)
+    off = torch.stack([_distance(a, b) for a, b in zip(found, expected, strict=True)]).max().item()
+    return {"launched": dict(launched), "correct": off <= ALLOWED[dtype], "off": off, "allowed": ALLOWED[dtype]}
 
 
-def arguments(widths: tuple[int, ...], error_size: int, dtype: torch.dtype, device: torch.device) -> list[Any]:
-    """Of `layer_grads`, up to the dtype: hidden layers and an output layer."""
+@contextmanager
+def launches() -> Iterator[Counter[str]]:
+    """The kernels that are started by their names within it, compiled or interpreted, and how often."""
+    found: Counter[str] = Counter()
+    launcher = KernelInterface.__getitem__
+
+    def counted(kernel: Any, grid: Any) -> Any:
+        found[kernel.__name__] += 1
+        return launcher(kernel, grid)
+
+    with mock.patch.object(KernelInterface, "__getitem__", counted):
+        yield found
+
+
+def make_network(check: Check, dtype: torch.dtype, device: torch.device) -> Network:
+    """The same numbers on every device."""
     generator = torch.Generator().manual_seed(0)
 
-    def data(columns: int) -> Tensor:
-        return torch.randn(ROWS, columns, generator=generator).to(device, dtype)
+    def data(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
 
-    feedback, hidden = dfa.Feedback(), len(widths) - 1
-    inputs = [data(width) for width in widths]
-    kept = [data(width).tanh() for width in widths[1:]]
-    stored = feedback.stored(max(widths), error_size, device)
-    return [
-        data(error_size), stored, feedback.spec, inputs, kept, [None] * hidden, ["tanh"] * hidden, [0.0] * 2 * hidden,
-        [True] * len(widths), [True] * len(widths),
+    def there(tensors: Any) -> list[Tensor]:
+        return [tensor.to(device) for tensor in tensors]
+
+    feedback, widths, hidden = dfa.Feedback(), check.widths, len(check.widths) - 1
+    stored = feedback.stored(max(widths), check.error_size, torch.device("cpu"))
+    inputs = [data(ROWS, width) for width in widths]
+    kept = [data(ROWS, width).tanh() for width in widths[1:]]
+    wanted = [True] * len(widths)
+    layers = [
+        *there([data(ROWS, check.error_size)]), there(stored), feedback.spec, there(inputs), there(kept),
+        [None] * hidden, ["tanh"] * hidden, [0.0] * 2 * hidden, wanted, wanted,
     ]  # fmt: skip
+    sizes = zip([*widths[1:], check.error_size], widths, strict=True)
+    parameters = [data(*shape) for out, width in sizes for shape in ((out, width), (out,))]
+    # A second moment of zero would divide each gradient by itself.
+    state = [torch.ones_like(parameter) for parameter in parameters for _ in range(2)]
+    return Network(layers, dtype, there(parameters), there(state))
 
 
-def check(kernel: str, call: list[Any], dtype: torch.dtype) -> float:
-    """Largest deviation from the torch backend, as a share of the largest number, of gradients, updates and δ."""
-    backends: tuple[Any, ...] = (triton_backend, torch_backend)
-    pairs: list[tuple[Tensor, Tensor]] = []
-    with grouped_by(kernel_planner(kernel)):
-        grads = [backend.layer_grads(*call, dtype) for backend in backends]
-        updated = [[torch.ones_like(g) for g in grads[0]] for _ in backends]
-        for backend, weights in zip(backends, updated, strict=True):
-            backend.layer_update_(*call, weights, [], "sgd", [0.1, 0.0, 0.0, 0.0] * len(weights))
-    for found in (grads, updated):
-        pairs += zip(*found, strict=True)
-    kept = call[4]
-    taps = [*call[:3], [h.shape[1] for h in kept], kept, *call[5:8]]
-    pairs += zip(*(backend.project_taps(*taps) for backend in backends), strict=True)
-    return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)
+def _distance(found: Tensor, expected: Tensor) -> Tensor:
+    return (found.float() - expected.float()).abs().max() / expected.float().abs().max()
 
 
 if __name__ == "__main__":

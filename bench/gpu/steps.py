@@ -75,6 +75,19 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def finish(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> list[int | None]:
+    """The exit codes of all once they have ended; None for each that had to be ended at the deadline."""
+    codes: list[int | None] = []
+    for process in processes:
+        try:
+            codes.append(process.wait(max(0.0, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            codes.append(None)
+    return codes
+
+
 def environment() -> dict[str, str]:
     """For a process that runs from a plain checkout and whose output shall come at once."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -8,8 +8,10 @@ from typing import Any
 
 from bench.gpu import timing
 from bench.gpu.cases import LARGE, SMALL, SMALL_IEEE
+from bench.gpu.deviation import complaint
 from bench.gpu.kernel_counts import PROFILED
 from bench.gpu.kernel_times import CHOSEN, LIBRARY
+from bench.gpu.sanitizer import TOOLS
 from bench.gpu.variants import BACKWARD, BP, BP_GRAPHED, OURS, OURS_GRAPHED, STEP, UPDATE
 
 Results = dict[str, Any]
@@ -124,7 +126,7 @@ def _host_microseconds(results: Results) -> float:
     if results.get("quick"):
         raise NotMeasuredError("tiny sizes")
     if not made["correct"]:
-        raise NotMeasuredError(f"wrong result: off by {made['error']:.2g}, allowed {made['allowed']:.2g}")
+        raise NotMeasuredError(complaint(made))
     return float(made[CHOSEN]) * 1e6
 
 
@@ -188,10 +190,25 @@ def _sanitizer(made: Any) -> str:
         return "not run"
     if made["tool"] is None:
         return "compute-sanitizer is not here"
-    verdict = [
-        f"- {name}: {row['summary']} (clean: {row['clean']})" for name, row in made.items() if isinstance(row, dict)
-    ]
-    return "\n".join(verdict) or f"the script itself fails with exit code {made['plain']}"
+    lines = [_check_row(name, row) for name, row in made.get("checks", {}).items()]
+    lines += [_tool_row(name, made[name]) for name in TOOLS if name in made]
+    return "\n".join(filter(None, lines)) or "nothing ran"
+
+
+def _check_row(name: str, row: dict[str, Any]) -> str:
+    """Nothing for what ran and was right."""
+    if row["exit_code"] is None:
+        return f"- {name}: did not end in time without a tool"
+    if row["exit_code"] != 0:
+        return f"- {name}: fails without a tool, with exit code {row['exit_code']}; launched {row.get('launched', {})}"
+    if not row["correct"]:
+        return f"- {name}: wrong without a tool: off by {float(row['off']):.1e}, allowed {row['allowed']:.1e}"
+    return ""
+
+
+def _tool_row(name: str, row: dict[str, Any]) -> str:
+    launched = ", ".join(f"{kernel} {count}" for kernel, count in row.get("launched", {}).items())
+    return f"- {name}: {row['summary']} (clean: {row['clean']}; launched: {launched or 'not known'})"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -20,9 +20,10 @@ from bench.gpu import results
 from bench.gpu.case_timing import build_only, make_references, measure_case
 from bench.gpu.cases import CASES, QUICK, SMALL, Case, make_problem
 from bench.gpu.clock import Clock
+from bench.gpu.deviation import complaint
 from bench.gpu.kernel_times import ceilings, first_line, floors, host_seconds
 from bench.gpu.precision import tf32
-from bench.gpu.steps import ROOT, TICK, environment, python
+from bench.gpu.steps import ROOT, TICK, environment, finish, python
 
 CEILINGS, HOST = "ceilings", "host"
 BUILD_SHARE = 0.4
@@ -136,12 +137,7 @@ def build_all(options: argparse.Namespace, deadline: float) -> None:
             )
             for name in names
         ]
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            time.sleep(TICK)
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+        finish(processes, deadline)
 
 
 def build(options: argparse.Namespace) -> int:
@@ -234,9 +230,10 @@ def case_lines(name: str, made: dict[str, Any], ceiling: dict[str, float]) -> li
 
 def cell(row: dict[str, Any]) -> str:
     if "seconds" in row:
-        return f"{row['seconds'] * 1e6:>12.1f} µs"
-    if "error" in row:
-        return f"  wrong result: off by {row['error']:.2g}, allowed {row['allowed']:.2g}"
+        changes = "  differs from run to run, within what is allowed" if row.get("repeats") is False else ""
+        return f"{row['seconds'] * 1e6:>12.1f} µs{changes}"
+    if "error" in row and not row["correct"]:
+        return f"  {complaint(row)}"
     return f"  {row.get('reason', 'not timed')}"
 
 
