@@ -73,15 +73,6 @@ def measure(kind: str, units: int) -> dict[str, Any]:
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table of procedural.json."""
-    lines = ["| kind | s | memory, with the result's | a dense matrix would take |", "|---|---|---|---|"]
-    for row in result["rows"]:
-        memory = f"{row['extra_bytes'] / 1e6:.0f} MB ({row['result_bytes'] / 1e6:.0f} MB)"
-        lines.append(f"| {row['kind']} | {row['seconds']:.1f} | {memory} | {row['dense_bytes'] / 1e9:.1f} GB |")
-    return "\n".join(lines)
-
-
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

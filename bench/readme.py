@@ -17,7 +17,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import compare, kinds, memory, procedural, projection, roofline, vgg_step
+from bench import compare, gpu_tables, kinds, memory, projection, vgg_step
 
 ROOT = Path(__file__).resolve().parents[1]
 # The name of a table's marks is that of its result file.
@@ -25,10 +25,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu/compare": compare.markdown,
     "cpu/kinds": kinds.markdown,
     "cpu/projection": projection.markdown,
-    "cpu/procedural": procedural.markdown,
     "cpu/memory": memory.markdown,
     "cpu/vgg_step": vgg_step.markdown,
-    "predicted/roofline": roofline.summary,
+    "h200/times": gpu_tables.times,
+    "h200/vgg_step": gpu_tables.vgg_step,
+    "h200/projection": gpu_tables.projection,
+    "h200/hadamard": gpu_tables.hadamard,
 }
 
 

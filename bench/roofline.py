@@ -1,13 +1,15 @@
-"""Predicts without a GPU what each kernel and committed config can reach, beside the workload's floor.
+"""Predicts without a GPU what the projection and the transform can reach, beside the workload's floor.
 
     python bench/roofline.py [--out bench/results/predicted] [--select hadamard]
 
 Plans are those that the package makes for each card; they are compiled ahead of time and their machine code is read.
 How a time follows from it, and what that leaves out, says `time_model.py`; the cards' numbers are in `cards.py`.
 
+What an H200 took stands beside it, from `results/h200`.
+
 The floor of a workload, computed this way in this arithmetic from memory that no cache holds yet: the larger of its
-fewest bytes / bandwidth and its operations / the datasheet's rate. Writes
-roofline.json, roofline.md and roofline.png. Needs a Triton that compiles (not TRITON_INTERPRET=1), but no driver.
+fewest bytes / bandwidth and its operations / the datasheet's rate. Writes roofline.json and roofline.md. Needs a Triton
+that compiles (not TRITON_INTERPRET=1), but no driver.
 """
 
 from __future__ import annotations
@@ -16,13 +18,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from matplotlib.figure import Figure
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -31,20 +32,21 @@ import dfa_kernels as dfa
 from bench import environment, time_model
 from bench.ahead import Case, compiled, feedback_of, hadamard_source, planned, source_of
 from bench.cards import CARDS, Card
-from bench.gpu import cases as networks
 from bench.gpu.precision import tf32
 from bench.time_model import Kernel, Tiles, kernel_of, occupancy, predict, programs_at_once
-from dfa_kernels.backends.triton.configs import ARITHMETICS, KINDS, table
+from dfa_kernels.backends.triton.configs import ARITHMETICS, table
 from dfa_kernels.backends.triton.hadamard import tile_of
 from dfa_kernels.backends.triton.plan import LaunchPlan
-from dfa_kernels.backends.triton.problem import GroupedProblem, TapsProblem, Target
-from dfa_kernels.backends.triton.route import LayerCall, looks_of, route_of
+from dfa_kernels.backends.triton.problem import Target
 from dfa_kernels.backends.triton.taps import plan_project_taps
 
 NOT_MEASURED = "Predicted, not measured."
 # The largest tap of VGG-16 at 224 × 224.
 UNITS, ERROR_SIZE, TAPS_BATCH = 64 * 224 * 224, 1000, 32
+SOURCES = ("matrix", "gaussian", "rademacher", "fastfood", "fastfood_seed")
 HADAMARD_NUMBERS = 2**26
+LENGTHS = (64, 1024, 8192)
+MEASURED, MEASURED_CARD = Path(__file__).resolve().parent / "results" / "h200", "H200"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Launch:
 
     name: str
     kernel: Kernel
-    tiles: tuple[Tiles, ...]
+    tiles: Tiles
 
 
 @dataclass(frozen=True)
@@ -73,49 +75,10 @@ class Workload:
 
 def workloads() -> Iterator[Workload]:
     """In the order of the tables."""
-    mlp = networks.SMALL
-    deep = networks.Case("1024-1024x8-10 b=128 tf32", 1024, 1024, 8, 10, 128, "float32", tf32=True)
-    wide = networks.Case("8192-8192x3-1000 b=4096 bf16", 8192, 8192, 3, 1000, 4096)
-    for case in (mlp, _in_bf16(mlp), wide, deep, _in_bf16(deep)):
-        yield gradients(case)
-    for source in ("matrix", "gaussian", "rademacher", "fastfood", "fastfood_seed"):
+    for source in SOURCES:
         yield projection(source)
-    for length in (64, 1024, 8192):
+    for length in LENGTHS:
         yield transform(length)
-
-
-def _in_bf16(case: networks.Case) -> networks.Case:
-    return networks.Case(
-        case.name.replace("tf32", "bf16"), case.inputs, case.hidden, case.depth, case.classes, case.batch
-    )
-
-
-def gradients(case: networks.Case) -> Workload:
-    """All layers' weight and bias gradients; operations: of the weight gradients alone."""
-    arithmetic = "tf32" if case.tf32 else "half"
-
-    def launch(card: Card) -> Launch:
-        plan = grouped_plan(case, card)
-        return Launch(_name(plan), read(plan, card.arch), tiles_of(plan))
-
-    return Workload(f"gradients {case.name}", arithmetic, case.backward_bytes, case.weight_flops, launch)
-
-
-def grouped_plan(case: networks.Case, card: Card) -> LaunchPlan:
-    """What `layer_grads` launches on this card."""
-    dtype, widths = case.torch_dtype, case.widths
-    inputs = [torch.empty(case.batch, width, dtype=dtype, device="meta") for width in widths[:-1]]
-    error = torch.empty(case.batch, case.classes, dtype=dtype, device="meta")
-    feedback, wanted = dfa.Feedback(storage=case.storage), [True] * len(inputs)
-    with tf32(case.tf32):
-        call = LayerCall(
-            error, feedback.stored(case.hidden, case.classes, "meta"), feedback.spec, inputs, inputs[1:],
-            [None] * case.depth, ["tanh"] * case.depth, [0.0] * (2 * case.depth), wanted, wanted,
-        )  # fmt: skip
-        route = route_of(looks_of(call, dtype, "store"), _target(card))
-    if route.plan is None:
-        raise ValueError(f"case: got {case.name}, for which nothing is launched on {card.name}: {route.reason}")
-    return route.plan
 
 
 def projection(source: str) -> Workload:
@@ -156,7 +119,7 @@ def transform(length: int) -> Workload:
     def launch(card: Card) -> Launch:
         block = tile_of(length)[1]
         tiles = Tiles(-(-rows // block), other_bytes=8.0 * block * length)
-        return Launch("hadamard", read_hadamard(length, card.arch), (tiles,))
+        return Launch("hadamard", read_hadamard(length, card.arch), tiles)
 
     name = f"hadamard n={length} rows={rows:,} float32"
     return Workload(name, "ieee", 8.0 * HADAMARD_NUMBERS, HADAMARD_NUMBERS * (bits + 1.0), launch)
@@ -174,8 +137,7 @@ def _name(plan: LaunchPlan) -> str:
 
 def read(plan: LaunchPlan, arch: int) -> Kernel:
     """The plan's kernel, compiled for the architecture and read."""
-    kernel = _read_source(source_of(plan), plan.options, arch)
-    return replace(kernel, most_programs=plan.config.programs) if plan.name == "two_phase" else kernel
+    return _read_source(source_of(plan), plan.options, arch)
 
 
 _read: dict[tuple[Any, ...], Kernel] = {}
@@ -194,31 +156,18 @@ def read_hadamard(length: int, arch: int) -> Kernel:
     return _read_source(*hadamard_source(length, torch.float32), arch)
 
 
-def tiles_of(plan: LaunchPlan) -> tuple[Tiles, ...]:
-    """The tiles of each phase of a plan's launch."""
-    problem = plan.problem
-    if isinstance(problem, TapsProblem):
-        return (_projection_tiles(plan, plan.programs, len(problem.sizes), bin(problem.kept).count("1")),)
-    if plan.name == "one_phase":
-        return (_one_phase_tiles(plan, problem),)
-    copies, projections, total = plan.numbers[-3:]
-    hidden = problem.hidden
-    return (
-        _projection_tiles(plan, projections, hidden, hidden),
-        _gradient_tiles(plan, problem, total - projections - copies),
-    )
-
-
-def _projection_tiles(plan: LaunchPlan, count: int, taps: int, kept: int) -> Tiles:
-    """A tile [units, rows] of e Uᵀ, and δ of as many taps from it."""
-    how, constants = plan.problem.projected, plan.constants_by_name()
+def tiles_of(plan: LaunchPlan) -> Tiles:
+    """Tiles [units, rows] of e Uᵀ, and of each the δ of every tap."""
+    problem, constants = plan.problem, plan.constants_by_name()
+    how = problem.projected
     units, rows, depth = constants["BLOCK_U"], constants["BLOCK_R"], constants["BLOCK_E"]
-    error, x = how.error_dtype.itemsize, how.dtype.itemsize
-    other = x * units * rows * (taps + kept)
+    error = how.error_dtype.itemsize
+    other = how.dtype.itemsize * units * rows * (len(problem.sizes) + bin(problem.kept).count("1"))
     if how.is_fastfood:
-        return Tiles(count, other_bytes=other + rows * how.error_size * error + units * _stored_bytes(how))
+        read = rows * how.error_size * error + units * _stored_bytes(how)
+        return Tiles(plan.programs, other_bytes=other + read)
     return Tiles(
-        count,
+        plan.programs,
         -(-how.error_size // depth),
         2.0 * units * rows * depth,
         depth * (error * rows + _stored_bytes(how) * units),
@@ -229,24 +178,6 @@ def _projection_tiles(plan: LaunchPlan, count: int, taps: int, kept: int) -> Til
 def _stored_bytes(how: Any) -> float:
     """Of an entry of U; of a unit for Fastfood."""
     return {"matrix": 4.0, "signs": 1 / 8, "fastfood": 13.0}.get(how.source, 0.0)
-
-
-def _one_phase_tiles(plan: LaunchPlan, problem: GroupedProblem) -> Tiles:
-    """A tile [outputs, inputs] of a gradient that makes its own δ."""
-    how, constants = problem.projected, plan.constants_by_name()
-    m, n, k, e = (constants[f"BLOCK_{letter}"] for letter in "MNKE")
-    x = how.dtype.itemsize
-    step_bytes = k * (x * (m + n) + how.error_dtype.itemsize * how.error_size)
-    other = m * (n * problem.parameter_dtype.itemsize + _stored_bytes(how) * how.error_size)
-    return Tiles(plan.programs, -(-how.rows // k), 2.0 * k * m * (n + e), step_bytes, other)
-
-
-def _gradient_tiles(plan: LaunchPlan, problem: GroupedProblem, count: int) -> Tiles:
-    """A tile [outputs, inputs] of a gradient from δ in memory."""
-    how, constants = problem.projected, plan.constants_by_name()
-    m, n, k = (constants[f"BLOCK_{letter}"] for letter in "MNK")
-    other = m * n * problem.parameter_dtype.itemsize
-    return Tiles(count, -(-how.rows // k), 2.0 * k * m * n, how.dtype.itemsize * k * (m + n), other)
 
 
 def workload_row(workload: Workload, card: Card) -> dict[str, Any]:
@@ -261,62 +192,56 @@ def workload_row(workload: Workload, card: Card) -> dict[str, Any]:
         "predicted_us": found.seconds * 1e6,
         "fraction_of_floor": floor / found.seconds,
         "limit": found.limit,
-        "tiles": [tiles.count for tiles in launch.tiles],
+        "tiles": launch.tiles.count,
         "spills": launch.kernel.spills,
     }
 
 
 def config_cases(arch: int) -> Iterator[Case]:
-    """Every committed config, on the paper's network and on two taps."""
+    """Every committed config of the projection, on two taps."""
     dtypes = {"half": "bf16", "tf32": "fp32", "ieee": "ieee"}
     for arithmetic in ARITHMETICS:
-        for kernel in KINDS:
-            for config in range(len(getattr(table()[arch][arithmetic], kernel))):
-                yield Case(kernel, config, dtypes[arithmetic], error_size=10 if kernel == "one_phase" else 1000)
+        for config in range(len(table()[arch][arithmetic].project_taps)):
+            yield Case("project_taps", config, dtypes[arithmetic], error_size=1000)
 
 
 def config_rows(arch: int) -> Iterator[dict[str, Any]]:
-    """A row for every phase of every config and of every transform. Clocks: of a turn of its loop, if it has one."""
+    """A row for every config and every transform. Clocks: of a turn of its loop, if it has one."""
     card = next(card for card in CARDS if card.arch == arch)
     for case in config_cases(arch):
         plan = planned(case, arch)
-        yield from _rows(case.kernel, case.config, case.dtype, read(plan, arch), tiles_of(plan), card)
-    for length in (64, 1024, 8192):
+        yield _row(case.kernel, case.config, case.dtype, read(plan, arch), tiles_of(plan), card)
+    for length in LENGTHS:
         tiles = Tiles(1, other_bytes=8.0 * tile_of(length)[1] * length)
-        yield from _rows("hadamard", length, "fp32", read_hadamard(length, arch), (tiles,), card)
+        yield _row("hadamard", length, "fp32", read_hadamard(length, arch), tiles, card)
 
 
-def _rows(
-    name: str, config: int, dtype: str, kernel: Kernel, tiles: tuple[Tiles, ...], card: Card
-) -> Iterator[dict[str, Any]]:
-    parts = ("δ", "gradients") if len(kernel.phases) > 1 else ("",)
-    for part, phase, these in zip(parts, kernel.phases, tiles, strict=True):
-        work = phase.turn or phase.rest
-        needed = time_model.clocks(work, kernel.warps, card, these.step_bytes or these.other_bytes)
-        limit = max(needed, key=lambda name: needed[name])
-        yield {
-            "arch": card.arch,
-            "kernel": name,
-            "config": config,
-            "dtype": dtype,
-            "phase": part,
-            "registers": kernel.registers,
-            "stack_bytes": kernel.stack,
-            "spill_bytes": kernel.local,
-            "shared_bytes": kernel.shared,
-            "programs_per_multiprocessor": programs_at_once(kernel, card.arch),
-            "occupancy": occupancy(kernel, card.arch),
-            "loop_instructions": phase.turn.instructions if phase.turn else 0,
-            "loop_instructions_most": phase.most,
-            "loop_products": phase.products,
-            "loads": phase.loads,
-            "other_instructions": phase.rest.instructions,
-            "tile_bytes": these.steps * these.step_bytes + these.other_bytes,
-            "tile_operations": these.steps * these.step_operations,
-            "clocks": {name: round(value, 1) for name, value in needed.items()},
-            "limit": limit,
-            "tensor_share": needed["tensor cores"] / needed[limit],
-        }
+def _row(name: str, config: int, dtype: str, kernel: Kernel, tiles: Tiles, card: Card) -> dict[str, Any]:
+    phase = kernel.phase
+    needed = time_model.clocks(phase.turn or phase.rest, kernel.warps, card, tiles.step_bytes or tiles.other_bytes)
+    limit = max(needed, key=lambda unit: needed[unit])
+    return {
+        "arch": card.arch,
+        "kernel": name,
+        "config": config,
+        "dtype": dtype,
+        "registers": kernel.registers,
+        "stack_bytes": kernel.stack,
+        "spill_bytes": kernel.local,
+        "shared_bytes": kernel.shared,
+        "programs_per_multiprocessor": programs_at_once(kernel, card.arch),
+        "occupancy": occupancy(kernel, card.arch),
+        "loop_instructions": phase.turn.instructions if phase.turn else 0,
+        "loop_instructions_most": phase.most,
+        "loop_products": phase.products,
+        "loads": phase.loads,
+        "other_instructions": phase.rest.instructions,
+        "tile_bytes": tiles.steps * tiles.step_bytes + tiles.other_bytes,
+        "tile_operations": tiles.steps * tiles.step_operations,
+        "clocks": {unit: round(value, 1) for unit, value in needed.items()},
+        "limit": limit,
+        "tensor_share": needed["tensor cores"] / needed[limit],
+    }
 
 
 def result_of(select: str) -> dict[str, Any]:
@@ -351,40 +276,45 @@ def markdown(result: dict[str, Any]) -> str:
     """The model, the workloads by card, and every config."""
     text = (
         f"# Roofline of the kernels\n\n**{NOT_MEASURED}** Triton {result['triton']}.\n\n```text\n{result['model']}```\n"
+        "\n## Workloads\n\nMicroseconds predicted, of them the floor's share, and what takes most of the time; and "
+        f"what an {MEASURED_CARD} took, and how far that is off.\n\n"
     )
-    text += "\n## Workloads\n\nMicroseconds predicted, of them the floor's share, and what takes most of the time.\n\n"
-    return text + workload_table(result["workloads"]) + "\n\n## Configs\n\n" + config_table(result["configs"]) + "\n"
+    table = workload_table(result["workloads"], measured_us())
+    return f"{text}{table}\n\n## Configs\n\n{config_table(result['configs'])}\n"
 
 
-def workload_table(rows: list[dict[str, Any]]) -> str:
-    """A line a workload, a column a card."""
+def measured_us() -> dict[str, float]:
+    """What MEASURED_CARD took for the workloads, by name."""
+    taps, transforms = (
+        json.loads((MEASURED / f"{name}.json").read_text())["rows"] for name in ("projection", "hadamard")
+    )
+    forms = {
+        row["feedback"]: row["ms"] * 1e3
+        for row in taps
+        if (row["function"], row["precision"]) == ("project_taps", "tf32")
+    }
+    specs = {source: feedback_of(source) for source in SOURCES}
+    found = {projection(source).name: forms[f"{spec.kind}, {spec.storage}"] for source, spec in specs.items()}
+    lengths = {row["n"]: row["ms"] * 1e3 for row in transforms if row["dtype"] == "float32"}
+    return found | {transform(length).name: lengths[length] for length in LENGTHS}
+
+
+def workload_table(rows: list[dict[str, Any]], measured: dict[str, float]) -> str:
+    """A line a workload, a column a card, and what was measured."""
     cards = list(dict.fromkeys(row["card"] for row in rows))
-    lines = ["| workload | " + " | ".join(cards) + " |", "|---" * (1 + len(cards)) + "|"]
+    lines = [f"| workload | {' | '.join(cards)} | {MEASURED_CARD}, measured |", "|---" * (2 + len(cards)) + "|"]
     for name in dict.fromkeys(row["workload"] for row in rows):
+        found = {row["card"]: row for row in rows if row["workload"] == name}
         cells = [
-            f"{row['predicted_us']:,.1f}, {row['fraction_of_floor']:.0%}, {row['limit']}"
-            for row in rows
-            if row["workload"] == name
+            f"{row['predicted_us']:,.1f}, {row['fraction_of_floor']:.0%}, {row['limit']}" for row in found.values()
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The table of the README: a line a workload, a column a card."""
-    rows = result["workloads"]
-    cards = list(dict.fromkeys(row["card"] for row in rows))
-    lines = ["| µs predicted (floor's share) | " + " | ".join(cards) + " |", "|---" * (1 + len(cards)) + "|"]
-    for name in dict.fromkeys(row["workload"] for row in rows):
-        cells = [
-            f"{row['predicted_us']:,.0f} ({row['fraction_of_floor']:.0%})" for row in rows if row["workload"] == name
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        over = measured[name] / found[MEASURED_CARD]["predicted_us"]
+        lines.append(f"| {name} | {' | '.join(cells)} | **{measured[name]:,.1f}** ({over:.1f}×) |")
     return "\n".join(lines)
 
 
 def config_table(rows: list[dict[str, Any]]) -> str:
-    """A line for every phase of every config; its numbers are those of one multiprocessor."""
+    """A line for every config; its numbers are those of one multiprocessor."""
     columns = (
         "arch", "kernel, config, dtype", "registers", "stack + spilled B", "shared KB", "programs, occupancy",
         "loop: instructions, products", "loads in the loop", "around the loop", "tile: KB, Mop", "limit",
@@ -395,7 +325,7 @@ def config_table(rows: list[dict[str, Any]]) -> str:
         loads = ", ".join(f"{count} {kind}" for kind, count in row["loads"].items()) or "none"
         cells = (
             f"sm_{row['arch']}",
-            f"{row['kernel']} {row['config']} {row['dtype']} {row['phase']}".rstrip(),
+            f"{row['kernel']} {row['config']} {row['dtype']}",
             row["registers"],
             row["stack_bytes"] + row["spill_bytes"],
             f"{row['shared_bytes'] / 1024:.1f}",
@@ -411,29 +341,12 @@ def config_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The floor's share of every prediction, a row a workload and a column a card."""
-    names, cards = (list(dict.fromkeys(row[key] for row in rows)) for key in ("workload", "card"))
-    shares = [[row["fraction_of_floor"] for row in rows if row["workload"] == name] for name in names]
-    figure = Figure(figsize=(10, 1.2 + 0.35 * len(names)), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, alpha=0.7)
-    for y, row in enumerate(shares):
-        for x, share in enumerate(row):
-            axes.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=9)
-    axes.set_xticks(range(len(cards)), cards)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_title(f"Floor / predicted time. {NOT_MEASURED}")
-    figure.savefig(path, format="png")
-
-
 def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     result = result_of(options.select)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "roofline.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.out / "roofline.md").write_text(markdown(result))
-    draw(result["workloads"], options.out / "roofline.png")
     spilled = {row["kernel"] for row in result["configs"] if row["stack_bytes"] + row["spill_bytes"]}
     spilled |= {f"{row['workload']} on {row['card']}" for row in result["workloads"] if row["spills"]}
     for name in sorted(spilled):

@@ -1,14 +1,13 @@
 """Predicts how long a launch takes, from its machine code and a card's datasheet. Nothing here is measured.
 
-    time = LAUNCH + max(bytes / bandwidth, sum over phases of the busiest multiprocessor's time for its tiles)
+    time = LAUNCH + max(bytes / bandwidth, the busiest multiprocessor's time for its tiles)
     its time = max(tiles × work, tiles / programs at once, rounded up × alone)
     work = rest + turns × turn; each the largest of the times that one unit of the multiprocessor needs
     alone = LATENCY + rest + turns × max(turn, waiting)
 
-A phase is a kind of tile: `two_phase` has tiles of δ and tiles of gradients. A turn is one of the product's loop, on
-the path with the fewest instructions (without the sums for the bias, which only the first column of tiles makes); the
-rest is the path with the most instructions outside of it. Waiting is LATENCY if the loop loads into registers, or
-LATENCY / stages ahead if it copies to shared memory. Bytes are the fewest that the workload can move.
+A turn is one of the product's loop, on the path with the fewest instructions; the rest is the path with the most
+instructions outside of it. Waiting is LATENCY if the loop loads into registers, or LATENCY / stages ahead if it copies
+to shared memory. Bytes are the fewest that the workload can move.
 
 The units: four schedulers that issue an instruction each a clock; float32, integer multiply-add, other integer and
 logic, and special-function lanes; the pipe that float32 and integer multiply-add share; shared memory with L1 (128
@@ -16,15 +15,14 @@ bytes and one instruction a clock); what a tile asks of the L2 cache (64 bytes a
 cache gives); tensor cores.
 
 What is left out makes a card slower than this: instructions that wait for each other and for barriers, bank conflicts,
-misses of the L2 cache beyond the fewest bytes, one phase waiting for the other, atomics, clocks below the datasheet's
-under a limit of power, and memory that reaches some nine tenths of its datasheet's bandwidth. Left out too, and making
-it faster: loads that hit in L1, or in L2 sooner than LATENCY, and what an earlier kernel left in L2.
+misses of the L2 cache beyond the fewest bytes, clocks below the datasheet's under a limit of power, and memory that
+reaches some nine tenths of its datasheet's bandwidth. Left out too, and making it faster: loads that hit in L1, or in
+L2 sooner than LATENCY, and what an earlier kernel left in L2.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +86,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Phase:
-    """A kind of tile: its loop, and what runs around it. Without a loop everything is `rest`."""
+    """What a program runs: its loop, and what is around it. Without a loop everything is `rest`."""
 
     rest: Work
     turn: Work | None = None
@@ -112,9 +110,7 @@ class Kernel:
     shared: int
     warps: int
     stages: int
-    phases: tuple[Phase, ...]
-    most_programs: int = 64
-    """On a multiprocessor, where the launch itself starts no more of them."""
+    phase: Phase
 
     @property
     def spills(self) -> bool:
@@ -124,7 +120,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How many tiles a phase has, and of each: steps of its loop, operations of a step, bytes asked of the L2 cache."""
+    """How many a launch has, and of each: steps of its loop, operations of a step, bytes asked of the L2 cache."""
 
     count: int
     steps: int = 0
@@ -145,26 +141,17 @@ def kernel_of(compiled: Any, warps: int, stages: int) -> Kernel:
     """Triton's compiled kernel, read."""
     cubin = compiled.asm["cubin"]
     used = sass.resources(cubin)
-    phases = phases_of(sass.instructions(sass.disassembled(cubin)))
-    return Kernel(used["reg"], used["stack"], used["local"], compiled.metadata.shared, warps, stages, phases)
+    phase = phase_of(sass.instructions(sass.disassembled(cubin)))
+    return Kernel(used["reg"], used["stack"], used["local"], compiled.metadata.shared, warps, stages, phase)
 
 
-def phases_of(code: Sequence[Instruction]) -> tuple[Phase, ...]:
-    """A phase for every loop that multiplies; one of everything if none does."""
-    exits = {line.address for line in code if line.opcode == "EXIT"}
+def phase_of(code: Sequence[Instruction]) -> Phase:
+    """The loop that multiplies, if there is one, and the rest."""
+    start, ends = code[0].address, {line.address for line in code if line.opcode == "EXIT"}
     bodies = sass.product_loops(code)
     if not bodies:
-        return (Phase(Work.of(sass.path(code, code[0].address, exits, longest=True))),)
-    first, last = bodies[0][0].address, bodies[-1][-1].address
-    around = [body for body in sass.loops(code) if body[0].address < first and last < body[-1].address]
-    if around:
-        # Tiles are drawn in a loop of their own, once around which is one tile.
-        tickets = max(around, key=len)
-        return tuple(_phase(code, body, tickets[0].address, {tickets[-1].address}) for body in bodies)
-    return tuple(_phase(code, body, code[0].address, exits) for body in bodies)
-
-
-def _phase(code: Sequence[Instruction], body: Sequence[Instruction], start: int, ends: set[int]) -> Phase:
+        return Phase(Work.of(sass.path(code, start, ends, longest=True)))
+    (body,) = bodies
     first, last = body[0].address, body[-1].address
     before = sass.path(code, start, {first}, longest=True)
     after = sass.path(code, first, {end for end in ends if end > last}, longest=True)
@@ -183,9 +170,7 @@ def programs_at_once(kernel: Kernel, arch: int) -> int:
     shared = _up(kernel.shared + RESERVED_SHARED, SHARED_AT_ONCE)
     if kernel.shared > has.shared_of_program:
         return 0
-    return min(
-        kernel.most_programs, has.programs, has.warps // kernel.warps, has.registers // registers, has.shared // shared
-    )
+    return min(has.programs, has.warps // kernel.warps, has.registers // registers, has.shared // shared)
 
 
 def _up(value: int, unit: int) -> int:
@@ -222,22 +207,17 @@ def clocks(work: Work, warps: int, card: Card, l2_bytes: float = 0.0) -> dict[st
     }
 
 
-def predict(kernel: Kernel, tiles: Sequence[Tiles], bytes_moved: float, card: Card) -> Prediction:
-    """The time of a launch; tiles: of each of the kernel's phases."""
-    times: dict[str, float] = defaultdict(float)
-    busy = latency = 0.0
-    for phase, these in zip(kernel.phases, tiles, strict=True):
-        here = -(-these.count // card.multiprocessors)
-        turns, rest, turn = _clocks_of_tile(phase, these, kernel, card)
-        work = _seconds(rest, card) + turns * _seconds(turn, card)
-        alone = LATENCY + _seconds(rest, card) + turns * max(_seconds(turn, card), waiting(phase, kernel.stages))
-        waits = -(-here // max(1, programs_at_once(kernel, card.arch))) * alone
-        busy += max(here * work, waits)
-        for name, needed in rest.items():
-            times[name] += here * (needed + turns * turn.get(name, 0.0)) / card.clock
-        latency += max(0.0, waits - here * work)
-    times.update({"launch": LAUNCH, "latency": latency, "memory": bytes_moved / card.bandwidth})
-    return Prediction(LAUNCH + max(busy, times["memory"]), max(times, key=lambda name: times[name]))
+def predict(kernel: Kernel, tiles: Tiles, bytes_moved: float, card: Card) -> Prediction:
+    """The time of a launch."""
+    phase, here = kernel.phase, -(-tiles.count // card.multiprocessors)
+    turns, rest, turn = _clocks_of_tile(phase, tiles, kernel, card)
+    work = here * (_seconds(rest, card) + turns * _seconds(turn, card))
+    alone = LATENCY + _seconds(rest, card) + turns * max(_seconds(turn, card), waiting(phase, kernel.stages))
+    waits = -(-here // max(1, programs_at_once(kernel, card.arch))) * alone
+    memory = bytes_moved / card.bandwidth
+    times = {name: here * (needed + turns * turn.get(name, 0.0)) / card.clock for name, needed in rest.items()}
+    times |= {"launch": LAUNCH, "latency": max(0.0, waits - work), "memory": memory}
+    return Prediction(LAUNCH + max(work, waits, memory), max(times, key=lambda name: times[name]))
 
 
 def waiting(phase: Phase, stages: int) -> float:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from bench import gpu_tables
 from bench.readme import ROOT, TABLES, with_table, with_tables
 
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
@@ -30,6 +31,30 @@ def test_tables_are_whole(name):
     lines = TABLES[name](result).splitlines()
     assert len(lines) > 2
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def test_a_wrong_result_has_no_speed():
+    right, wrong = {"correct": True, "seconds": 1234.4e-6}, {"correct": False, "error": 1.0, "allowed": 0.1}
+    names = [f"{name}{graphed}" for name in ("BP", "δ + cuBLAS by hand", "dfa.DFA") for graphed in ("", ", graphed")]
+    rows = {**dict.fromkeys(names, right), "dfa.DFA, graphed": wrong}
+    regions = dict.fromkeys(("backward", "backward+update", "step"), rows)
+    table = gpu_tables.times({"time": {"items": {"ceilings": {"bytes": 1.0}, "a network": {"regions": regions}}}})
+    half, whole = "1,234 / 1,234 / wrong", "1,234 / 1,234 / 1,234"
+    assert table.splitlines()[2:] == [f"| a network | {half} | {half} | {half} | {whole} |"]
+
+    forms = {"function": "project_taps", "feedback": "sparse, dense"}
+    table = gpu_tables.projection(
+        {"rows": [{**forms, "precision": "tf32", "correct": False}, {**forms, "precision": "float32", "correct": True}]}
+    )
+    assert table.splitlines()[2:] == [
+        "| `e @ U.T` | – / – |", "| one launch | wrong / – |", "| `Feedback.project` | – / – |"
+    ]  # fmt: skip
+
+
+def test_the_readme_counts_the_gpu_tests():
+    made = json.loads((RESULTS / "h200" / "tests.json").read_text())["tests"]
+    passed, failed = made["passed"], len(made["failed"])
+    assert f"{passed} of {passed + failed} GPU tests passed" in (ROOT / "README.md").read_text()
 
 
 def test_the_table_takes_the_place_of_the_old_one():
