@@ -21,6 +21,8 @@ from .hadamard import padded_bits, walsh_hadamard
 from .philox import rounded_root
 
 PERMUTATION_ROUNDS = 4
+# Of which squares of normals are made up when they are added; 2^17 of the largest, 46, fit into 63 bits.
+SQUARE_UNITS = 2.0**40
 
 Diagonals = Callable[[range], list[Tensor]]
 
@@ -59,7 +61,7 @@ def _diagonals(seed: int, blocks: range, d: int, device: torch.device) -> list[T
     signs = unpack_signs(packed_signs(seed, blocks, d, device, Stream.FASTFOOD_SIGNS), d).to(torch.int8)
     gaussian = _normals(seed, Stream.FASTFOOD_GAUSSIAN, blocks, d, device)
     normal = _normals(seed, Stream.FASTFOOD_SCALING, blocks, d, device)
-    scaling = _relative_chi(normal).div_(_norms(gaussian))
+    scaling = _relative_chi(normal).mul_(_norms(gaussian).reciprocal_())
     return [signs, _permutation(seed, blocks, d, device), gaussian, scaling]
 
 
@@ -69,11 +71,9 @@ def _normals(seed: int, stream: Stream, blocks: range, d: int, device: torch.dev
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """||row||, [len(rows), 1]. Squares are added in pairs, an order that kernels can keep to the last bit."""
-    total = rows.square()
-    while total.shape[1] > 1:
-        total = total[:, 0::2] + total[:, 1::2]
-    return rounded_root(total)
+    """||row||, [len(rows), 1]. Squares are added as integers, of which any order gives the same sum."""
+    total = rows.square().mul_(SQUARE_UNITS).to(torch.int64).sum(1, keepdim=True)
+    return rounded_root(total.to(torch.float32).div_(SQUARE_UNITS))
 
 
 def _relative_chi(normal: Tensor) -> Tensor:

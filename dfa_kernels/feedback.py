@@ -20,7 +20,8 @@ class Feedback:
     "sparse" (`nonzeros` entries ±sqrt(E / nonzeros) a row, ceil(sqrt(E)) of them if None), or the structured
     "fastfood".
     storage: "dense" keeps U between steps (rademacher as sign bits, sparse as indices and signs, fastfood as
-    its diagonals); "procedural" keeps the seed and makes the same U anew each time.
+    its diagonals); "procedural" keeps the seed and makes the same U anew each time. What dense storage keeps is
+    the same to the last bit on every device and in the kernels, and so is U but for Fastfood's, a product.
     seed: 0 to 2^64 - 1. dtype: of U and of the projection (of float64 errors: float64). device: where U lives
     and the projection is computed; None: where the error is. normalize=False leaves out the 1 / sqrt(l · E).
 

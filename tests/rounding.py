@@ -3,7 +3,7 @@
     python tests/rounding.py 80 90 ...
 
 Fused multiply-adds of Box and Muller's formula beside those of the one square root in it; and the kinds of float32 sums
-and products in its PTX and in that of Fastfood's diagonals, where ".rn" forbids ptxas to fuse one.
+and products in its PTX and in that of Fastfood's diagonals, where ".rn" forbids ptxas to fuse two of them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from triton.compiler import ASTSource
 from bench import sass
 from dfa_kernels.backends.triton.fastfood_tile import _parts
 from dfa_kernels.backends.triton.philox import box_muller
+from dfa_kernels.backends.triton.rounded import root
 
 
 @triton.jit
 def roots(words, out, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(out + at, tl.sqrt_rn(tl.load(words + at).to(tl.float32)))
+    tl.store(out + at, root(tl.load(words + at).to(tl.float32)))
 
 
 @triton.jit

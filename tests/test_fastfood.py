@@ -81,11 +81,12 @@ def test_diagonals_come_from_their_streams():
     torch.testing.assert_close(scaling.double(), expected, rtol=8 * 2.0**-24, atol=0)
 
 
-def test_norms_are_sums_of_pairs():
-    """Added to 2^24 one after the other, ones would be lost."""
-    rows = torch.ones(1, 64)
-    rows[0, :2] = torch.tensor([4096.0, 0.0])
-    assert fastfood._norms(rows).item() == torch.tensor(2.0**24 + 62, dtype=torch.float64).sqrt().float().item()
+def test_norms_do_not_depend_on_the_order_of_the_sum():
+    rows = torch.randn(3, 2**15, generator=torch.Generator().manual_seed(0))
+    rows[2, ::2] = 6.7
+    norms = fastfood._norms(rows)
+    assert torch.equal(norms, fastfood._norms(rows[:, torch.randperm(2**15)]))
+    torch.testing.assert_close(norms[:, 0].double(), rows.double().norm(dim=1), rtol=1.2e-7, atol=0)
 
 
 def test_streams_of_the_diagonals_are_not_the_entries():

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 
 from ...entries import Stream
+from ...fastfood import SQUARE_UNITS as SQUARE_UNITS_OF_1
 from .hadamard_tile import hadamard_tile
 from .philox import box_muller, normal_entries, philox4x32, sign_entries
-from .rounded import product, step, total
+from .rounded import product, root, step
 
+SQUARE_UNITS = tl.constexpr(SQUARE_UNITS_OF_1)
 SIGNS = tl.constexpr(int(Stream.FASTFOOD_SIGNS))
 PERMUTATION = tl.constexpr(int(Stream.FASTFOOD_PERMUTATION))
 GAUSSIAN = tl.constexpr(int(Stream.FASTFOOD_GAUSSIAN))
@@ -73,19 +75,18 @@ def _parts(first_block, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
     ROOT: tl.constexpr = VARIANCE**0.5
     # To the bits of `dfa_kernels.fastfood`.
     cube_root = tl.maximum(step(normal, ROOT, 1.0 - VARIANCE), 0.0)
-    scaling = tl.div_rn(product(cube_root, tl.sqrt_rn(cube_root)), _norms(gaussian, BITS))
+    scaling = product(product(cube_root, root(cube_root)), _inverse_norms(gaussian, BITS))
     return _signs(first_block, key0, key1, N, BITS), _permutation(first_block, key0, key1, N, BITS), gaussian, scaling
 
 
 @triton.jit
-def _norms(x, BITS: tl.constexpr):
-    """The norm of every block of 2^BITS of x [N], at each of its places; squares are added in pairs."""
+def _inverse_norms(x, BITS: tl.constexpr):
+    """1 / the norm of every block of 2^BITS of x [N], at each of its places."""
     N: tl.constexpr = x.shape[0]
-    sums = product(x, x)
-    for i in tl.static_range(BITS):
-        even, odd = tl.split(tl.reshape(sums, (N >> (i + 1), 2)))
-        sums = total(even, odd)
-    return tl.reshape(tl.broadcast_to(tl.sqrt_rn(sums)[:, None], (N >> BITS, 1 << BITS)), (N,))
+    squares = tl.reshape(product(product(x, x), SQUARE_UNITS).to(tl.int64), (N >> BITS, 1 << BITS))
+    norms = root(product(tl.sum(squares, axis=1).to(tl.float32), 1.0 / SQUARE_UNITS))
+    inverse = tl.div_rn(tl.full(norms.shape, 1.0, tl.float32), norms)
+    return tl.reshape(tl.broadcast_to(inverse[:, None], (N >> BITS, 1 << BITS)), (N,))
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from ...philox import (
     TWICE_NEGATIVE_LOG_2,
 )
 from ...philox import ROOT_OF_HALF as ROOT_OF_HALF_BITS
-from .rounded import product, step, total
+from .rounded import product, root, step, total
 
 MULTIPLIER_0 = tl.constexpr(MULTIPLIERS[0])
 MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[1])
@@ -91,7 +91,7 @@ def normal_entries(word0, word1, word2, word3):
 @triton.jit
 def box_muller(word0, word1):
     """The bits of `dfa_kernels.philox.normals`: its operations in its order, none of them fused with another."""
-    radius = tl.sqrt_rn(_twice_negative_log(_uniform_open(word0)))
+    radius = root(_twice_negative_log(_uniform_open(word0)))
     turn = product(word1.to(tl.int32, bitcast=True).to(tl.float32), TO_TURN)
     x = total(tl.abs(turn), -0.5)
     square = product(x, x)
