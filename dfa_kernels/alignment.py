@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .feedback import Feedback
-from .plan import error_shape
+from .record import error_shape
 from .restore import restored
 from .taps import ForwardPass, TapPolicy, tap_names
 from .wrapper import DFA

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,75 +17,50 @@ from torch import Tensor
 from . import backends
 from .autocast import without_autocast
 from .deferred import DeferringNode, LayerCall, Ledger, layer_call
-from .feedback import Feedback
 from .plan import (
     LayerSlot,
     NodePlan,
     TensorTable,
     as_error,
     as_rows,
-    check_units,
-    error_shape,
     grouped_dtype,
     make_plan,
     shares_launch,
 )
-from .segments import FusedLayer, Segment
+from .record import Pass, error_shape
+from .segments import FusedLayer
 
 
-def attach(
-    output: Tensor,
-    segments: list[Segment],
-    last: FusedLayer | None,
-    feedback: Feedback,
-    backend: str,
-    ledger: Ledger | None,
-) -> Tensor:
-    """The output [..., E], now with an autograd node that turns its gradient into every segment's."""
-    rows, _ = error_shape(output)
-    check_units(segments, last, rows)
-    backend = backends.resolve(backend, output.device)
-    stored = stored_feedback(output, segments, feedback)
-    output = output if last is None else output.detach()
+def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
+    """The pass's output, now with an autograd node that turns its gradient into every segment's."""
+    output = seen.output if seen.last is None else seen.output.detach()
     call = None
     if ledger is not None:
-        segments, last, call = _defer(segments, last, stored, feedback, backend)
-    if segments or last is not None:
+        seen, call = _defer(seen)
+    if seen.segments or seen.last is not None:
         table = TensorTable()
-        plan = make_plan(table, segments, last, stored, feedback.spec, backend)
+        plan = make_plan(table, seen)
         output = DFANode.apply(plan, output, *table.tensors)
     if ledger is not None and call is not None:
         output = DeferringNode.apply(ledger, call, output, call.weights[0])
     return output
 
 
-def stored_feedback(output: Tensor, segments: list[Segment], feedback: Feedback) -> list[Tensor]:
-    """What the feedback keeps for the widest of the segments."""
-    if not segments:
-        return []
-    return feedback.stored(
-        max(math.prod(segment.units) for segment in segments),
-        output.shape[-1] if output.dim() > 1 else 1,
-        output.device,
-    )
-
-
-def _defer(
-    segments: list[Segment], last: FusedLayer | None, stored: list[Tensor], feedback: Feedback, backend: str
-) -> tuple[list[Segment], FusedLayer | None, LayerCall | None]:
+def _defer(seen: Pass) -> tuple[Pass, LayerCall | None]:
     """What remains for `DFANode`, and the deferred call for the rest: the fused linear layers without hooks."""
-    dtype = grouped_dtype(segments, last)
+    dtype = grouped_dtype(seen)
     hidden: list[FusedLayer] = []
     remaining = []
-    for segment in segments:
+    for segment in seen.segments:
         if segment.layer is not None and shares_launch(segment.layer, dtype) and not _has_hooks(segment.layer):
             hidden.append(segment.layer)
         else:
             remaining.append(segment)
-    output = None if last is None or _has_hooks(last) else last
+    output = None if seen.last is None or _has_hooks(seen.last) else seen.last
     if not hidden and output is None:
-        return segments, last, None
-    return remaining, None if output is last else last, layer_call(hidden, output, stored, feedback.spec, backend)
+        return seen, None
+    call = layer_call(hidden, output, seen.stored, seen.feedback, seen.backend)
+    return replace(seen, segments=remaining, last=None if output is seen.last else seen.last), call
 
 
 def _has_hooks(layer: FusedLayer) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .feedback_spec import FeedbackSpec
-from .segments import Convolution, FusedLayer, Segment
+from .record import Pass, error_shape
+from .segments import Convolution, FusedLayer
 
 
 @dataclass(slots=True)
@@ -50,21 +51,6 @@ class NodePlan:
     backend: str
 
 
-def error_shape(output: Tensor) -> tuple[tuple[int, ...], int]:
-    """(leading dimensions that are rows, number of error components) of an output [..., E] or [b]."""
-    if output.dim() == 0:
-        raise ValueError("net: the output must be [b, E] or [b], got a scalar; compute the loss outside the network")
-    if not output.is_floating_point():
-        raise TypeError(f"net: the output must be real and floating, got {output.dtype}")
-    if output.dim() > 3:
-        raise ValueError(
-            f"net: the output must be [b, E], [b] or [b, T, E], got shape {list(output.shape)}; flatten it to [b, E]"
-        )
-    if output.dim() == 1:
-        return tuple(output.shape), 1
-    return tuple(output.shape[:-1]), output.shape[-1]
-
-
 def as_error(gradient: Tensor) -> Tensor:
     """∂L/∂output as e [R, E]."""
     if gradient.dim() == 2:
@@ -76,32 +62,6 @@ def as_error(gradient: Tensor) -> Tensor:
 def as_rows(tensor: Tensor) -> Tensor:
     """[..., features] as [n, features]."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
-
-
-def check_units(segments: list[Segment], last: FusedLayer | None, rows: tuple[int, ...]) -> None:
-    """Refuses shapes in which rows and units cannot be told apart."""
-    layers = [last, *[segment.layer for segment in segments]]
-    for layer in layers:
-        if layer is not None and layer.x.dim() < 2:
-            raise ValueError(
-                f"x: a weight layer got an input of shape {list(layer.x.shape)}, without a batch dimension"
-            )
-        if layer is not None and layer.convolution is not None and len(rows) > 1:
-            raise ValueError(
-                f"net: the output's leading dimensions {list(rows)} would be rows of a convolution, whose channels are "
-                "units; flatten the output to [b, E]"
-            )
-
-
-def tap_units(segment: Segment, rows: tuple[int, ...]) -> tuple[int, ...]:
-    """The tap's shape without the rows that it shares with the error."""
-    shape = tuple(segment.tap.shape)
-    if shape[: len(rows)] != rows:
-        raise ValueError(
-            f"taps: a tap of shape {list(shape)} must begin with the output's rows {list(rows)}; flatten the output "
-            "to [b, E], or choose other taps"
-        )
-    return shape[len(rows) :]
 
 
 class TensorTable:
@@ -131,17 +91,10 @@ class TensorTable:
         return None if tensor is None else self.index(tensor)
 
 
-def make_plan(
-    table: TensorTable,
-    segments: list[Segment],
-    last: FusedLayer | None,
-    stored: list[Tensor],
-    feedback: FeedbackSpec,
-    backend: str,
-) -> NodePlan:
+def make_plan(table: TensorTable, seen: Pass) -> NodePlan:
     roots, linears, convolutions = [], [], []
-    dtype = grouped_dtype(segments, last)
-    for segment in segments:
+    dtype = grouped_dtype(seen)
+    for segment in seen.segments:
         units, layer = segment.units, segment.layer
         if layer is None or (layer.convolution is None and not shares_launch(layer, dtype)):
             roots.append(RootSlot(table.index(segment.root), units))
@@ -149,10 +102,10 @@ def make_plan(
             linears.append(_layer_slot(table, layer, units, is_output=False))
         else:
             convolutions.append(_layer_slot(table, layer, units, is_output=False))
-    if last is not None:
-        linears.append(_layer_slot(table, last, (), is_output=True))
+    if seen.last is not None:
+        linears.append(_layer_slot(table, seen.last, (), is_output=True))
     kept = [i for slot in (*linears, *convolutions) for i in (slot.x, slot.kept, slot.noise) if i is not None]
-    stored_at = tuple(table.index(u) for u in stored)
+    stored_at = tuple(table.index(u) for u in seen.stored)
     return NodePlan(
         roots=tuple(roots),
         linears=tuple(linears),
@@ -160,8 +113,8 @@ def make_plan(
         stored=stored_at,
         saved=tuple(dict.fromkeys([*kept, *stored_at, *(slot.weight for slot in convolutions)])),
         dtype=dtype,
-        feedback=feedback,
-        backend=backend,
+        feedback=seen.feedback,
+        backend=seen.backend,
     )
 
 
@@ -170,9 +123,9 @@ def shares_launch(layer: FusedLayer, dtype: torch.dtype) -> bool:
     return layer.convolution is None and layer.weight.dtype == dtype
 
 
-def grouped_dtype(segments: list[Segment], last: FusedLayer | None) -> torch.dtype:
+def grouped_dtype(seen: Pass) -> torch.dtype:
     """The one parameter dtype of the layers that share a launch; the output layer's, which has to be among them."""
-    layers = [last, *(s.layer for s in segments)]
+    layers = [seen.last, *(segment.layer for segment in seen.segments)]
     return next((f.weight.dtype for f in layers if f is not None and f.convolution is None), torch.float32)
 
 

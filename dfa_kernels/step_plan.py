@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .feedback_spec import FeedbackSpec
 from .node import linear_arguments, tap_arguments
-from .plan import NodePlan, TensorTable, error_shape, make_plan
-from .segments import FusedLayer, Segment
+from .plan import NodePlan, TensorTable, make_plan
+from .record import Pass
 
 
 @dataclass(frozen=True)
@@ -38,24 +37,17 @@ class Sketch:
     device: torch.device
 
 
-def sketch(
-    output: Tensor,
-    segments: list[Segment],
-    last: FusedLayer | None,
-    stored: list[Tensor],
-    feedback: FeedbackSpec,
-    backend: str,
-) -> Sketch:
+def sketch(seen: Pass) -> Sketch:
     """A pass by its shapes, strides and dtypes."""
-    rows, error_size = error_shape(output)
     table = TensorTable()
-    plan = make_plan(table, segments, last, stored, feedback, backends.resolve(backend, output.device))
+    plan = make_plan(table, seen)
+    device = seen.output.device
     return Sketch(
         plan,
-        {i: _without_values(table.tensors[i], output.device) for i in plan.saved},
-        torch.empty(math.prod(rows), error_size, dtype=output.dtype, device="meta"),
+        {i: _without_values(table.tensors[i], device) for i in plan.saved},
+        torch.empty(math.prod(seen.rows), seen.error_size, dtype=seen.output.dtype, device="meta"),
         [tensor.requires_grad for tensor in table.tensors],
-        output.device,
+        device,
     )
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, node
+from . import backends
 from .deferred import Ledger
 from .feedback import Feedback
-from .plan import error_shape, tap_units
+from .node import attach
+from .record import Pass, recorded
 from .segments import FusedLayer, Segment, SegmentedPass
 from .sequence import plain_modules, run_sequence
 from .step_plan import Sketch, StepPlan, sketch, step_plan
@@ -140,13 +141,10 @@ class DFA(nn.Module):
         return f"feedback={self.feedback!r}, backend={self.backend!r}"
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        output, segments, last = self._run_segments(args, kwargs)
-        rows, error_size = error_shape(output)
-        for segment in segments:
-            segment.units = tap_units(segment, rows)
+        seen = recorded(*self._run_segments(args, kwargs), self.feedback, self.backend)
         if self._taps is None or not torch.compiler.is_compiling():
-            self._remember(output, rows, error_size, segments, last)
-        return node.attach(output, segments, last, self.feedback, self.backend, self._ledger())
+            self._remember(seen)
+        return attach(seen, self._ledger())
 
     def _run_segments(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -170,26 +168,18 @@ class DFA(nn.Module):
             self._weight_layers = count_weight_layers(self.net, args, kwargs)
         return -1 if self._weight_layers is None else self._weight_layers
 
-    def _remember(
-        self,
-        output: Tensor,
-        rows: tuple[int, ...],
-        error_size: int,
-        segments: list[Segment],
-        last: FusedLayer | None,
-    ) -> None:
+    def _remember(self, seen: Pass) -> None:
         """What `taps` and `plan` tell; nothing to do as long as passes look the same."""
-        units = tuple([segment.units for segment in segments])
-        learning = tuple([_learning(layer) for layer in (last, *[segment.layer for segment in segments])])
-        looks = (units, rows, error_size, output.dtype, output.device, learning)
+        units = tuple([segment.units for segment in seen.segments])
+        learning = tuple([_learning(layer) for layer in (seen.last, *[segment.layer for segment in seen.segments])])
+        looks = (units, seen.rows, seen.error_size, seen.output.dtype, seen.output.device, learning)
         if looks == self._looks:
             return
-        names = tap_names(self.net, [segment.origin for segment in segments])
+        names = tap_names(self.net, [segment.origin for segment in seen.segments])
         self._taps = tuple(TapInfo(n, u, math.prod(u)) for n, u in zip(names, units, strict=True))
-        self._looks, self._error_size = looks, error_size
+        self._looks, self._error_size = looks, seen.error_size
         if not torch.compiler.is_compiling():
-            stored = node.stored_feedback(output, segments, self.feedback)
-            self._sketch = sketch(output, segments, last, stored, self.feedback.spec, self.backend)
+            self._sketch = sketch(seen)
 
     def _check_pass(self, segmented: SegmentedPass) -> None:
         if self._policy.kind == "named":
