@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._torch_internals import backward_reaches
 from .feedback_spec import FeedbackSpec
 from .plan import as_error, as_rows
 from .segments import FusedLayer
@@ -127,6 +128,6 @@ class DeferringNode(torch.autograd.Function):
         tensors = ctx.saved_tensors
         # torch.autograd.grad and backward(inputs=…) may pass here on their way to something else than the parameters.
         anchor_accumulates = ctx.next_functions[-1][0]
-        if torch._C._will_engine_execute_node(anchor_accumulates):
+        if backward_reaches(anchor_accumulates):
             ctx.ledger.append(ctx.call.completed(tensors, as_error(gradient)))
         return None, None, gradient, None

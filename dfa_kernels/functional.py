@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from ._torch_internals import forward_mode_is_on
 from .hadamard import HadamardFunction, hadamard, hadamard_by_products
 
 
@@ -31,4 +31,4 @@ def _transform() -> Callable[[Tensor, float], Tensor]:
     """The form that can be differentiated in every mode here: a compiler takes no Function with a forward mode."""
     if not torch.compiler.is_compiling():
         return HadamardFunction.apply
-    return hadamard_by_products if forward_ad._current_level >= 0 else hadamard
+    return hadamard_by_products if forward_mode_is_on() else hadamard

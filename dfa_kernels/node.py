@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from ._torch_internals import gradient_is_awaited
 from .autocast import without_autocast
 from .deferred import DeferringNode, LayerCall, Ledger, layer_call
 from .plan import (
@@ -65,10 +66,7 @@ def _defer(seen: Pass) -> tuple[Pass, LayerCall | None]:
 
 def _has_hooks(layer: FusedLayer) -> bool:
     """Whether somebody waits for a gradient of the layer's parameters, which a deferred call never has."""
-    for p in (layer.weight, layer.bias):
-        if p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks):
-            return True
-    return False
+    return any(p is not None and gradient_is_awaited(p) for p in (layer.weight, layer.bias))
 
 
 class DFANode(torch.autograd.Function):

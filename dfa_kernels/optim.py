@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
+from ._torch_internals import is_inside_ddp, step_is_observed
 from .autocast import without_autocast
 from .deferred import LayerCall, Ledger
 from .updates import RULES
@@ -46,7 +46,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def ledger_for_pass(self) -> Ledger:
         """The ledger, for the backward pass that belongs to a forward pass of the model."""
-        if DistributedDataParallel._active_ddp_module is not None:
+        if is_inside_ddp():
             raise RuntimeError(f"model: it runs inside DistributedDataParallel; {_NO_REDUCTION}")
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -96,20 +96,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: under GradScaler, or if a parameter with a deferred gradient held a ``.grad`` before.
         """
-        return self._observed_step(closure) if self._is_observed() else self._step(closure)
+        return self._observed_step(closure) if step_is_observed(self) else self._step(closure)
 
     # torch.optim wraps every step() in a profiler's record and its hooks. Between two products that fill the cache that
     # takes 1 % of a step, so here it happens only if there is a hook or a profiler.
     step.hooked = True  # type: ignore[attr-defined]
-
-    def _is_observed(self) -> bool:
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch._C._autograd._profiler_enabled()
-        )
 
     @torch.no_grad()
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:

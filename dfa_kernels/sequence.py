@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._torch_internals import calls_are_observed, module_calls_are_observed
 from .activations import ACTIVATIONS, Activation, module_parameters
 from .segments import FusedLayer, Segment
 
@@ -114,10 +115,10 @@ def _leaves(net: nn.Module) -> Iterator[nn.Module]:
 
 def _unhooked(net: nn.Module, modules: Any) -> bool:
     """Whether calling the modules runs their class's own forward and nothing else."""
-    if torch.nn.modules.module._has_any_global_hook():
+    if module_calls_are_observed():
         return False
     for module in (net, *modules):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if calls_are_observed(module):
             return False
         if "forward" in module.__dict__ or type(module).forward is not _FORWARDS.get(type(module)):
             return False

@@ -1,0 +1,54 @@
+"""What this package reads of torch that torch does not promise to keep: one function each, one test each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+
+def backward_reaches(node: Any) -> bool:
+    """Within a backward pass: whether it runs this node of the graph."""
+    return torch._C._will_engine_execute_node(node)
+
+
+def forward_mode_is_on() -> bool:
+    """Whether forward-mode differentiation is on, inside torch.compile too."""
+    return forward_ad._current_level >= 0
+
+
+def is_inside_ddp() -> bool:
+    """Whether DistributedDataParallel runs its module's forward pass."""
+    return DistributedDataParallel._active_ddp_module is not None
+
+
+def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a hook, of this optimizer or of all, or a profiler waits for its steps."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def gradient_is_awaited(parameter: Tensor) -> bool:
+    """Whether a hook waits for the parameter's gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def module_calls_are_observed() -> bool:
+    """Whether a hook waits for the calls of all modules."""
+    return bool(nn.modules.module._has_any_global_hook())
+
+
+def calls_are_observed(module: nn.Module) -> bool:
+    """Whether a hook waits for this module's calls or their gradients."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -1,0 +1,118 @@
+"""What is read of torch without its promise: that it still says what the package takes it to say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from dfa_kernels import _torch_internals
+
+
+def nothing(*_: Any) -> None:
+    return None
+
+
+def test_backward_reaches():
+    """Else a fused optimizer would enter a gradient of a backward pass that was for something else."""
+    x, w = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    seen = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append([_torch_internals.backward_reaches(node) for node, _ in ctx.next_functions])
+            return gradient * 2, gradient
+
+    Node.apply(x, w).sum().backward(inputs=[x])
+    Node.apply(x, w).sum().backward(inputs=[w])
+    Node.apply(x, w).sum().backward()
+    assert seen == [[True, False], [False, True], [True, True]]
+
+
+def test_forward_mode_is_on():
+    """Else a compiled Hadamard transform would have no tangent."""
+    assert not _torch_internals.forward_mode_is_on()
+    with forward_ad.dual_level():
+        assert _torch_internals.forward_mode_is_on()
+
+
+def test_is_inside_ddp(tmp_path):
+    """Else the gradients that a fused optimizer defers would not be reduced, silently."""
+    seen = []
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            seen.append(_torch_internals.is_inside_ddp())
+            return super().forward(x)
+
+    net = Net(2, 2)
+    net(torch.ones(1, 2))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        DistributedDataParallel(net)(torch.ones(1, 2))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda optimizer: optimizer.register_step_pre_hook(nothing),
+        lambda optimizer: optimizer.register_step_post_hook(nothing),
+        lambda optimizer: register_optimizer_step_pre_hook(nothing),
+        lambda optimizer: register_optimizer_step_post_hook(nothing),
+    ],
+    ids=["own, before", "own, after", "global, before", "global, after"],
+)
+def test_step_is_observed_by_a_hook(register):
+    """Else a fused optimizer's step would not run it."""
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
+    assert not _torch_internals.step_is_observed(optimizer)
+    handle = register(optimizer)
+    assert _torch_internals.step_is_observed(optimizer)
+    handle.remove()
+    assert not _torch_internals.step_is_observed(optimizer)
+
+
+def test_step_is_observed_by_a_profiler():
+    """Else a fused optimizer's step would be missing from its record."""
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
+    with torch.profiler.profile():
+        assert _torch_internals.step_is_observed(optimizer)
+
+
+def test_gradient_is_awaited():
+    """Else a deferred gradient, which never exists, would leave the hook without a call."""
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        p = nn.Parameter(torch.ones(1))
+        assert not _torch_internals.gradient_is_awaited(p)
+        getattr(p, register)(nothing)
+        assert _torch_internals.gradient_is_awaited(p), register
+
+
+def test_module_calls_are_observed():
+    """Else the short way through a Sequential, which calls no module, would not run the hook."""
+    assert not _torch_internals.module_calls_are_observed()
+    handle = nn.modules.module.register_module_forward_hook(nothing)
+    assert _torch_internals.module_calls_are_observed()
+    handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_calls_are_observed(kind):
+    """As for hooks of all modules."""
+    module = nn.Linear(1, 1)
+    assert not _torch_internals.calls_are_observed(module)
+    getattr(module, f"register_{kind}")(nothing)
+    assert _torch_internals.calls_are_observed(module)
