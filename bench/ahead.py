@@ -5,6 +5,7 @@ Triton's own compiler and its copy of ptxas do this without a driver. What the m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dfa_kernels.backends.triton.configs import table
-from dfa_kernels.backends.triton.epilogue import NUMBERS
 from dfa_kernels.backends.triton.hadamard import hadamard_kernel, tile_of
 from dfa_kernels.backends.triton.plan import LaunchPlan, plan_one_phase, plan_projection, plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Projected, TapsProblem, Target
 from dfa_kernels.feedback_spec import FeedbackSpec
 from dfa_kernels.kinds import FEEDBACK_KINDS
+from dfa_kernels.updates import RULES
 
 MULTIPROCESSORS = 100
 DTYPES = {"fp32": torch.float32, "ieee": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -133,7 +134,10 @@ def types_of(plan: LaunchPlan) -> tuple[list[Any], tuple[Any, ...]]:
     if plan.counters:
         tensors = ["*i32", *tensors, (x,) * layers, "*fp32"]
     tensors += [(POINTERS[problem.parameter_dtype],) * layers] * 6
-    return tensors, (*plan.numbers, (0.5,) * max(NUMBERS[problem.rule], 1))
+    if problem.rule == "store":
+        return tensors, (*plan.numbers, (0.5,))
+    numbers_of = RULES[problem.rule].tile_numbers
+    return tensors, (*plan.numbers, numbers_of(*(0.5,) * len(inspect.signature(numbers_of).parameters)))
 
 
 def source_of(plan: LaunchPlan) -> ASTSource:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .entries import Stream, fill, packed_signs, row_words, unpack_signs
@@ -21,7 +20,7 @@ from .philox import rounded_root
 PERMUTATION_ROUNDS = 4
 # Of which squares of normals are made up when they are added; 2^17 of the largest, 46, fit into 63 bits.
 SQUARE_UNITS = 2.0**40
-DTYPES = (torch.int8, torch.int32, torch.float32, torch.float32)
+DIAGONALS = (torch.int8, torch.int32, torch.float32, torch.float32)
 
 
 def block_rows(error_size: int) -> int:
@@ -79,12 +78,6 @@ def _permutation(seed: int, blocks: range, d: int, device: torch.device) -> Tens
         x = (x * (2 * keys[:, step, 0] + 1) + keys[:, step, 1]) & (d - 1)
         x = x ^ (x >> shift)
     return x.to(torch.int32)
-
-
-def padded(error: Tensor) -> Tensor:
-    """error [b, E] as the products of blocks take it: [d, b], zeros where it has no components."""
-    error_size = error.shape[1]
-    return F.pad(error, (0, block_rows(error_size) - error_size)).t().contiguous()
 
 
 def block_products(padded: Tensor, signs: Tensor, permutation: Tensor, gaussian: Tensor, scaling: Tensor) -> Tensor:

@@ -14,17 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fastfood
 from .entries import fill, packed_signs, sparse_entries, unpack_signs
+from .fastfood import DIAGONALS, block_products, block_rows, fastfood_diagonals
 
 if TYPE_CHECKING:
     from .feedback_spec import FeedbackSpec
 
 Parts = list[Tensor]
-
-
-def _layout(spec: FeedbackSpec, error_size: int) -> list[tuple[int, torch.dtype]]:
-    return [(error_size, spec.dtype)]
 
 
 def _filled(spec: FeedbackSpec, units: range, error_size: int, device: torch.device) -> Parts:
@@ -53,29 +49,20 @@ class Kind:
     """What the kernels read, in words."""
     tile: Literal["entries", "signs", "nonzeros", "blocks"] = "entries"
     """How the kernels multiply: by tiles of U, or such of ±1, by picking components of the error, by whole blocks."""
-    layout: Callable[[FeedbackSpec, int], list[tuple[int, torch.dtype]]] = _layout
+    layout: Callable[[FeedbackSpec, int], list[tuple[int, torch.dtype]]] = lambda spec, E: [(E, spec.dtype)]
     """(spec, E) → width and dtype of each part of a unit."""
-    unit_rows: Callable[[int], int] = lambda error_size: 1
+    unit_rows: Callable[[int], int] = lambda E: 1
     """E → how many rows of U a unit is."""
-    work: Callable[[FeedbackSpec, int, int], int] = lambda spec, batch, error_size: max(batch, error_size)
+    work: Callable[[FeedbackSpec, int, int], int] = lambda spec, batch, E: max(batch, E)
     """(spec, b, E) → numbers that the product of a unit takes at once."""
     operand: Callable[[Tensor, FeedbackSpec], Tensor] = lambda error, spec: error.T
     """(error [b, E], spec) → what each product takes of it, made once."""
     multiply: Callable[[Parts, Tensor, FeedbackSpec], Tensor] = _product
     """(parts of units, operand, spec) → U[their rows] errorᵀ, in the operand's dtype."""
-    dense: Callable[[Parts, FeedbackSpec, int], Tensor] | None = lambda parts, spec, error_size: parts[0]
+    dense: Callable[[Parts, FeedbackSpec, int], Tensor] | None = lambda parts, spec, E: parts[0]
     """(parts of units, spec, E) → U[their rows]; None if that is the projection of the identity."""
-    value: Callable[[FeedbackSpec, int], Tensor] = lambda spec, error_size: torch.ones(())
+    value: Callable[[FeedbackSpec, int], Tensor] = lambda spec, E: torch.ones(())
     """(spec, E) → the factor from the signs that a kernel sums to the entries of U, in spec.dtype."""
-
-
-def _sparse_layout(spec: FeedbackSpec, error_size: int) -> list[tuple[int, torch.dtype]]:
-    nonzeros = spec.nonzeros_per_row(error_size)
-    return [(nonzeros, torch.int32), (nonzeros, torch.int8)]
-
-
-def _sparse_parts(spec: FeedbackSpec, units: range, error_size: int, device: torch.device) -> Parts:
-    return list(sparse_entries(spec.seed, units, error_size, spec.nonzeros_per_row(error_size), device))
 
 
 def _sparse_value(spec: FeedbackSpec, error_size: int) -> Tensor:
@@ -94,49 +81,39 @@ def _scattered(parts: Parts, spec: FeedbackSpec, error_size: int) -> Tensor:
     return values.new_zeros(indices.shape[0], error_size).scatter_(1, indices.long(), values)
 
 
+def _padded(error: Tensor, spec: FeedbackSpec) -> Tensor:
+    error_size = error.shape[1]
+    return F.pad(error, (0, block_rows(error_size) - error_size)).t().contiguous()
+
+
 FEEDBACK_KINDS: dict[str, Kind] = {
     row.name: row
     for row in (
         Kind("gaussian", _filled, "gaussian"),
         Kind(
-            "rademacher",
-            lambda spec, units, error_size, device: [packed_signs(spec.seed, units, error_size, device)],
-            "rademacher",
-            "signs",
-            "U from packed signs",
-            tile="signs",
-            layout=lambda spec, error_size: [(-(-error_size // 32), torch.int32)],
-            dense=lambda parts, spec, error_size: unpack_signs(parts[0], error_size),
+            "rademacher", lambda spec, units, E, device: [packed_signs(spec.seed, units, E, device)],
+            "rademacher", "signs", "U from packed signs", tile="signs",
+            layout=lambda spec, E: [(-(-E // 32), torch.int32)],
+            dense=lambda parts, spec, E: unpack_signs(parts[0], E),
         ),
         Kind("uniform", _filled, "uniform"),
         Kind(
-            "sparse",
-            _sparse_parts,
-            "sparse_seed",
-            "sparse",
-            "U from its non-zeros",
-            tile="nonzeros",
-            layout=_sparse_layout,
-            work=lambda spec, batch, error_size: max(batch, spec.nonzeros_per_row(error_size)),
+            "sparse", lambda spec, units, E, device: list(
+                sparse_entries(spec.seed, units, E, spec.nonzeros_per_row(E), device)
+            ),
+            "sparse_seed", "sparse", "U from its non-zeros", tile="nonzeros",
+            layout=lambda spec, E: [(spec.nonzeros_per_row(E), dtype) for dtype in (torch.int32, torch.int8)],
+            work=lambda spec, batch, E: max(batch, spec.nonzeros_per_row(E)),
             operand=lambda error, spec: (error.T * _sparse_value(spec, error.shape[1])).contiguous(),
-            multiply=_sparse_product,
-            dense=_scattered,
-            value=_sparse_value,
+            multiply=_sparse_product, dense=_scattered, value=_sparse_value,
         ),
         Kind(
-            "fastfood",
-            lambda spec, units, error_size, device: fastfood.fastfood_diagonals(spec.seed, units, error_size, device),
-            "fastfood_seed",
-            "fastfood",
-            "U as Fastfood's diagonals",
-            tile="blocks",
-            layout=lambda spec, error_size: [(fastfood.block_rows(error_size), dtype) for dtype in fastfood.DTYPES],
-            unit_rows=fastfood.block_rows,
-            work=lambda spec, batch, error_size: 2 * fastfood.block_rows(error_size) * max(1, batch),
-            operand=lambda error, spec: fastfood.padded(error),
-            multiply=lambda parts, operand, spec: fastfood.block_products(operand, *parts),
-            dense=None,
+            "fastfood", lambda spec, units, E, device: fastfood_diagonals(spec.seed, units, E, device),
+            "fastfood_seed", "fastfood", "U as Fastfood's diagonals", tile="blocks",
+            layout=lambda spec, E: [(block_rows(E), dtype) for dtype in DIAGONALS],
+            unit_rows=block_rows, work=lambda spec, batch, E: 2 * block_rows(E) * max(1, batch),
+            operand=_padded, multiply=lambda parts, operand, spec: block_products(operand, *parts), dense=None,
         ),
         Kind("matrix", None, ""),
     )
-}
+}  # fmt: skip

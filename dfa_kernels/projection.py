@@ -13,7 +13,6 @@ from .feedback_spec import FeedbackSpec
 from .kinds import Parts
 
 Source = Callable[[range], Parts]
-Piece = tuple[slice, Tensor]
 
 
 def units_for(spec: FeedbackSpec, rows: int, error_size: int) -> int:
@@ -37,7 +36,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("dfa_kernels::feedback_parts", "CompositeExplicitAutograd")
 @torch.inference_mode(False)  # What is made under inference mode may be kept for training.
 def _feedback_parts(feedback: str, start: int, stop: int, error_size: int, device: torch.device) -> Parts:
     spec, parts = FeedbackSpec.decode(feedback), _parts_fake(feedback, start, stop, error_size, device)
@@ -55,6 +53,7 @@ def _parts_fake(feedback: str, start: int, stop: int, error_size: int, device: t
     return [torch.empty(stop - start, width, dtype=dtype, device=device) for width, dtype in layout]
 
 
+torch.library.impl("dfa_kernels::feedback_parts", "CompositeExplicitAutograd", _feedback_parts)
 torch.library.register_fake("dfa_kernels::feedback_parts", _parts_fake)
 
 
@@ -90,7 +89,7 @@ def _project_in_blocks(error: Tensor, stored: Parts, spec: FeedbackSpec, size: i
     return out
 
 
-def _products(error: Tensor, source: Source, spec: FeedbackSpec, size: int) -> Iterator[Piece]:
+def _products(error: Tensor, source: Source, spec: FeedbackSpec, size: int) -> Iterator[tuple[slice, Tensor]]:
     """Pieces (rows r, U[r] errorᵀ) of the projection, of bounded size."""
     kind, (batch, error_size) = spec.row, error.shape
     each, operand = kind.unit_rows(error_size), kind.operand(error, spec)
@@ -107,20 +106,13 @@ def dense_blocks(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Pieces (rows r, columns c, U[r, c]) of U, of bounded size."""
     source, dense = _source([], spec, error_size, device), spec.row.dense
-    if dense is None:
-        yield from _projected_identity(spec, source, size, error_size, device)
+    if dense is not None:
+        for rows in row_passes(range(size), error_size, device):
+            yield slice(rows.start, rows.stop), slice(None), dense(source(rows), spec, error_size)
         return
-    for rows in row_passes(range(size), error_size, device):
-        yield slice(rows.start, rows.stop), slice(None), dense(source(rows), spec, error_size)
-
-
-def _projected_identity(
-    spec: FeedbackSpec, source: Source, size: int, error_size: int, device: torch.device
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Some rows of the identity at a time."""
     dtype = torch.promote_types(spec.dtype, torch.float32)
     for columns in row_passes(range(error_size), error_size, device):
-        some = torch.zeros(len(columns), error_size, dtype=dtype, device=device)
-        some[:, columns.start : columns.stop].fill_diagonal_(1)
-        for rows, block in _products(some, source, spec, size):
-            yield rows, slice(columns.start, columns.stop), block
+        identity = torch.zeros(len(columns), error_size, dtype=dtype, device=device)
+        identity[:, columns.start : columns.stop].fill_diagonal_(1)
+        for piece, block in _products(identity, source, spec, size):
+            yield piece, slice(columns.start, columns.stop), block

@@ -123,7 +123,7 @@ def _fitted(config: Any, projected: Projected) -> Any:
         # Whole blocks of units, and as many rows as leave 32 numbers to a thread.
         units = max(config.block_u, _block(projected))
         return replace(config, block_u=units, block_r=max(1, 32 * threads // units))
-    if projected.makes_tiles:
+    if projected.tile in ("entries", "signs") and projected.source == projected.feedback.row.seed_source:
         # A tile of U is made once for all the rows whose sums fit into a quarter of the registers, and for no more.
         most = threads * ((config.registers + 1) // 4) // config.block_u
         needed = max(SMALLEST_FACTOR, triton.next_power_of_2(max(1, projected.rows)))

@@ -51,11 +51,6 @@ class Projected:
         return "projection" if self.source == "projection" else self.feedback.row.tile
 
     @property
-    def makes_tiles(self) -> bool:
-        """Whether the factors of products are tiles of U made anew."""
-        return self.tile in ("entries", "signs") and self.source == self.feedback.row.seed_source
-
-    @property
     def arithmetic(self) -> str:
         return "half" if self.dtype in HALF else "tf32" if self.tf32 else "ieee"
 
