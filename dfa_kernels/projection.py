@@ -93,8 +93,7 @@ def _products(error: Tensor, source: Source, spec: FeedbackSpec, size: int) -> I
     """Pieces (rows r, U[r] errorᵀ) of the projection, of bounded size."""
     kind, (batch, error_size) = spec.row, error.shape
     each, operand = kind.unit_rows(error_size), kind.operand(error, spec)
-    all_units = range(units_for(spec, size, error_size))
-    for units in row_passes(all_units, kind.work(spec, batch, error_size), error.device):
+    for units in row_passes(range(units_for(spec, size, error_size)), kind.work(spec, batch, error_size), error.device):
         rows = slice(units.start * each, min(units.stop * each, size))
         with without_autocast(error.device):
             product = kind.multiply(source(units), operand, spec)

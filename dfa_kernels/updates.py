@@ -87,11 +87,9 @@ def _momentum_numbers(lr: float, momentum: float, weight_decay: float, nesterov:
     return lr, weight_decay, momentum, nesterov
 
 
-def _adamw_numbers(
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: float
-) -> tuple[float, ...]:
+def _adamw_numbers(lr: float, beta1: float, beta2: float, eps: float, decay: float, step: float) -> tuple[float, ...]:
     rate = lr / (1 - beta1**step)
-    return 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, rate, math.sqrt(1 - beta2**step), eps
+    return 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, rate, math.sqrt(1 - beta2**step), eps
 
 
 RULES: dict[str, UpdateRule] = {
