@@ -5,6 +5,7 @@ Triton's own compiler and its copy of ptxas do this without a driver. What the m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,24 +16,30 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dfa_kernels.backends.triton.configs import table
-from dfa_kernels.backends.triton.epilogue import NUMBERS
 from dfa_kernels.backends.triton.hadamard import hadamard_kernel, tile_of
 from dfa_kernels.backends.triton.plan import LaunchPlan, plan_one_phase, plan_projection, plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Projected, TapsProblem, Target
 from dfa_kernels.feedback_spec import FeedbackSpec
+from dfa_kernels.kinds import FEEDBACK_KINDS
+from dfa_kernels.updates import RULES
 
 MULTIPROCESSORS = 100
 DTYPES = {"fp32": torch.float32, "ieee": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-STORED = {
-    "matrix": ("*fp32",), "signs": ("*i32",), "sparse": ("*i32", "*i8"), "projection": ("*fp32",),
-    "fastfood": ("*i8", "*i32", "*fp32", "*fp32"),
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int8: "*i8"
 }  # fmt: skip
-KINDS = {
-    "matrix": "gaussian", "signs": "rademacher", "sparse_seed": "sparse", "fastfood_seed": "fastfood",
-    "projection": "fastfood",
-}  # fmt: skip
-BLOCKS = ("fastfood", "fastfood_seed")
+STORED = {"projection": ("*fp32",)} | {
+    kind.stored_source: tuple(POINTERS[dtype] for _, dtype in kind.layout(FeedbackSpec(kind.name), 1))
+    for kind in FEEDBACK_KINDS.values()
+}
+# A feedback whose U the kernels get from there; of several, the first kind's.
+FEEDBACKS = {"projection": FeedbackSpec("fastfood")} | {
+    source: FeedbackSpec(kind.name, storage)
+    for kind in reversed(FEEDBACK_KINDS.values())
+    for source, storage in ((kind.stored_source, "dense"), (kind.seed_source, "procedural"))
+    if source
+}
+BLOCKS = tuple(source for source, spec in FEEDBACKS.items() if spec.row.tile == "blocks")
 # Widths of the network's input and hidden layers: multiples of 16 bytes, of 4 and of 2 in half precision.
 WIDTHS = {"even": (3070, 802), "odd": (3071, 801)}
 
@@ -58,12 +65,7 @@ class Case:
     @property
     def multiplies(self) -> bool:
         """Whether there is a matrix product in it: a sparse U is summed up, a given P only read."""
-        return self.kernel != "project_taps" or self.source not in ("sparse", "sparse_seed", "projection", *BLOCKS)
-
-
-def feedback_of(source: str) -> FeedbackSpec:
-    """A feedback whose U the kernels get from there."""
-    return FeedbackSpec(KINDS.get(source, source), "dense" if source in STORED else "procedural")
+        return self.kernel != "project_taps" or projected(self).tile in ("entries", "signs")
 
 
 def projected(case: Case) -> Projected:
@@ -74,7 +76,7 @@ def projected(case: Case) -> Projected:
         case.error_size,
         strides,
         dtype,
-        feedback_of(case.source),
+        FEEDBACKS[case.source],
         case.source,
         DTYPES[case.dtype],
         True,
@@ -132,7 +134,10 @@ def types_of(plan: LaunchPlan) -> tuple[list[Any], tuple[Any, ...]]:
     if plan.counters:
         tensors = ["*i32", *tensors, (x,) * layers, "*fp32"]
     tensors += [(POINTERS[problem.parameter_dtype],) * layers] * 6
-    return tensors, (*plan.numbers, (0.5,) * max(NUMBERS[problem.rule], 1))
+    if problem.rule == "store":
+        return tensors, (*plan.numbers, (0.5,))
+    numbers_of = RULES[problem.rule].tile_numbers
+    return tensors, (*plan.numbers, numbers_of(*(0.5,) * len(inspect.signature(numbers_of).parameters)))
 
 
 def source_of(plan: LaunchPlan) -> ASTSource:

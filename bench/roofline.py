@@ -30,7 +30,7 @@ if __package__ in (None, ""):
 
 import dfa_kernels as dfa
 from bench import environment, time_model
-from bench.ahead import Case, compiled, feedback_of, hadamard_source, planned, source_of
+from bench.ahead import FEEDBACKS, Case, compiled, hadamard_source, planned, source_of
 from bench.cards import CARDS, Card
 from bench.gpu.precision import tf32
 from bench.time_model import Kernel, Tiles, kernel_of, occupancy, predict, programs_at_once
@@ -83,7 +83,7 @@ def workloads() -> Iterator[Workload]:
 
 def projection(source: str) -> Workload:
     """δ of one tap behind a ReLU, float32 through tensor cores; operations: of the product, or of the transforms."""
-    spec = feedback_of(source)
+    spec = FEEDBACKS[source]
     kept = dfa.Feedback(spec.kind, spec.storage).nbytes(UNITS, ERROR_SIZE)
     bytes_moved = kept + 4 * TAPS_BATCH * (2 * UNITS + ERROR_SIZE)
     operations = 2.0 * TAPS_BATCH * UNITS * ERROR_SIZE
@@ -101,7 +101,7 @@ def projection(source: str) -> Workload:
 
 def taps_plan(source: str, card: Card) -> LaunchPlan:
     """What `project_taps` launches on this card."""
-    spec = feedback_of(source)
+    spec = FEEDBACKS[source]
     error = torch.empty(TAPS_BATCH, ERROR_SIZE, device="meta")
     kept = [torch.empty(TAPS_BATCH, 64, 224, 224, device="meta")]
     stored = dfa.Feedback(spec.kind, spec.storage).stored(UNITS, ERROR_SIZE, "meta")
@@ -163,7 +163,7 @@ def tiles_of(plan: LaunchPlan) -> Tiles:
     units, rows, depth = constants["BLOCK_U"], constants["BLOCK_R"], constants["BLOCK_E"]
     error = how.error_dtype.itemsize
     other = how.dtype.itemsize * units * rows * (len(problem.sizes) + bin(problem.kept).count("1"))
-    if how.is_fastfood:
+    if how.tile == "blocks":
         read = rows * how.error_size * error + units * _stored_bytes(how)
         return Tiles(plan.programs, other_bytes=other + read)
     return Tiles(
@@ -293,7 +293,7 @@ def measured_us() -> dict[str, float]:
         for row in taps
         if (row["function"], row["precision"]) == ("project_taps", "tf32")
     }
-    specs = {source: feedback_of(source) for source in SOURCES}
+    specs = {source: FEEDBACKS[source] for source in SOURCES}
     found = {projection(source).name: forms[f"{spec.kind}, {spec.storage}"] for source, spec in specs.items()}
     lengths = {row["n"]: row["ms"] * 1e3 for row in transforms if row["dtype"] == "float32"}
     return found | {transform(length).name: lengths[length] for length in LENGTHS}

@@ -93,10 +93,8 @@ def fill(out: Tensor, kind: str, seed: int, row: int = 0, column: int = 0, strea
     draw = _DRAWS[kind]
     calls = range(column // draw.per_call, -(-(column + out.shape[1]) // draw.per_call))
     lead = column - calls.start * draw.per_call
-    for rows in row_passes(range(row, row + out.shape[0]), out.shape[1], out.device):
-        block = draw.from_words(row_words(seed, stream or draw.stream, rows, calls, out.device))
-        out[rows.start - row : rows.stop - row] = block[:, lead : lead + out.shape[1]]
-    return out
+    words = row_words(seed, stream or draw.stream, range(row, row + out.shape[0]), calls, out.device)
+    return out.copy_(draw.from_words(words)[:, lead : lead + out.shape[1]])
 
 
 def packed_signs(
@@ -106,12 +104,8 @@ def packed_signs(
 
     Column c is bit c % 32 of word c // 32; a set bit is +1. Bits beyond the last column are random too.
     """
-    out = torch.empty(len(rows), -(-columns // 32), dtype=torch.int32, device=device)
     calls = range(-(-columns // SIGNS_PER_CALL))
-    for part in row_passes(rows, 4 * len(calls), device):
-        block = _packed(row_words(seed, stream, part, calls, device))
-        out[part.start - rows.start : part.stop - rows.start] = block[:, : out.shape[1]]
-    return out
+    return _packed(row_words(seed, stream, rows, calls, device))[:, : -(-columns // 32)]
 
 
 def unpack_signs(words: Tensor, columns: int) -> Tensor:
@@ -135,15 +129,6 @@ def sparse_entries(
     Columns of a row are distinct: one per stratum [floor(jE/k), floor((j+1)E/k)), all rotated by a random
     offset of the row. Each column is hit with probability k/E, so entries ±sqrt(E/k) have variance one.
     """
-    indices = torch.empty(len(rows), nonzeros, dtype=torch.int32, device=device)
-    signs = torch.empty(len(rows), nonzeros, dtype=torch.int8, device=device)
-    for part in row_passes(rows, 2 * nonzeros + 4, device):
-        here = slice(part.start - rows.start, part.stop - rows.start)
-        indices[here], signs[here] = _sparse_rows(seed, part, error_size, nonzeros, device)
-    return indices, signs
-
-
-def _sparse_rows(seed: int, rows: range, error_size: int, nonzeros: int, device: torch.device) -> tuple[Tensor, Tensor]:
     words = torch.stack(row_words(seed, Stream.SPARSE, rows, range(1 + (nonzeros + 1) // 2), device), dim=-1)
     offset = words[:, 0, :1] * error_size >> 32
     position, sign = words[:, 1:].reshape(len(rows), -1, 2)[:, :nonzeros].unbind(-1)

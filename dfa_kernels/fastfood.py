@@ -9,32 +9,23 @@ first E columns of V meet the error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .autocast import without_autocast
-from .entries import Stream, entries_per_pass, fill, packed_signs, row_passes, row_words, unpack_signs
+from .entries import Stream, fill, packed_signs, row_words, unpack_signs
 from .hadamard import padded_bits, walsh_hadamard
 from .philox import rounded_root
 
 PERMUTATION_ROUNDS = 4
 # Of which squares of normals are made up when they are added; 2^17 of the largest, 46, fit into 63 bits.
 SQUARE_UNITS = 2.0**40
-
-Diagonals = Callable[[range], list[Tensor]]
+DIAGONALS = (torch.int8, torch.int32, torch.float32, torch.float32)
 
 
 def block_rows(error_size: int) -> int:
     """d, the rows of a block: error_size rounded up to a power of two."""
     return 1 << padded_bits(error_size)
-
-
-def block_count(rows: int, error_size: int) -> int:
-    """How many blocks cover the first `rows` rows."""
-    return -(-rows // block_rows(error_size))
 
 
 def fastfood_diagonals(seed: int, blocks: range, error_size: int, device: torch.device) -> list[Tensor]:
@@ -44,20 +35,6 @@ def fastfood_diagonals(seed: int, blocks: range, error_size: int, device: torch.
     stands.
     """
     d = block_rows(error_size)
-    passes = list(row_passes(blocks, 4 * d, device))
-    if len(passes) < 2:
-        return _diagonals(seed, blocks, d, device)
-    # The temporaries are several times as large as the result.
-    dtypes = (torch.int8, torch.int32, torch.float32, torch.float32)
-    diagonals = [torch.empty(len(blocks), d, dtype=dtype, device=device) for dtype in dtypes]
-    for part in passes:
-        here = slice(part.start - blocks.start, part.stop - blocks.start)
-        for whole, some in zip(diagonals, _diagonals(seed, part, d, device), strict=True):
-            whole[here] = some
-    return diagonals
-
-
-def _diagonals(seed: int, blocks: range, d: int, device: torch.device) -> list[Tensor]:
     signs = unpack_signs(packed_signs(seed, blocks, d, device, Stream.FASTFOOD_SIGNS), d).to(torch.int8)
     gaussian = _normals(seed, Stream.FASTFOOD_GAUSSIAN, blocks, d, device)
     normal = _normals(seed, Stream.FASTFOOD_SCALING, blocks, d, device)
@@ -103,24 +80,8 @@ def _permutation(seed: int, blocks: range, d: int, device: torch.device) -> Tens
     return x.to(torch.int32)
 
 
-def fastfood_products(error: Tensor, diagonals: Diagonals, rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Pieces (rows r, V[r] errorᵀ) of the product, the latter [len(r), b] in error's dtype, a few blocks at a
-    time.
-
-    error: [b, E], float32 or float64. diagonals: gives fastfood_diagonals for a range of blocks.
-    """
-    batch, error_size = error.shape
-    d, blocks = block_rows(error_size), range(block_count(rows, error_size))
-    padded = F.pad(error, (0, d - error_size)).t().contiguous()
-    step = max(1, entries_per_pass(error.device) // (2 * d * max(1, batch)))
-    for start in blocks[::step]:
-        stop = min((start + step) * d, rows)
-        with without_autocast(error.device):
-            product = _block_products(padded, *diagonals(blocks[start : start + step]))
-        yield slice(start * d, stop), product[: stop - start * d]
-
-
-def _block_products(padded: Tensor, signs: Tensor, permutation: Tensor, gaussian: Tensor, scaling: Tensor) -> Tensor:
+def block_products(padded: Tensor, signs: Tensor, permutation: Tensor, gaussian: Tensor, scaling: Tensor) -> Tensor:
+    """V[r] errorᵀ [blocks · d, b], in the dtype of the padded error, for the rows r of the diagonals' blocks."""
     # The batch comes last throughout, so that the permutation moves whole rows of it.
     blocks, d = signs.shape
     first_rows = torch.arange(0, blocks * d, d, dtype=torch.int32, device=padded.device)[:, None]

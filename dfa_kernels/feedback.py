@@ -10,7 +10,8 @@ from torch import Tensor
 from .autocast import without_autocast
 from .feedback_spec import KINDS, FeedbackSpec, check_integer
 from .free_memory import free_bytes
-from .projection import Parts, dense_blocks, generate, layouts, project_unscaled, row_unit
+from .kinds import Parts
+from .projection import dense_blocks, generate, project_unscaled, units_for
 
 
 class Feedback:
@@ -81,7 +82,7 @@ class Feedback:
         """
         place = self.device or torch.device(device)
         kept = self._kept.get((error_size, place))
-        if kept is not None and type(rows) is int and 1 <= rows <= kept[0].shape[0] * row_unit(self.spec, error_size):
+        if kept is not None and type(rows) is int and 1 <= units_for(self.spec, rows, error_size) <= kept[0].shape[0]:
             return kept
         rows, error_size = self._check_shape(rows, error_size)
         if self.spec.storage == "procedural":
@@ -90,8 +91,7 @@ class Feedback:
         # Let go of the smaller one before the larger one is made.
         kept = None
         self._kept.pop((error_size, place), None)
-        units = -(-rows // row_unit(self.spec, error_size))
-        made = self._kept[error_size, place] = self._make(units, error_size, place)
+        made = self._kept[error_size, place] = self._make(units_for(self.spec, rows, error_size), error_size, place)
         return made
 
     def _check_room(self, rows: int, error_size: int, device: torch.device, given_back: int) -> None:
@@ -163,13 +163,12 @@ class Feedback:
             return 0
         if self._given is not None:
             return self._given.nbytes
-        units = -(-size // row_unit(self.spec, error_size))
-        return units * sum(width * dtype.itemsize for width, dtype in layouts(self.spec, error_size))
+        unit = sum(width * dtype.itemsize for width, dtype in self.spec.row.layout(self.spec, error_size))
+        return units_for(self.spec, size, error_size) * unit
 
     def _check_shape(self, size: int, error_size: int) -> tuple[int, int]:
         size, error_size = check_integer("size", size, 1), check_integer("error_size", error_size, 1)
-        if self.spec.kind == "sparse":
-            self.spec.nonzeros_per_row(error_size)
+        self.spec.nonzeros_per_row(error_size)
         if self._given is not None:
             _check_given(self._given, size, error_size)
         return size, error_size

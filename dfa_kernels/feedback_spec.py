@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from .entries import default_nonzeros
+from .kinds import FEEDBACK_KINDS, Kind
 
-KINDS = ("gaussian", "rademacher", "uniform", "sparse", "fastfood")
+KINDS = tuple(name for name, kind in FEEDBACK_KINDS.items() if kind.make)
 STORAGES = ("dense", "procedural")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,10 +33,10 @@ class FeedbackSpec:
     _encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, (*KINDS, "matrix"))
+        check_choice("kind", self.kind, tuple(FEEDBACK_KINDS))
         check_choice("storage", self.storage, STORAGES)
-        if self.kind == "matrix" and self.storage != "dense":
-            raise ValueError(f"kind 'matrix' is a given U, which storage {self.storage!r} cannot make anew")
+        if self.kind not in KINDS and self.storage != "dense":
+            raise ValueError(f"kind {self.kind!r} is a given U, which storage {self.storage!r} cannot make anew")
         check_dtype(self.dtype)
         self._set("seed", check_integer("seed", self.seed, 0, 2**64 - 1))
         self._set("gain", check_finite("gain", self.gain))
@@ -49,9 +50,14 @@ class FeedbackSpec:
     def _checked_nonzeros(self) -> int | None:
         if self.nonzeros is None:
             return None
-        if self.kind != "sparse":
+        if self.row.tile != "nonzeros":
             raise ValueError(f"nonzeros is for kind 'sparse', got nonzeros={self.nonzeros!r} for {self.kind!r}")
         return check_integer("nonzeros", self.nonzeros, 1)
+
+    @property
+    def row(self) -> Kind:
+        """What the table of kinds says of this one."""
+        return FEEDBACK_KINDS[self.kind]
 
     def scale(self, size: int, error_size: int) -> float:
         """The factor from U[:size] to B_i: gain / sqrt(size · error_size), or gain if not normalize."""

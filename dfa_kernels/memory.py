@@ -9,6 +9,7 @@ import torch
 
 from .feedback import Feedback
 from .feedback_spec import check_integer
+from .kinds import FEEDBACK_KINDS
 
 
 def feedback_memory(model_or_sizes: Any, error_size: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
@@ -23,7 +24,7 @@ def feedback_memory(model_or_sizes: Any, error_size: int, dtype: torch.dtype = t
     sizes = _sizes(model_or_sizes)
     unified = Feedback(dtype=dtype).nbytes(max(sizes), error_size)
     naive = sum(Feedback(dtype=dtype).nbytes(size, error_size) for size in sizes)
-    kinds = ("rademacher", "sparse", "fastfood")
+    kinds = [name for name, kind in FEEDBACK_KINDS.items() if kind.stored_source != "matrix"]
     packed = {kind: Feedback(kind, dtype=dtype).nbytes(max(sizes), error_size) for kind in kinds}
     procedural = Feedback(storage="procedural", dtype=dtype).nbytes(max(sizes), error_size)
     return {"naive": naive, "unified": unified, **packed, "procedural": procedural}

@@ -24,7 +24,7 @@ from .wrapper import DFA
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """What `SGD` and `AdamW` share. Subclasses name their rule, their state and the numbers of an update."""
+    """What `SGD` and `AdamW` share. Subclasses name their rule and the numbers of an update."""
 
     rule: str
     # Set by torch.amp.GradScaler before it calls step().
@@ -157,8 +157,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         update_(*call.arguments(), call.weights, state, self.rule, hyper)
 
     def _state_names(self) -> tuple[str, ...]:
-        """The tensors that every parameter has beside it, by the names that torch's optimizer of this rule uses."""
-        raise NotImplementedError
+        return RULES[self.rule].state
 
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
         """The numbers that the rule unpacks, for the update of ``p`` that is about to run."""
@@ -242,7 +241,7 @@ class SGD(FusedOptimizer):
         super().__init__(model, defaults)
 
     def _state_names(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
+        return RULES["momentum"].state if any(group["momentum"] for group in self.param_groups) else ()
 
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
         return [float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"]]
@@ -271,9 +270,6 @@ class AdamW(FusedOptimizer):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas: got {betas}, expected two numbers in [0, 1)")
         super().__init__(model, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    def _state_names(self) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
 
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
         if p.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import fastfood
 from .autocast import without_autocast
-from .entries import fill, packed_signs, row_passes, sparse_entries, unpack_signs
+from .entries import row_passes
 from .feedback_spec import FeedbackSpec
+from .kinds import Parts
 
-# Kinds whose dense storage is U itself; "matrix" is a given one.
-PLAIN_KINDS = ("gaussian", "uniform", "matrix")
-
-Parts = list[Tensor]
 Source = Callable[[range], Parts]
-Piece = tuple[slice, Tensor]
 
 
-def row_unit(spec: FeedbackSpec, error_size: int) -> int:
-    """Rows come in units of one, but those of fastfood in whole blocks."""
-    return fastfood.block_rows(error_size) if spec.kind == "fastfood" else 1
+def units_for(spec: FeedbackSpec, rows: int, error_size: int) -> int:
+    """How many units (rows, or blocks of them) of U it takes to have these rows."""
+    return -(-rows // spec.row.unit_rows(error_size))
 
 
 def generate(spec: FeedbackSpec, units: range, error_size: int, device: torch.device) -> Parts:
-    """What defines these rows (or blocks) of U, as dense storage keeps it; on the meta device only its shapes."""
+    """What defines these units of U, as dense storage keeps it; on the meta device only its shapes."""
     if device.type == "meta":
         return _parts_fake(spec.encode(), units.start, units.stop, error_size, device)
     make = torch.ops.dfa_kernels.feedback_parts
@@ -43,40 +36,25 @@ torch.library.define(
 )
 
 
-@torch.library.impl("dfa_kernels::feedback_parts", "CompositeExplicitAutograd")
 @torch.inference_mode(False)  # What is made under inference mode may be kept for training.
 def _feedback_parts(feedback: str, start: int, stop: int, error_size: int, device: torch.device) -> Parts:
-    spec, units = FeedbackSpec.decode(feedback), range(start, stop)
-    if spec.kind == "fastfood":
-        return fastfood.fastfood_diagonals(spec.seed, units, error_size, device)
-    if spec.kind == "sparse":
-        nonzeros = spec.nonzeros_per_row(error_size)
-        return list(sparse_entries(spec.seed, units, error_size, nonzeros, device))
-    if spec.kind == "rademacher":
-        return [packed_signs(spec.seed, units, error_size, device)]
-    out = torch.empty(len(units), error_size, dtype=spec.dtype, device=device)
-    return [fill(out, spec.kind, spec.seed, row=units.start)]
+    spec, parts = FeedbackSpec.decode(feedback), _parts_fake(feedback, start, stop, error_size, device)
+    assert spec.row.make is not None
+    # Temporaries are several times as large as what is made.
+    for units in row_passes(range(start, stop), sum(part.shape[1] for part in parts), device):
+        for part, some in zip(parts, spec.row.make(spec, units, error_size, device), strict=True):
+            part[units.start - start : units.stop - start] = some
+    return parts
 
 
 def _parts_fake(feedback: str, start: int, stop: int, error_size: int, device: torch.device) -> Parts:
-    parts = layouts(FeedbackSpec.decode(feedback), error_size)
-    return [torch.empty(stop - start, width, dtype=dtype, device=device) for width, dtype in parts]
+    spec = FeedbackSpec.decode(feedback)
+    layout = spec.row.layout(spec, error_size)
+    return [torch.empty(stop - start, width, dtype=dtype, device=device) for width, dtype in layout]
 
 
+torch.library.impl("dfa_kernels::feedback_parts", "CompositeExplicitAutograd", _feedback_parts)
 torch.library.register_fake("dfa_kernels::feedback_parts", _parts_fake)
-
-
-def layouts(spec: FeedbackSpec, error_size: int) -> list[tuple[int, torch.dtype]]:
-    """Width and dtype of each part of a row (or block) of U."""
-    if spec.kind == "fastfood":
-        d = fastfood.block_rows(error_size)
-        return [(d, torch.int8), (d, torch.int32), (d, torch.float32), (d, torch.float32)]
-    if spec.kind == "sparse":
-        nonzeros = spec.nonzeros_per_row(error_size)
-        return [(nonzeros, torch.int32), (nonzeros, torch.int8)]
-    if spec.kind == "rademacher":
-        return [(-(-error_size // 32), torch.int32)]
-    return [(error_size, spec.dtype)]
 
 
 def _source(stored: Parts, spec: FeedbackSpec, error_size: int, device: torch.device) -> Source:
@@ -94,7 +72,7 @@ def project_unscaled(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int
     U.
     """
     dtype = torch.float64 if error.dtype == torch.float64 else spec.dtype
-    if stored and spec.kind in PLAIN_KINDS:
+    if stored and spec.row.stored_source == "matrix":
         matrix = stored[0] if stored[0].shape[0] == size else stored[0][:size]
         if matrix.dtype == dtype:
             return error.to(dtype) @ matrix.T
@@ -106,73 +84,34 @@ def _project_in_blocks(error: Tensor, stored: Parts, spec: FeedbackSpec, size: i
     out = torch.empty(error.shape[0], size, dtype=dtype, device=error.device)
     working = error.to(torch.promote_types(dtype, torch.float32))
     source = _source(stored, spec, error.shape[1], error.device)
-    with without_autocast(error.device):
-        for rows, product in _products(working, source, spec, size):
-            out[:, rows] = product.T
+    for rows, product in _products(working, source, spec, size):
+        out[:, rows] = product.T
     return out
 
 
-def _products(error: Tensor, source: Source, spec: FeedbackSpec, size: int) -> Iterator[Piece]:
+def _products(error: Tensor, source: Source, spec: FeedbackSpec, size: int) -> Iterator[tuple[slice, Tensor]]:
     """Pieces (rows r, U[r] errorᵀ) of the projection, of bounded size."""
-    if spec.kind == "fastfood":
-        yield from fastfood.fastfood_products(error, source, size)
-        return
-    multiply = _sparse_product if spec.kind == "sparse" else _block_product
-    for rows in row_passes(range(size), _entries_per_row(spec, error), error.device):
-        yield slice(rows.start, rows.stop), multiply(source(rows), error, spec)
-
-
-def _entries_per_row(spec: FeedbackSpec, error: Tensor) -> int:
-    batch, error_size = error.shape
-    return max(batch, spec.nonzeros_per_row(error_size) if spec.kind == "sparse" else error_size)
-
-
-def _block_product(parts: Parts, error: Tensor, spec: FeedbackSpec) -> Tensor:
-    return _block(parts, error.shape[1]).to(error.dtype) @ error.T
-
-
-def _block(parts: Parts, error_size: int) -> Tensor:
-    return unpack_signs(parts[0], error_size) if parts[0].dtype == torch.int32 else parts[0]
-
-
-def _sparse_product(parts: Parts, error: Tensor, spec: FeedbackSpec) -> Tensor:
-    indices, signs = parts
-    table = (error.T * _sparse_value(spec, error.shape[1])).contiguous()
-    return F.embedding_bag(indices, table, mode="sum", per_sample_weights=signs.to(error.dtype))
-
-
-def _sparse_value(spec: FeedbackSpec, error_size: int) -> Tensor:
-    # Rounded to spec.dtype as every entry is, so that the projection and the matrix agree in any precision.
-    return torch.tensor(math.sqrt(error_size / spec.nonzeros_per_row(error_size)), dtype=spec.dtype)
+    kind, (batch, error_size) = spec.row, error.shape
+    each, operand = kind.unit_rows(error_size), kind.operand(error, spec)
+    for units in row_passes(range(units_for(spec, size, error_size)), kind.work(spec, batch, error_size), error.device):
+        rows = slice(units.start * each, min(units.stop * each, size))
+        with without_autocast(error.device):
+            product = kind.multiply(source(units), operand, spec)
+        yield rows, product[: rows.stop - rows.start]
 
 
 def dense_blocks(
     spec: FeedbackSpec, size: int, error_size: int, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Pieces (rows r, columns c, U[r, c]) of U, of bounded size."""
-    source = _source([], spec, error_size, device)
-    if spec.kind == "fastfood":
-        yield from _fastfood_blocks(spec, source, size, error_size, device)
+    source, dense = _source([], spec, error_size, device), spec.row.dense
+    if dense is not None:
+        for rows in row_passes(range(size), error_size, device):
+            yield slice(rows.start, rows.stop), slice(None), dense(source(rows), spec, error_size)
         return
-    for rows in row_passes(range(size), error_size, device):
-        parts = source(rows)
-        block = _scatter(parts, spec, error_size) if spec.kind == "sparse" else _block(parts, error_size)
-        yield slice(rows.start, rows.stop), slice(None), block
-
-
-def _fastfood_blocks(
-    spec: FeedbackSpec, source: Source, size: int, error_size: int, device: torch.device
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """U as the projection of the identity, some of its rows at a time."""
     dtype = torch.promote_types(spec.dtype, torch.float32)
     for columns in row_passes(range(error_size), error_size, device):
-        some = torch.zeros(len(columns), error_size, dtype=dtype, device=device)
-        some[:, columns.start : columns.stop].fill_diagonal_(1)
-        for rows, block in fastfood.fastfood_products(some, source, size):
-            yield rows, slice(columns.start, columns.stop), block
-
-
-def _scatter(parts: Parts, spec: FeedbackSpec, error_size: int) -> Tensor:
-    indices, signs = parts
-    values = signs.to(spec.dtype) * _sparse_value(spec, error_size)
-    return values.new_zeros(indices.shape[0], error_size).scatter_(1, indices.long(), values)
+        identity = torch.zeros(len(columns), error_size, dtype=dtype, device=device)
+        identity[:, columns.start : columns.stop].fill_diagonal_(1)
+        for piece, block in _products(identity, source, spec, size):
+            yield piece, slice(columns.start, columns.stop), block

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,12 @@ class UpdateRule:
     """(parameter, state, hyper, gradient): the update from a gradient."""
     apply_product_: Callable[[Tensor, State, Hyper, Tensor, Tensor], None]
     """(parameter, state, hyper, delta [n, out], x [n, in]): the update from the gradient deltaᵀ x."""
+    state: tuple[str, ...]
+    """The tensors that every parameter has beside it, by the names that torch's optimizer uses."""
+    tile_numbers: Callable[..., tuple[float, ...]]
+    """(*hyper) → what the kernels' epilogue takes. Differences from 1 are taken here, in double precision."""
+    with_state: str = ""
+    """The row for parameters that have state, if it is another."""
 
 
 def sgd_(parameter: Tensor, state: State, hyper: Hyper, gradient: Tensor) -> None:
@@ -72,7 +79,21 @@ def adamw_product_(parameter: Tensor, state: State, hyper: Hyper, delta: Tensor,
     adamw_(parameter, state, hyper, delta.t() @ x)
 
 
+def _sgd_numbers(lr: float, momentum: float, weight_decay: float, nesterov: float) -> tuple[float, ...]:
+    return lr, weight_decay
+
+
+def _momentum_numbers(lr: float, momentum: float, weight_decay: float, nesterov: float) -> tuple[float, ...]:
+    return lr, weight_decay, momentum, nesterov
+
+
+def _adamw_numbers(lr: float, beta1: float, beta2: float, eps: float, decay: float, step: float) -> tuple[float, ...]:
+    rate = lr / (1 - beta1**step)
+    return 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, rate, math.sqrt(1 - beta2**step), eps
+
+
 RULES: dict[str, UpdateRule] = {
-    "sgd": UpdateRule(sgd_, sgd_product_),
-    "adamw": UpdateRule(adamw_, adamw_product_),
+    "sgd": UpdateRule(sgd_, sgd_product_, (), _sgd_numbers, with_state="momentum"),
+    "momentum": UpdateRule(sgd_, sgd_product_, ("momentum_buffer",), _momentum_numbers),
+    "adamw": UpdateRule(adamw_, adamw_product_, ("exp_avg", "exp_avg_sq"), _adamw_numbers),
 }

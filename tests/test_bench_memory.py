@@ -19,7 +19,8 @@ import dfa_kernels as dfa
 from bench import memory
 from bench.large_networks import GPT2, LARGE_NETWORKS, LargeNetwork
 from dfa_kernels.fastfood import fastfood_diagonals
-from dfa_kernels.feedback_spec import KINDS
+from dfa_kernels.feedback_spec import KINDS, FeedbackSpec
+from dfa_kernels.projection import _feedback_parts
 
 NETWORKS = {network.name: network for network in LARGE_NETWORKS}
 TAPS = {"AlexNet": 7, "VGG-16": 15, "ResNet-50": 49, "ViT-B/16": 12, "GPT-2 124M": 12}
@@ -95,7 +96,7 @@ def test_fastfood_is_made_in_pieces() -> None:
     """No temporary is larger than the largest result, and pieces change no value."""
     cpu = torch.device("cpu")
     with LargestStorage() as seen:
-        whole = fastfood_diagonals(3, range(5, 20005), 16, cpu)
+        whole = _feedback_parts(FeedbackSpec("fastfood", seed=3).encode(), 5, 20005, 16, cpu)
     assert seen.largest <= max(part.nbytes for part in whole)
     for some in (range(5, 105), range(8100, 8300), range(19905, 20005)):
         for part, alone in zip(whole, fastfood_diagonals(3, some, 16, cpu), strict=True):

@@ -13,7 +13,9 @@ from test_entries import oracle, words_at
 
 from dfa_kernels import entries, fastfood
 from dfa_kernels.entries import Stream, fill
-from dfa_kernels.fastfood import block_count, block_rows, fastfood_diagonals, fastfood_products
+from dfa_kernels.fastfood import block_rows, fastfood_diagonals
+from dfa_kernels.feedback_spec import FeedbackSpec
+from dfa_kernels.projection import project_unscaled, units_for
 
 CPU = torch.device("cpu")
 
@@ -44,18 +46,13 @@ def factor_by_factor(error: torch.Tensor, diagonals: list[torch.Tensor]) -> torc
 
 
 def project(error: torch.Tensor, seed: int, rows: int) -> torch.Tensor:
-    out = torch.full((error.shape[0], rows), math.nan, dtype=error.dtype)
-    for here, product in fastfood_products(
-        error, lambda blocks: fastfood_diagonals(seed, blocks, error.shape[1], CPU), rows
-    ):
-        out[:, here] = product.T
-    return out
+    return project_unscaled(error, [], FeedbackSpec("fastfood", "procedural", seed), rows)
 
 
 @pytest.mark.parametrize(("error_size", "d"), [(1, 1), (2, 2), (3, 4), (10, 16), (1000, 1024), (1024, 1024)])
 def test_blocks_are_the_next_power_of_two(error_size, d):
     assert block_rows(error_size) == d
-    assert [block_count(rows, error_size) for rows in (1, d, d + 1)] == [1, 1, 2]
+    assert [units_for(FeedbackSpec("fastfood"), rows, error_size) for rows in (1, d, d + 1)] == [1, 1, 2]
 
 
 @pytest.mark.parametrize("error_size", [1, 2, 4, 50, 128])
@@ -111,7 +108,7 @@ def test_chi_of_an_impossible_normal_is_zero():
 @pytest.mark.parametrize("batch", [0, 1, 7])
 def test_product_is_the_factors(error_size, rows, batch):
     error = torch.randn(batch, error_size, generator=torch.Generator().manual_seed(rows))
-    diagonals = fastfood_diagonals(12, range(block_count(rows, error_size)), error_size, CPU)
+    diagonals = fastfood_diagonals(12, range(-(-rows // block_rows(error_size))), error_size, CPU)
     exact = factor_by_factor(error.double(), diagonals)[:, :rows]
     torch.testing.assert_close(project(error.double(), 12, rows), exact, rtol=1e-12, atol=1e-12)
     if batch:
@@ -133,7 +130,6 @@ def test_rows_have_the_norms_and_moments_of_gaussian_rows():
 def test_passes_do_not_show(monkeypatch):
     error = torch.randn(3, 30)
     whole = project(error, 5, 1000)
-    monkeypatch.setattr(fastfood, "entries_per_pass", lambda device: 1)
     monkeypatch.setattr(entries, "entries_per_pass", lambda device: 1)
     # Products of other sizes may add in another order: rounding, but no other difference.
     torch.testing.assert_close(project(error, 5, 1000), whole, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfa_kernels import entries, fastfood
+from dfa_kernels import entries
 from dfa_kernels.entries import default_nonzeros, fill, sparse_entries
 from dfa_kernels.feedback import Feedback
 from dfa_kernels.feedback_spec import KINDS, STORAGES, FeedbackSpec
@@ -143,7 +143,6 @@ def test_passes_do_not_show(kind, monkeypatch):
     feedback, error = Feedback(kind, "procedural", dtype=torch.float64), randn(4, 50, dtype=torch.float64)
     expected = error @ feedback.matrix(777, 50).T
     monkeypatch.setattr(entries, "entries_per_pass", lambda device: 1000)
-    monkeypatch.setattr(fastfood, "entries_per_pass", lambda device: 1000)
     for storage in STORAGES:
         got = Feedback(kind, storage, dtype=torch.float64).project(error, 777)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -337,7 +336,6 @@ def test_from_matrix_allows_what_is_not_finite():
 def test_projection_needs_bounded_memory(kind, storage, dtype, monkeypatch):
     """The whole U has 64 MB; neither form of it may show up, nor anything else of that order."""
     monkeypatch.setattr(entries, "entries_per_pass", lambda device: 2**14)
-    monkeypatch.setattr(fastfood, "entries_per_pass", lambda device: 2**14)
     feedback, error = Feedback(kind, storage), randn(2, 256).to(dtype)
     stored = [] if storage == "procedural" else feedback.stored(2**16, 256, "cpu")
     with Largest() as largest:

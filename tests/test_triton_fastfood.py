@@ -15,7 +15,9 @@ from triton_cases import DEVICE
 
 import dfa_kernels as dfa
 from dfa_kernels.backends.triton.fastfood_tile import _parts, fastfood_tile
-from dfa_kernels.fastfood import block_count, block_rows, fastfood_diagonals, fastfood_products
+from dfa_kernels.fastfood import block_rows, fastfood_diagonals
+from dfa_kernels.feedback_spec import FeedbackSpec
+from dfa_kernels.projection import project_unscaled
 
 SEEDS = [0, 2**32 + 5, 2**64 - 3]
 SIZES = [1, 2, 3, 8, 10, 64, 100, 300, 1000]
@@ -77,15 +79,14 @@ def test_the_parts_are_those_that_dense_storage_keeps(seed, error_size, first_bl
 def test_the_product_is_the_factors(source, error_size, units):
     seed, batch, tile = 2**63 + 12345, 5, max(64, block_rows(error_size))
     error = torch.randn(batch, error_size, generator=torch.Generator().manual_seed(units))
-    kept = fastfood_diagonals(seed, range(block_count(units, error_size)), error_size, torch.device("cpu"))
+    kept = fastfood_diagonals(seed, range(-(-units // block_rows(error_size))), error_size, torch.device("cpu"))
     out = torch.full((batch, units), math.nan, device=DEVICE)
     stored = tuple(part.to(DEVICE) for part in kept) if source == "fastfood" else (error.to(DEVICE),)
     product_kernel[(-(-units // tile), -(-batch // 2))](
         error.to(DEVICE), stored, out, *key_words(seed), units, batch, error_size, source, 2, tile, bits_of(error_size)
     )
     exact = factor_by_factor(error.double(), kept)[:, :units]
-    pieces = fastfood_products(error, lambda blocks: [part[blocks.start : blocks.stop] for part in kept], units)
-    plain = torch.cat([product for _, product in pieces]).T
+    plain = project_unscaled(error, kept, FeedbackSpec("fastfood"), units)
     assert (out.cpu() - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 

@@ -8,17 +8,9 @@ import torch
 
 from .launch import target_of
 from .plan import LaunchPlan
-from .problem import GroupedProblem
+from .problem import GroupedProblem, Projected
 from .route import MOST_LAYERS, LayerCall, looks_of, route_of, split
 from .taps import plan_project_taps, reason_taps_for_torch
-
-_FROM = {
-    "matrix": "U from memory",
-    "signs": "U from packed signs",
-    "sparse": "U from its non-zeros",
-    "fastfood": "U as Fastfood's diagonals",
-    "projection": "e Uᵀ made by the torch backend first",
-}
 
 
 def describe_layers(arguments: tuple[Any, ...], dtype: torch.dtype, rule: str, device: torch.device) -> str:
@@ -45,10 +37,17 @@ def _describe(plan: LaunchPlan) -> str:
     how = plan.problem.projected
     arithmetic = {"half": str(how.dtype).removeprefix("torch."), "tf32": "tf32", "ieee": "float32"}[how.arithmetic]
     hidden = not isinstance(plan.problem, GroupedProblem) or plan.problem.hidden
-    U = "; " + _FROM.get(how.source, "U regenerated from its seed") if hidden else ""
+    U = "; " + _origin(how) if hidden else ""
     tma = ", through TMA" if plan.uses_tma else ""
     tiles = " × ".join(f"{name.removeprefix('block_')} {n}" for name, n in vars(plan.config).items() if "block" in name)
     return (
         f"one launch of {plan.name} with {plan.programs} programs of {plan.config.num_warps} warps{tma} "
         f"(tiles {tiles}; {arithmetic}{U}): {plan.why}"
     )
+
+
+def _origin(how: Projected) -> str:
+    if how.source == "projection":
+        return "e Uᵀ made by the torch backend first"
+    kind = how.feedback.row
+    return kind.stored_as if how.source == kind.stored_source else "U regenerated from its seed"

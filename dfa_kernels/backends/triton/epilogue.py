@@ -1,7 +1,6 @@
 """What becomes of a finished tile of a gradient: stored, or spent on the parameter's update where it stands.
 
-The rules of `dfa_kernels.updates`, in float32 whatever the parameter's dtype is. ``hyper`` are RULE's numbers for one
-parameter, as `update_numbers` in `layers.py` prepares them.
+The rules of `dfa_kernels.updates`, in float32 whatever the parameter's dtype is. ``hyper`` are RULE's `tile_numbers`.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import triton
 import triton.language as tl
 
 from .tiles import pick, pick_flag
-
-NUMBERS = {"store": 0, "sgd": 2, "momentum": 4, "adamw": 7}
 
 
 @triton.jit

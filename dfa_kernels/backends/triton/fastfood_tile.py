@@ -11,7 +11,7 @@ import triton.language as tl
 from ...entries import Stream
 from ...fastfood import SQUARE_UNITS as SQUARE_UNITS_OF_1
 from .hadamard_tile import hadamard_tile
-from .philox import box_muller, normal_entries, philox4x32, sign_entries
+from .philox import box_muller, halves, normal_entries, philox4x32, sign_entries
 from .rounded import product, root, step
 
 SQUARE_UNITS = tl.constexpr(SQUARE_UNITS_OF_1)
@@ -93,16 +93,8 @@ def _inverse_norms(x, BITS: tl.constexpr):
 def _words(first_block, key0, key1, STREAM: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, CALLS: tl.constexpr):
     """The four Philox words of every STEP units: uint32 [N / STEP]; CALLS of them make a block."""
     index = tl.arange(0, N // STEP)
-    low, high = _halves(first_block + index // CALLS)
+    low, high = halves(first_block + index // CALLS)
     return philox4x32((index % CALLS).to(tl.uint32), low, high, low * 0 + STREAM, key0, key1)
-
-
-@triton.jit
-def _halves(block):
-    """The low and high words of block numbers, which are not negative."""
-    low = block.to(tl.uint32)
-    high = (block >> 32).to(tl.uint32) if block.dtype == tl.int64 else low * 0
-    return low, high
 
 
 @triton.jit
@@ -141,7 +133,7 @@ def _permutation(first_block, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _keys(first_block, call, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
-    low, high = _halves(first_block + tl.arange(0, N >> BITS))
+    low, high = halves(first_block + tl.arange(0, N >> BITS))
     zero = low * 0
     return philox4x32(zero + call, low, high, zero + PERMUTATION, key0, key1)
 

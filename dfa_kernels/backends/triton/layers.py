@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...feedback_spec import FeedbackSpec
+from ...updates import RULES
 from .. import torch_backend
 from .launch import Arguments, check_device, counters, launch, target_of
 from .plan import LaunchPlan
@@ -77,8 +77,8 @@ def layer_update_(
         _update_in_parts(call, weights, state, rule, hyper)
         return
     changed = [*weights, *state]
-    numbers, sets = _numbers_and_sets(rule, hyper, len(weights), bool(state))
-    kernel_rule = "momentum" if rule == "sgd" and state else rule
+    kernel_rule = (state and RULES[rule].with_state) or rule
+    numbers, sets = _numbers_and_sets(kernel_rule, hyper, len(weights))
     route = route_of(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(error.device))
     if route.reason:
         torch_backend.layer_update_(*call, weights, state, rule, hyper)
@@ -144,27 +144,15 @@ def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
     return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None
 
 
-def _numbers_and_sets(
-    rule: str, hyper: Sequence[float], parameters: int, has_state: bool
-) -> tuple[tuple[float, ...], tuple[int, ...]]:
+def _numbers_and_sets(rule: str, hyper: Sequence[float], parameters: int) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """The numbers for the kernel's epilogue, and where in them each parameter's set begins."""
-    each, hyper = len(hyper) // parameters, list(hyper)
+    # Floats all of them: a launch is compiled for the types of its numbers.
+    each, hyper, numbers_of = len(hyper) // parameters, list(map(float, hyper)), RULES[rule].tile_numbers
     if hyper == hyper[:each] * parameters:
-        return update_numbers(rule, hyper[:each], has_state), ()
+        return numbers_of(*hyper[:each]), ()
     places: dict[tuple[float, ...], int] = {}
     sets = []
     for first in range(0, len(hyper), each):
-        numbers = update_numbers(rule, hyper[first : first + each], has_state)
+        numbers = numbers_of(*hyper[first : first + each])
         sets.append(places.setdefault(numbers, len(places) * len(numbers)))
     return tuple([number for numbers in places for number in numbers]), tuple(sets)
-
-
-def update_numbers(rule: str, hyper: Sequence[float], has_state: bool) -> tuple[float, ...]:
-    """What the kernels' epilogue takes for one parameter. Differences from 1 are taken here, in double precision."""
-    # Floats all of them: a launch is compiled for the types of its numbers.
-    if rule == "adamw":
-        lr, beta1, beta2, eps, weight_decay, step = map(float, hyper)
-        rate = lr / (1 - beta1**step)
-        return (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, rate, math.sqrt(1 - beta2**step), eps)
-    lr, momentum, weight_decay, nesterov = map(float, hyper)
-    return (lr, weight_decay, momentum, nesterov) if has_state else (lr, weight_decay)

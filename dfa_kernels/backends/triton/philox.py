@@ -51,21 +51,27 @@ def philox4x32(word0, word1, word2, word3, key0, key1):
 
 
 @triton.jit
+def halves(number):
+    """The low and high words of numbers, which are not negative."""
+    low = number.to(tl.uint32)
+    high = (number >> 32).to(tl.uint32) if number.dtype == tl.int64 else low * 0
+    return low, high
+
+
+@triton.jit
 def row_words(unit, call, STREAM: tl.constexpr, key0, key1):
     """The four words of every (row of U, call): unit [M], call [C] → four times uint32 [M, C]."""
     shape: tl.constexpr = (unit.shape[0], call.shape[0])
-    wide = unit.to(tl.int64)
+    low, high = halves(unit)
     word0 = tl.broadcast_to(call.to(tl.uint32)[None, :], shape)
-    word1 = tl.broadcast_to((wide & 0xFFFFFFFF).to(tl.uint32)[:, None], shape)
-    word2 = tl.broadcast_to((wide >> 32).to(tl.uint32)[:, None], shape)
+    word1, word2 = tl.broadcast_to(low[:, None], shape), tl.broadcast_to(high[:, None], shape)
     return philox4x32(word0, word1, word2, tl.full(shape, STREAM, tl.uint32), key0, key1)
 
 
 @triton.jit
 def flat_words(unit, call, STREAM: tl.constexpr, key0, key1):
     """The four words of one call for every row of U: unit [M], call a number → four times uint32 [M]."""
-    wide = unit.to(tl.int64)
-    low, high = (wide & 0xFFFFFFFF).to(tl.uint32), (wide >> 32).to(tl.uint32)
+    low, high = halves(unit)
     word0 = (tl.zeros_like(unit) + call).to(tl.uint32)
     return philox4x32(word0, low, high, tl.zeros_like(low) + STREAM, key0, key1)
 

@@ -20,7 +20,7 @@ from ...activations import ACTIVATIONS
 from ...hadamard import padded_bits
 from .configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for, first_that_fills
 from .one_phase import one_phase
-from .problem import HALF, REGENERATED, GroupedProblem, Projected, TapsProblem, Target, alignment
+from .problem import HALF, GroupedProblem, Projected, TapsProblem, Target, alignment
 from .project_taps import project_taps_kernel
 from .two_phase import two_phase
 
@@ -104,7 +104,7 @@ def _why_two_phases(problem: GroupedProblem, repeated: int) -> str:
     projected = problem.projected
     if projected.source != "projection" and projected.error_size > LARGEST_HELD_ERROR:
         return f"{projected.error_size} error components, more than {LARGEST_HELD_ERROR}, do not fit beside a tile"
-    if projected.is_fastfood and any(t > 1 for t in problem.positions):
+    if projected.tile == "blocks" and any(t > 1 for t in problem.positions):
         return "with several positions, tiles of gradients do not begin where blocks of Fastfood do"
     if repeated > MOST_REPEATED_DELTAS:
         return f"{repeated} values of δ would be made again in tiles, more than {MOST_REPEATED_DELTAS}"
@@ -119,11 +119,11 @@ def _block(projected: Projected) -> int:
 def _fitted(config: Any, projected: Projected) -> Any:
     """The config with tiles of the projection that suit where U is from."""
     threads = 32 * config.num_warps
-    if projected.is_fastfood:
+    if projected.tile == "blocks":
         # Whole blocks of units, and as many rows as leave 32 numbers to a thread.
         units = max(config.block_u, _block(projected))
         return replace(config, block_u=units, block_r=max(1, 32 * threads // units))
-    if projected.source in REGENERATED:
+    if projected.tile in ("entries", "signs") and projected.source == projected.feedback.row.seed_source:
         # A tile of U is made once for all the rows whose sums fit into a quarter of the registers, and for no more.
         most = threads * ((config.registers + 1) // 4) // config.block_u
         needed = max(SMALLEST_FACTOR, triton.next_power_of_2(max(1, projected.rows)))
@@ -134,7 +134,7 @@ def _fitted(config: Any, projected: Projected) -> Any:
 def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPlan:
     """Every tile of a gradient makes its own δ."""
     projected, widths_in = problem.projected, problem.widths_in
-    if projected.is_fastfood:
+    if projected.tile == "blocks":
         config = replace(config, block_m=max(config.block_m, _block(projected)))
     hidden_out = problem.widths_out[: problem.hidden]
     block_e = max(16, triton.next_power_of_2(projected.error_size))

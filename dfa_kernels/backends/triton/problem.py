@@ -15,7 +15,6 @@ from ...hadamard import padded_bits
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
-REGENERATED = ("gaussian", "uniform", "rademacher")
 # A block of Fastfood has to lie in the registers of a program of 4 warps.
 LARGEST_FASTFOOD_ERROR = 2**12
 _TILE_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -47,9 +46,9 @@ class Projected:
     """Whether float32 products may go through tensor cores, as torch's matmul precision says."""
 
     @property
-    def is_fastfood(self) -> bool:
-        """Whether tiles of the projection are whole blocks of Fastfood's."""
-        return self.source in ("fastfood", "fastfood_seed")
+    def tile(self) -> str:
+        """How the kernels come by e Uᵀ, as the kind's row says; "projection" if they read it."""
+        return "projection" if self.source == "projection" else self.feedback.row.tile
 
     @property
     def arithmetic(self) -> str:
@@ -62,12 +61,12 @@ class Projected:
 
     def constants(self) -> dict[str, Any]:
         """DOT: what the factors of e Uᵀ are converted to. A random sign loses nothing in the error's own precision."""
-        signs = self.source in ("signs", "rademacher", "sparse", "sparse_seed")
+        signs = self.tile in ("signs", "nonzeros")
         entry = self.error_dtype if signs else self.feedback.dtype
         dot = self.error_dtype if entry == self.error_dtype else torch.float32
         narrow_error = self.error_dtype in HALF
         # Sums of picked components are exact elsewhere, so a product in their place may not round them.
-        tensor_cores = "tf32x3" if self.source in ("sparse", "sparse_seed") else "tf32"
+        tensor_cores = "tf32x3" if self.tile == "nonzeros" else "tf32"
         return dict(
             SOURCE=self.source,
             ENTRY=_TILE_DTYPE[torch.float32 if signs or self.source == "projection" else entry],
@@ -75,19 +74,18 @@ class Projected:
             DELTA_PRECISION=tensor_cores if self.tf32 or narrow_error else "ieee",
             ROUND=narrow_error and dot == torch.float32,
             ALIGN_ERROR=alignment((self.error_size, self.error_strides[0])) if self.error_strides[1] == 1 else 1,
-            BITS=padded_bits(self.error_size) if self.is_fastfood else 0,
+            BITS=padded_bits(self.error_size) if self.tile == "blocks" else 0,
         )
 
     def numbers(self, widest: int) -> tuple[int, ...]:
         """error_size, strides, key, nonzeros, widest, rows: the kernels' arguments in this order."""
         seed = self.feedback.seed
-        sparse = self.source in ("sparse", "sparse_seed")
         return (
             self.error_size,
             *self.error_strides,
             _signed(seed & 0xFFFFFFFF),
             _signed(seed >> 32),
-            self.feedback.nonzeros_per_row(self.error_size) if sparse else 0,
+            self.feedback.nonzeros_per_row(self.error_size) if self.tile == "nonzeros" else 0,
             widest,
             self.rows,
         )
@@ -97,10 +95,7 @@ class Projected:
         widest = max(sizes, default=1)
         if self.source == "projection":
             return tuple(math.sqrt(widest / size) if self.feedback.normalize else 1.0 for size in sizes)
-        value = 1.0
-        if self.source in ("sparse", "sparse_seed"):
-            exact = math.sqrt(self.error_size / self.feedback.nonzeros_per_row(self.error_size))
-            value = float(torch.tensor(exact, dtype=self.feedback.dtype))
+        value = float(self.feedback.row.value(self.feedback, self.error_size))
         return tuple(value * self.feedback.scale(size, self.error_size) for size in sizes)
 
 

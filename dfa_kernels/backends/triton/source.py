@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...feedback_spec import FeedbackSpec
-from ...projection import PLAIN_KINDS
 from ..torch_backend import shared_projection
 from .problem import DTYPES, LARGEST_FASTFOOD_ERROR, Projected
 
@@ -61,16 +60,11 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 def source_of(looks: ErrorLooks) -> str:
     """The kernels' SOURCE; "projection" where the torch backend has to make e Uᵀ first."""
     feedback = looks.feedback
-    if feedback.dtype not in DTYPES or looks.is_elsewhere:
+    kind = feedback.row
+    too_large = kind.tile == "blocks" and looks.shape[1] > LARGEST_FASTFOOD_ERROR
+    if too_large or feedback.dtype not in DTYPES or looks.is_elsewhere:
         return "projection"
-    if feedback.kind == "fastfood":
-        too_large = looks.shape[1] > LARGEST_FASTFOOD_ERROR
-        return "projection" if too_large else "fastfood" if looks.is_stored else "fastfood_seed"
-    if not looks.is_stored:
-        return "sparse_seed" if feedback.kind == "sparse" else feedback.kind
-    if feedback.kind in PLAIN_KINDS:
-        return "matrix"
-    return "signs" if feedback.kind == "rademacher" else "sparse"
+    return kind.stored_source if looks.is_stored else kind.seed_source
 
 
 def projected_for(looks: ErrorLooks, size: int, dtype: torch.dtype) -> Projected:
