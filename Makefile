@@ -18,7 +18,7 @@ help: ## list the targets
 setup: $(READY) ## create .venv with the pinned requirements and this package
 
 demo: $(READY) ## run the main training job; pass options as ARGS="..."
-	PYTHONPATH=. $(BIN) bench/train.py $(ARGS)
+	$(BIN) -m bench.learn.train $(ARGS)
 
 test: $(READY) ## run the tests; pass pytest options as ARGS="..."
 	$(BIN) -m pytest $(ARGS)
@@ -29,7 +29,7 @@ lint: $(READY) ## check style, format and types
 	$(BIN) -m mypy
 
 bench: $(READY) ## compare with backpropagation; pass options as ARGS="..."
-	PYTHONPATH=. $(BIN) bench/compare.py $(ARGS)
+	$(BIN) -m bench.cpu.compare $(ARGS)
 
 # On a machine whose own Python has torch with CUDA, nothing is set up.
 ifneq ($(filter gpu,$(MAKECMDGOALS)),)
@@ -37,7 +37,7 @@ GPU_PYTHON := $(shell $(PYTHON) -c 'import torch, triton; assert torch.cuda.is_a
 endif
 
 gpu: $(if $(GPU_PYTHON),,$(READY)) ## tests, checks and times on the GPU here, in OUT=dir; pass options as ARGS="..."
-	PYTHONPATH=. $(or $(GPU_PYTHON),$(BIN)) -m bench.gpu $(OUT) $(ARGS)
+	$(or $(GPU_PYTHON),$(BIN)) -m bench.gpu $(OUT) $(ARGS)
 
 clean: ## remove .venv, caches and build products; data/ and runs/ stay
 	rm -rf $(VENV) $(UNFINISHED) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """The README's tables, written from the committed results and never by hand.
 
-    python bench/readme.py
+    python -m bench.readme
 
 Each stands between <!-- name --> and <!-- /name -->.
 """
@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from bench import compare, gpu_tables, kinds, memory, projection, vgg_step
+from bench.cpu import compare, feedback_memory, projection, vgg16_memory
+from bench.gpu import tables
+from bench.learn import kinds
 
 ROOT = Path(__file__).resolve().parents[1]
 # The name of a table's marks is that of its result file.
@@ -25,12 +24,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu/compare": compare.markdown,
     "cpu/kinds": kinds.markdown,
     "cpu/projection": projection.markdown,
-    "cpu/memory": memory.markdown,
-    "cpu/vgg_step": vgg_step.markdown,
-    "h200/times": gpu_tables.times,
-    "h200/vgg_step": gpu_tables.vgg_step,
-    "h200/projection": gpu_tables.projection,
-    "h200/hadamard": gpu_tables.hadamard,
+    "cpu/memory": feedback_memory.markdown,
+    "cpu/vgg_step": vgg16_memory.markdown,
+    "h200/times": tables.times,
+    "h200/vgg_step": tables.vgg_step,
+    "h200/projection": tables.projection,
+    "h200/hadamard": tables.hadamard,
 }
 
 

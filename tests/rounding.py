@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import sass
+from bench.predict import sass
 from dfa_kernels.backends.triton.fastfood_tile import _parts
 from dfa_kernels.backends.triton.philox import box_muller
 from dfa_kernels.backends.triton.rounded import root

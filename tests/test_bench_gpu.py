@@ -24,21 +24,19 @@ from bench.gpu import (
     device_facts,
     kernel_counts,
     kernel_times,
-    results,
+    processes,
     sanitizer,
+    sanitizer_checks,
     sharded_tests,
-    small,
-    steps,
     summary,
     timing,
 )
 from bench.gpu.cases import CASES, LARGE, QUICK, SMALL, Case, make_problem
 from bench.gpu.clock import Clock, in_turn
-from bench.gpu.deviation import deviation_of
 from bench.gpu.precision import TruncatedProducts, tf32, truncated
-from bench.gpu.reference import Reference, make_reference
-from bench.gpu.steps import Step, finish, run_step, shorten
-from bench.gpu.variants import BACKWARD, BP, EVERYWHERE, OURS, STEP, UPDATE, ByHand, Region, Regions, gradients_of
+from bench.gpu.processes import Step, finish, run_step, shorten
+from bench.gpu.reference import Reference, deviation_of, make_reference
+from bench.gpu.regions import BACKWARD, BP, EVERYWHERE, OURS, STEP, UPDATE, ByHand, Region, Regions, gradients_of
 from dfa_kernels.backends.triton.launch import INTERPRETED
 
 CPU = torch.device("cpu")
@@ -46,7 +44,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch):
-    for module in (steps, timing, sharded_tests):
+    for module in (processes, timing, sharded_tests):
         monkeypatch.setattr(module, "TICK", 0.05)
 
 
@@ -109,9 +107,9 @@ def test_a_long_log_keeps_both_ends(tmp_path):
 
 def test_results_are_json_whatever_they_hold(tmp_path):
     path = tmp_path / "r.json"
-    results.write(path, {1: [math.inf, -math.inf, math.nan, (1.5, None)]})
-    assert results.read(path) == {"1": ["inf", "-inf", "nan", [1.5, None]]}
-    assert results.read(tmp_path / "none.json") is None
+    processes.write(path, {1: [math.inf, -math.inf, math.nan, (1.5, None)]})
+    assert processes.read(path) == {"1": ["inf", "-inf", "nan", [1.5, None]]}
+    assert processes.read(tmp_path / "none.json") is None
 
 
 TESTS = """
@@ -147,7 +145,7 @@ def test_tests_run_in_parts(tmp_path, fatal):
     code = sharded_tests.main(
         ["--json", str(out), "--limit", "60", "--processes", "2", "--tests", str(tmp_path / "test_some.py")]
     )
-    found = results.read(out)
+    found = processes.read(out)
     assert code == 1
     assert found["passed"] == (5 if fatal else 6)
     assert {name.split("::")[1] for name in found["failed"]} == {"test_many[3]", "test_behind_it[0]"}
@@ -161,7 +159,7 @@ def test_a_test_that_hangs_costs_only_itself(tmp_path, monkeypatch):
     path, out = tmp_path / "test_some.py", tmp_path / "tests.json"
     path.write_text(HANGING)
     assert sharded_tests.main(["--json", str(out), "--limit", "30", "--processes", "1", "--tests", str(path)]) == 1
-    found = results.read(out)
+    found = processes.read(out)
     assert found["passed"] == 3
     assert [name.split("::")[1] for name in found["unfinished"]] == ["test_one[1]"]
 
@@ -321,8 +319,8 @@ CHANGES = [
 def test_a_wrong_result_says_where_it_is_wrong_and_whether_it_repeats(
     tiled, tmp_path, changes, tensor, wrong, tiles, repeats
 ):
-    results.write(tmp_path / "row.json", tiled.check(computed(tiled, *changes), updated=False).row())
-    row = results.read(tmp_path / "row.json")
+    processes.write(tmp_path / "row.json", tiled.check(computed(tiled, *changes), updated=False).row())
+    row = processes.read(tmp_path / "row.json")
     assert not row["correct"]
     assert (row["tensor"], row["wrong_tiles"], row["tiles"], row["repeats"]) == (tensor, wrong, tiles, repeats)
     how = "the same each time" if repeats else "differently each time"
@@ -454,7 +452,7 @@ def test_host_time_is_of_the_call_alone():
 def quick_times(tmp_path: Path, *arguments: str) -> tuple[int, Any]:
     path = tmp_path / "time.json"
     code = timing.main(["--json", str(path), "--quick", "--device", "cpu", *arguments])
-    return code, results.read(path)
+    return code, processes.read(path)
 
 
 def test_times_on_a_cpu(tmp_path):
@@ -580,7 +578,7 @@ def sanitized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, checks
     monkeypatch.setattr(sanitizer, "_program", lambda made, checks: [*program, str(made), *checks])
     monkeypatch.setattr(sanitizer, "CHECKS", [argparse.Namespace(name=name) for name in checks])
     path = tmp_path / "s.json"
-    return sanitizer.main(["--json", str(path), "--limit", str(limit), "--tool", tool]), results.read(path)
+    return sanitizer.main(["--json", str(path), "--limit", str(limit), "--tool", tool]), processes.read(path)
 
 
 @pytest.mark.parametrize(("says", "runs", "expected"), [(CLEAN, True, 0), (RACES, True, 1), (CLEAN, False, 1)])
@@ -624,34 +622,34 @@ def test_a_tool_that_hangs_costs_only_itself(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")
 def test_the_memory_checker_sees_the_kernels(tmp_path, monkeypatch):
-    (check,) = [check for check in small.CHECKS if check.call is small.hadamard]
+    (check,) = [check for check in sanitizer_checks.CHECKS if check.call is sanitizer_checks.hadamard]
     monkeypatch.setattr(sanitizer, "CHECKS", [check])
     monkeypatch.setattr(sanitizer, "TOOLS", ["synccheck"])
     path = tmp_path / "s.json"
     tool = fake_checker(tmp_path, CLEAN)
     assert sanitizer.main(["--json", str(path), "--limit", "100", "--tool", tool]) == 0
-    assert results.read(path)["synccheck"]["launched"] == {"hadamard_kernel": 1}
+    assert processes.read(path)["synccheck"]["launched"] == {"hadamard_kernel": 1}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")
 def test_every_kernel_has_a_check_that_launches_it(tmp_path):
     path = tmp_path / "s.json"
-    assert small.main(["--json", str(path)]) == 0
-    found = results.read(path)
-    assert list(found) == [check.name for check in small.CHECKS]
+    assert sanitizer_checks.main(["--json", str(path)]) == 0
+    found = processes.read(path)
+    assert list(found) == [check.name for check in sanitizer_checks.CHECKS]
     assert all(row["correct"] and row["off"] < 1e-5 for row in found.values())
-    launched = [found[check.name]["launched"] for check in small.CHECKS]
-    assert launched == [{check.kernel: 1} for check in small.CHECKS]
+    launched = [found[check.name]["launched"] for check in sanitizer_checks.CHECKS]
+    assert launched == [{check.kernel: 1} for check in sanitizer_checks.CHECKS]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")
 def test_a_check_without_its_kernel_fails_and_a_wrong_one_is_told(tmp_path, monkeypatch):
-    check = small.Check("one_phase", small.hadamard, "float32", small.EVEN, 10)
-    monkeypatch.setattr(small, "CHECKS", (check,))
-    monkeypatch.setattr(small.torch_backend, "hadamard", lambda x, scale: torch.full_like(x, math.nan))
+    check = sanitizer_checks.Check("one_phase", sanitizer_checks.hadamard, "float32", sanitizer_checks.EVEN, 10)
+    monkeypatch.setattr(sanitizer_checks, "CHECKS", (check,))
+    monkeypatch.setattr(sanitizer_checks.torch_backend, "hadamard", lambda x, scale: torch.full_like(x, math.nan))
     path = tmp_path / "s.json"
-    assert small.main(["--json", str(path)]) == 1
-    row = results.read(path)[check.name]
+    assert sanitizer_checks.main(["--json", str(path)]) == 1
+    row = processes.read(path)[check.name]
     assert row == {"launched": {"hadamard_kernel": 1}, "correct": False, "off": "nan", "allowed": 1e-2}
 
 
@@ -660,7 +658,7 @@ def test_without_a_memory_checker_the_step_says_so(tmp_path, monkeypatch, capsys
     path = tmp_path / "s.json"
     assert sanitizer.main(["--json", str(path)]) == 0
     assert "was not found" in capsys.readouterr().out
-    assert results.read(path) == {"tool": None}
+    assert processes.read(path) == {"tool": None}
 
 
 def made_up(**changes: float) -> dict[str, Any]:
@@ -783,7 +781,7 @@ def test_the_script_goes_on_after_a_step_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "STEPS", steps)
     out = tmp_path / "out"
     assert script.main([str(out), "--commit", "abc", "--dirty"]) == 1
-    found = results.read(out / "results.json")
+    found = processes.read(out / "results.json")
     assert [step["status"] for step in found["steps"]] == ["ok", "failed", "failed"]
     assert found["environment"]["commit"] == "abc"
     assert found["environment"]["dirty"] is True

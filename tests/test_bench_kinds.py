@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench import kinds
-from bench.kinds import Job
+from bench.learn import kinds
+from bench.learn.kinds import Job
 from dfa_kernels.feedback_spec import KINDS, STORAGES
 
 

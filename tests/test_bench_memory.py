@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfa_kernels as dfa
-from bench import memory
-from bench.large_networks import GPT2, LARGE_NETWORKS, LargeNetwork
+from bench.cpu import feedback_memory
+from bench.cpu.large_networks import GPT2, LARGE_NETWORKS, LargeNetwork
 from dfa_kernels.fastfood import fastfood_diagonals
 from dfa_kernels.feedback_spec import KINDS, FeedbackSpec
 from dfa_kernels.projection import _feedback_parts
@@ -34,18 +34,18 @@ LARGEST = {
 
 
 @pytest.fixture(scope="module")
-def counted() -> dict[str, memory.Counted]:
-    return {name: memory.count(network) for name, network in NETWORKS.items()}
+def counted() -> dict[str, feedback_memory.Counted]:
+    return {name: feedback_memory.count(network) for name, network in NETWORKS.items()}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_parameters_and_taps(name: str, counted: dict[str, memory.Counted]) -> None:
+def test_parameters_and_taps(name: str, counted: dict[str, feedback_memory.Counted]) -> None:
     network, found = NETWORKS[name], counted[name]
     assert found.parameters == network.parameters
     assert (len(found.sizes), max(found.sizes)) == (TAPS[name], LARGEST[name])
 
 
-def test_table_1(counted: dict[str, memory.Counted]) -> None:
+def test_table_1(counted: dict[str, feedback_memory.Counted]) -> None:
     """VGG-16 on ImageNet: 55 and 13 GB in the paper."""
     found = counted["VGG-16"].memory
     assert round(found["naive"] / 1e9, 1) == 54.2
@@ -53,9 +53,9 @@ def test_table_1(counted: dict[str, memory.Counted]) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_forms_agree_with_feedback_memory(name: str, counted: dict[str, memory.Counted]) -> None:
+def test_forms_agree_with_feedback_memory(name: str, counted: dict[str, feedback_memory.Counted]) -> None:
     found = counted[name]
-    rows = {(row.form, row.storage): row.computed_bytes for row in memory.forms(found)}
+    rows = {(row.form, row.storage): row.computed_bytes for row in feedback_memory.forms(found)}
     assert rows[("naive gaussian", "dense")] == found.memory["naive"] == 4 * sum(found.sizes) * found.error_size
     assert rows[("gaussian", "dense")] == rows[("uniform", "dense")] == found.memory["unified"]
     for kind in ("rademacher", "sparse", "fastfood"):
@@ -105,25 +105,25 @@ def test_fastfood_is_made_in_pieces() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_allocated_is_what_was_computed(kind: str) -> None:
-    tensors, _ = memory.allocate(kind, "dense", [3001, 500], 37, "cpu")
+    tensors, _ = feedback_memory.allocate(kind, "dense", [3001, 500], 37, "cpu")
     assert tensors == sum(dfa.Feedback(kind).nbytes(size, 37) for size in (3001, 500))
-    assert memory.allocate(kind, "procedural", [3001], 37, "cpu")[0] == 0
+    assert feedback_memory.allocate(kind, "procedural", [3001], 37, "cpu")[0] == 0
 
 
 def test_measured_growth() -> None:
     """In a process of its own, as the benchmark measures."""
-    row = memory.Row("a network", "gaussian", "dense", 1, 20000, 1000, 80_000_000)
-    memory.measure_row(row, [20000], "cpu")
-    assert memory.agrees(row)
+    row = feedback_memory.Row("a network", "gaussian", "dense", 1, 20000, 1000, 80_000_000)
+    feedback_memory.measure_row(row, [20000], "cpu")
+    assert feedback_memory.agrees(row)
     assert row.measured_tensor_bytes == 80_000_000
     row.measured_growth_bytes = 90_000_000
-    assert not memory.agrees(row)
+    assert not feedback_memory.agrees(row)
 
 
-def test_csv_and_json(tmp_path: Path, counted: dict[str, memory.Counted]) -> None:
-    rows = memory.forms(counted["AlexNet"])
+def test_csv_and_json(tmp_path: Path, counted: dict[str, feedback_memory.Counted]) -> None:
+    rows = feedback_memory.forms(counted["AlexNet"])
     rows[1].measured_tensor_bytes = rows[1].measured_growth_bytes = 774_400_000
-    memory.write_csv(rows, tmp_path / "memory.csv")
+    feedback_memory.write_csv(rows, tmp_path / "memory.csv")
     with (tmp_path / "memory.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     assert len(read) == len(rows) == 1 + 2 * len(KINDS)
@@ -131,20 +131,20 @@ def test_csv_and_json(tmp_path: Path, counted: dict[str, memory.Counted]) -> Non
     assert read[0]["measured_growth_bytes"] == ""
     assert read[1]["measured_growth_bytes"] == "774400000"
     options = Namespace(device="cpu", limit_gb=2.0)
-    memory.write_json(rows, list(counted.values()), options, tmp_path / "memory.json")
+    feedback_memory.write_json(rows, list(counted.values()), options, tmp_path / "memory.json")
     assert '"commit"' in (tmp_path / "memory.json").read_text()
 
 
-def test_line_of_vgg(counted: dict[str, memory.Counted]) -> None:
-    table = memory.markdown({"networks": [asdict(network) for network in counted.values()]})
+def test_line_of_vgg(counted: dict[str, feedback_memory.Counted]) -> None:
+    table = feedback_memory.markdown({"networks": [asdict(network) for network in counted.values()]})
     (vgg,) = [line for line in table.splitlines() if line.startswith("| VGG-16")]
     assert [cell.strip() for cell in vgg.split("|")[3:-1]] == [
         "54.22 GB", "12.85 GB", "0.41 GB", "0.51 GB", "41.7 MB", "0",
     ]  # fmt: skip
 
 
-def test_chart(tmp_path: Path, counted: dict[str, memory.Counted]) -> None:
-    memory.draw(list(counted.values()), tmp_path / "memory.png")
+def test_chart(tmp_path: Path, counted: dict[str, feedback_memory.Counted]) -> None:
+    feedback_memory.draw(list(counted.values()), tmp_path / "memory.png")
     assert (tmp_path / "memory.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

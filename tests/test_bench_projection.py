@@ -7,7 +7,7 @@ import json
 import pytest
 
 import dfa_kernels as dfa
-from bench import projection
+from bench.cpu import projection
 
 
 def test_every_form_is_right_and_timed(tmp_path, capsys):

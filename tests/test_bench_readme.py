@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import gpu_tables
+from bench.gpu import tables
 from bench.readme import ROOT, TABLES, with_table, with_tables
 
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
@@ -15,7 +15,7 @@ RESULTS = ROOT / "bench" / "results"
 
 def test_the_readme_is_up_to_date():
     text = (ROOT / "README.md").read_text()
-    assert with_tables(text, RESULTS) == text, "results have changed: run python bench/readme.py"
+    assert with_tables(text, RESULTS) == text, "results have changed: run python -m bench.readme"
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -38,12 +38,12 @@ def test_a_wrong_result_has_no_speed():
     names = [f"{name}{graphed}" for name in ("BP", "δ + cuBLAS by hand", "dfa.DFA") for graphed in ("", ", graphed")]
     rows = {**dict.fromkeys(names, right), "dfa.DFA, graphed": wrong}
     regions = dict.fromkeys(("backward", "backward+update", "step"), rows)
-    table = gpu_tables.times({"time": {"items": {"ceilings": {"bytes": 1.0}, "a network": {"regions": regions}}}})
+    table = tables.times({"time": {"items": {"ceilings": {"bytes": 1.0}, "a network": {"regions": regions}}}})
     half, whole = "1,234 / 1,234 / wrong", "1,234 / 1,234 / 1,234"
     assert table.splitlines()[2:] == [f"| a network | {half} | {half} | {half} | {whole} |"]
 
     forms = {"function": "project_taps", "feedback": "sparse, dense"}
-    table = gpu_tables.projection(
+    table = tables.projection(
         {"rows": [{**forms, "precision": "tf32", "correct": False}, {**forms, "precision": "float32", "correct": True}]}
     )
     assert table.splitlines()[2:] == [

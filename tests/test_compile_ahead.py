@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from triton_versions import INSTALLED, OWN_VENV, THOROUGH, every_version, output_under
 
-from bench.cards import KIB, MULTIPROCESSORS, RESERVED_SHARED, Multiprocessor
+from bench.predict.limits import KIB, MULTIPROCESSORS, RESERVED_SHARED, Multiprocessor
 from dfa_kernels.backends.triton.configs import KINDS, table
 
 Result = dict[str, Any]

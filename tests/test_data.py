@@ -1,4 +1,4 @@
-"""bench.data: what is loaded, what is refused, what a failed download leaves behind. No network is used."""
+"""bench.learn.data: what is loaded, what is refused, what a failed download leaves behind. No network is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import data
+from bench.learn import data
 
 ROWS = 4
 PATH = Path("some/data_batch_9")
@@ -272,7 +272,7 @@ class TestUnpickle:
             (b"cnumpy\nndarray.__reduce__\n)R", "numpy.ndarray.__reduce__"),
             (b"cnumpy.core.multiarray\nscalar\n", "numpy.core.multiarray.scalar"),
             (b"cnumpy.core.multiarray\n_reconstruct.__globals__\n", "_reconstruct.__globals__"),
-            (b"cbench.data\n_Array\n", "bench.data._Array"),
+            (b"cbench.learn.data\n_Array\n", "bench.learn.data._Array"),
             (b"ccopyreg\n_reconstructor\n", "copyreg._reconstructor"),
             (b"c_codecs\nencode\n", "_codecs.encode"),
         ],

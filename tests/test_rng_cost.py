@@ -12,7 +12,7 @@ MOST_PRODUCTS = {"gaussian": 20 / 4, "uniform": 20 / 4, "rademacher": 2 * 20 / 3
 
 
 def test_products_an_entry() -> None:
-    printed = output_under(THOROUGH, "rng_cost.py", "sm_90")
+    printed = output_under(THOROUGH, "../bench/predict/rng_cost.py", "sm_90")
     found = re.findall(r"^(\w+): .*\n  32 x 32-bit products +(-?[\d.]+)$", printed, re.MULTILINE)
     products = {source: float(count) for source, count in found}
     assert products.keys() == MOST_PRODUCTS.keys()

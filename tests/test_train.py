@@ -1,4 +1,4 @@
-"""bench.train on digits: what it learns, writes and refuses; resuming, interruption, divergence."""
+"""bench.learn.train on digits: what it learns, writes and refuses; resuming, interruption, divergence."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 import dfa_kernels as dfa
-from bench import data, networks, options, trainer
-from bench.networks import Style
-from bench.train import main, make_learners
+from bench.learn import data, networks, options, trainer
+from bench.learn.networks import Style
+from bench.learn.train import main, make_learners
 
 SMALL = ["--widths", "32,24", "--batch", "64", "--device", "cpu", "--timed-steps", "0"]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -336,8 +336,8 @@ def test_resume_refuses_other_options_and_other_files(tmp_path: Path, capsys: py
     assert main([*resume, "--widths", "32,24", "--seed", "0"]) == 0
 
 
-def test_it_starts_as_a_file_from_any_folder(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "bench" / "train.py"
-    done = subprocess.run([sys.executable, str(script), "--epochs", "0"], cwd=tmp_path, capture_output=True, text=True)
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "bench.learn.train", "--epochs", "0"]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "train.py: argument --epochs: got '0', expected an integer of at least 1\n"

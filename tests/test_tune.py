@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import tune
+from bench.gpu import tune
 from bench.gpu.clock import Clock
-from bench.gpu.workloads import DTYPES, QUICK_SHAPE, Workload, make_workload
+from bench.gpu.tuning_workloads import DTYPES, QUICK_SHAPE, Workload, make_workload
 from dfa_kernels.backends.triton.configs import ARITHMETICS, KINDS, OnePhaseConfig, TwoPhaseConfig, table
 from dfa_kernels.backends.triton.launch import INTERPRETED, target_of
 

@@ -11,8 +11,8 @@ from oracle import assert_close_to_oracle, cut_gradients
 from torch import Tensor, nn
 
 import dfa_kernels as dfa
-from bench import vgg_step
-from bench.large_networks import vgg16
+from bench.cpu import vgg16_memory
+from bench.cpu.large_networks import vgg16
 
 CLASSES, SIDE = 20, 64
 
@@ -46,21 +46,21 @@ def test_gradients_of_a_narrow_vgg(task: tuple[nn.Sequential, Tensor, Tensor], k
         assert_close_to_oracle(p.grad, ref64, same, scale, name)
 
 
-@pytest.mark.parametrize("form", vgg_step.FORMS, ids=lambda form: form.name)
-def test_the_benchmark_s_own_check(form: vgg_step.Form) -> None:
-    found, allowed = vgg_step.deviation(form, "cpu")
+@pytest.mark.parametrize("form", vgg16_memory.FORMS, ids=lambda form: form.name)
+def test_the_benchmark_s_own_check(form: vgg16_memory.Form) -> None:
+    found, allowed = vgg16_memory.deviation(form, "cpu")
     assert 0 < found <= allowed < 1e-4
 
 
 def test_the_check_notices_other_feedback(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = vgg_step.gradient_maker
-    monkeypatch.setattr(vgg_step, "gradient_maker", lambda form, net, **options: right(form, net, seed=2))
-    found, allowed = vgg_step.deviation(vgg_step.FORMS[2], "cpu")
+    right = vgg16_memory.gradient_maker
+    monkeypatch.setattr(vgg16_memory, "gradient_maker", lambda form, net, **options: right(form, net, seed=2))
+    found, allowed = vgg16_memory.deviation(vgg16_memory.FORMS[2], "cpu")
     assert found > 1000 * allowed
 
 
 def test_feedback_too_large_is_not_run() -> None:
-    naive, unified = vgg_step.FORMS[:2]
-    row = vgg_step._measured_apart(naive, "cpu", 2, 1, 12 * 10**9)
+    naive, unified = vgg16_memory.FORMS[:2]
+    row = vgg16_memory._measured_apart(naive, "cpu", 2, 1, 12 * 10**9)
     assert row["fails"] == "needs 54.22 GB for feedback alone, the limit is 12.00 GB"
-    assert vgg_step.feedback_bytes(unified) == 64 * 224**2 * 1000 * 4
+    assert vgg16_memory.feedback_bytes(unified) == 64 * 224**2 * 1000 * 4

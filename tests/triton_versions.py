@@ -27,7 +27,7 @@ def every_version() -> list[Any]:
 
 
 def output_under(version: str, program: str, *arguments: str) -> str:
-    """What a program of tests/ prints with this version of Triton, a cache of its own and real kernels."""
+    """What a program (a path from tests/) prints with this version of Triton, a cache of its own and real kernels."""
     folders = [ROOT, ROOT / "tests"]
     if version != INSTALLED:
         folders.insert(0, ROOT / ".venv" / "triton" / version)

@@ -1,6 +1,6 @@
 """Everything there is to see on a GPU, in under eight minutes, from a plain checkout:
 
-    PYTHONPATH=. python -m bench.gpu OUT [--steps tests,sanitizer,profile,time] [--quick]
+    python -m bench.gpu OUT [--steps tests,sanitizer,profile,time] [--quick]
 
 Writes OUT/results.json, OUT/summary.md and OUT/<step>.log, and keeps the first two up to date while it runs. The exit
 status says whether every step ran to its end without an error; what must be reached is in the summary.
@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bench.gpu import results, summary
-from bench.gpu.steps import Outcome, Step, python, run_step
+from bench.gpu import summary
+from bench.gpu.processes import Outcome, Step, python, read, run_step, write
 
 STEPS = (
     Step("env", "bench.gpu.device_facts", 25),
@@ -62,7 +62,7 @@ def one_step(step: Step, options: argparse.Namespace, found: dict[str, Any]) -> 
             changed = path.stat().st_mtime if path.exists() else 0.0
             if changed > seen:
                 seen = changed
-                keep(step, results.read(path), options, found)
+                keep(step, read(path), options, found)
                 write_all(options.out, found)
 
         arguments = ["--json", str(path), "--limit", str(step.limit), *(["--quick"] if options.quick else [])]
@@ -84,7 +84,7 @@ def keep(step: Step, made: Any, options: argparse.Namespace, found: dict[str, An
 
 def write_all(out: Path, found: dict[str, Any]) -> None:
     found["requirements"] = [dataclasses.asdict(verdict) for verdict in summary.verdicts(found)]
-    results.write(out / "results.json", found)
+    write(out / "results.json", found)
     part = out / "summary.md.part"
     part.write_text(summary.markdown(found))
     part.replace(out / "summary.md")

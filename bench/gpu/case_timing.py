@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu import variants
 from bench.gpu.cases import Problem
 from bench.gpu.clock import Clock, in_turn
 from bench.gpu.kernel_times import compare_kernels, first_line, run_every_kernel
 from bench.gpu.precision import tf32
 from bench.gpu.reference import MissingResultsError, Reference, make_reference
-from bench.gpu.variants import BP_COMPILED, EVERYWHERE, ON_GPU, REGIONS, STEP, UPDATE, Region, Regions, Variant
+from bench.gpu.regions import BP_COMPILED, EVERYWHERE, ON_GPU, REGIONS, STEP, UPDATE, Region, Regions, Variant, rule_of
 
 TIMED_LR = 1e-4
 BURST, BURST_FLOPS = 20, 1e13
@@ -86,7 +85,7 @@ def check_variant(
     problem: Problem, name: str, variant: Variant, references: References, deadline: float
 ) -> dict[str, dict[str, Any]]:
     """A row for each region that the variant has; one for "step" if it cannot be made at all."""
-    rule = variants.rule_of(name)
+    rule = rule_of(name)
     try:
         with guarded(name, deadline):
             made = variant(problem, references[rule, False].learning_rate)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dfa_kernels as dfa
-from bench.compare import network
+from bench.cpu.compare import network
 
 
 @dataclass(frozen=True)

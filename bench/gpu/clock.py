@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from bench.gpu.graphs import Step, nothing
+from bench.gpu.graphs import Work, nothing
 
 FLUSH_BYTES = 256 * 2**20
 """Several times the largest cache."""
@@ -32,7 +32,7 @@ class Clock:
         if self._flush is not None:
             self._flush.fill_(1)
 
-    def once(self, run: Step, prepare: Step = nothing, waits_for_host: bool = True) -> float:
+    def once(self, run: Work, prepare: Work = nothing, waits_for_host: bool = True) -> float:
         """From the work's begin on the device to its end.
 
         waits_for_host: the device is idle when the work is handed over, so that the host's part counts; else it is
@@ -51,7 +51,7 @@ class Clock:
         torch.cuda.synchronize()
         return float(begin.elapsed_time(end)) * 1e-3
 
-    def burst(self, run: Step, times: int) -> float:
+    def burst(self, run: Work, times: int) -> float:
         """Per run, of many in a row, as in training."""
         self.synchronize()
         begin = time.perf_counter()
@@ -60,7 +60,7 @@ class Clock:
         self.synchronize()
         return (time.perf_counter() - begin) / times
 
-    def host(self, run: Step) -> float:
+    def host(self, run: Work) -> float:
         """Until the call returns, whatever the device still has to do."""
         begin = time.perf_counter()
         run()

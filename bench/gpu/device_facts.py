@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from bench import environment
-from bench.gpu import results
+from bench.gpu.processes import step_parser, write
 from dfa_kernels.backends import automatic_choice
 
 QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = results.step_parser(__doc__ or "").parse_args(argv)
+    options = step_parser(__doc__ or "").parse_args(argv)
     facts = describe()
-    results.write(options.json, facts)
+    write(options.json, facts)
     for name, value in facts.items():
         print(f"{name}: {value}")
     return 0

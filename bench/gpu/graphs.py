@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-Step = Callable[[], object]
+Work = Callable[[], object]
 
 
 def nothing() -> None:
     pass
 
 
-def captured(run: Step, prepare: Step = nothing, restore: Step = nothing, warm_up: int = 3) -> Step:
+def captured(run: Work, prepare: Work = nothing, restore: Work = nothing, warm_up: int = 3) -> Work:
     """A replay of `run`. `prepare` runs before it each time while it is captured, and stays outside of the graph.
 
     Everything happens on one side stream, because autograd runs a backward pass on the stream of its forward pass.
@@ -38,7 +38,7 @@ def captured(run: Step, prepare: Step = nothing, restore: Step = nothing, warm_u
 class _Replay:
     """Keeps alive all that the graph reads and writes."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, *closures: Step) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, *closures: Work) -> None:
         self.graph = graph
         self.closures = closures
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.gpu import results
 from bench.gpu.cases import CASES, LARGE, SMALL, Case, Problem, make_problem
-from bench.gpu.graphs import Step
+from bench.gpu.graphs import Work
 from bench.gpu.kernel_times import first_line
 from bench.gpu.precision import tf32
-from bench.gpu.variants import BACKWARD, BP, EVERYWHERE, OURS, REGIONS, STEP, UPDATE
+from bench.gpu.processes import step_parser, write
+from bench.gpu.regions import BACKWARD, BP, EVERYWHERE, OURS, REGIONS, STEP, UPDATE
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 """The categories of what a device does, in the profiler's trace."""
@@ -39,7 +39,7 @@ class Counted:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = results.step_parser(__doc__ or "").parse_args(argv)
+    options = step_parser(__doc__ or "").parse_args(argv)
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was counted")
         return 1
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as failure:
             traceback.print_exc()
             found[case.name] = {"reason": first_line(failure)}
-        results.write(options.json, found)
+        write(options.json, found)
         print("\n".join(lines(case, found[case.name])), flush=True)
         torch.cuda.empty_cache()
     return 0 if all("reason" not in made for made in found.values()) else 1
@@ -69,7 +69,7 @@ def count_case(problem: Problem) -> dict[str, Any]:
     return found
 
 
-def device_activities(run: Step, prepare: Step, profiled: Callable[[Step], list[str]] | None = None) -> list[str]:
+def device_activities(run: Work, prepare: Work, profiled: Callable[[Work], list[str]] | None = None) -> list[str]:
     """What the device does in one warm call, in order. The loss is not part of it if `run` begins with an error."""
     profiled = profiled or traced
     for _ in range(3):
@@ -83,7 +83,7 @@ def device_activities(run: Step, prepare: Step, profiled: Callable[[Step], list[
     return names
 
 
-def traced(run: Step) -> list[str]:
+def traced(run: Work) -> list[str]:
     """Names from the profiler's trace, whose categories tell the device's work from the annotations beside it."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()

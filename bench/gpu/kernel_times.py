@@ -15,10 +15,10 @@ from torch import Tensor
 from bench.gpu.cases import Case, Problem
 from bench.gpu.clock import Clock, in_turn
 from bench.gpu.forced import grouped_by, kernel_planner
-from bench.gpu.graphs import Step, captured, nothing
+from bench.gpu.graphs import Work, captured, nothing
 from bench.gpu.precision import tf32
 from bench.gpu.reference import Reference
-from bench.gpu.variants import BP, EVERYWHERE, OURS, STEP, ByHand
+from bench.gpu.regions import BP, EVERYWHERE, OURS, STEP, ByHand
 from dfa_kernels.backends import BACKENDS, resolve
 from dfa_kernels.backends.triton.plan import LARGEST_HELD_ERROR
 
@@ -42,7 +42,7 @@ def ceilings(clock: Clock, device: torch.device, quick: bool) -> dict[str, float
     return found
 
 
-def _best(clock: Clock, run: Step) -> float:
+def _best(clock: Clock, run: Work) -> float:
     return statistics.median(in_turn({"": lambda: clock.once(run, waits_for_host=False)}, 2.0, most=10)[""])
 
 
@@ -119,7 +119,7 @@ def _ways(problem: Problem, operator: Operator) -> list[tuple[str, AbstractConte
     return ways
 
 
-def _checked(problem: Problem, operator: Operator, reference: Reference) -> tuple[dict[str, Any], Step | None]:
+def _checked(problem: Problem, operator: Operator, reference: Reference) -> tuple[dict[str, Any], Work | None]:
     try:
         row = reference.check(operator.grads, updated=False).row()
         return row, _on_device(problem, operator.grads) if row["correct"] else None
@@ -127,15 +127,15 @@ def _checked(problem: Problem, operator: Operator, reference: Reference) -> tupl
         return {"correct": False, "reason": first_line(failure)}, None
 
 
-def _on_device(problem: Problem, run: Step) -> Step:
+def _on_device(problem: Problem, run: Work) -> Work:
     return captured(run) if problem.on_gpu else run
 
 
-def _once(clock: Clock, run: Step) -> Callable[[], float]:
+def _once(clock: Clock, run: Work) -> Callable[[], float]:
     return lambda: clock.once(run, waits_for_host=False)
 
 
-def _library_products(problem: Problem) -> Step:
+def _library_products(problem: Problem) -> Work:
     hand = ByHand(problem, 0.0)
     hand.forward()
     factors = [(delta.t(), x, torch.empty_like(layer.weight)) for layer, delta, x in hand.products(problem.error)]
@@ -163,7 +163,7 @@ def host_seconds(problem: Problem, reference: Reference, clock: Clock, calls: in
     return found
 
 
-def mean_host_seconds(clock: Clock, run: Step, calls: int, prepare: Step = nothing) -> float:
+def mean_host_seconds(clock: Clock, run: Work, calls: int, prepare: Work = nothing) -> float:
     total = 0.0
     for i in range(-WARM_UP, calls):
         if i % HOST_QUEUE == 0:

@@ -1,5 +1,5 @@
-"""compute-sanitizer on the kernels of small.py: accesses out of bounds (memcheck), races in shared memory (racecheck),
-wrong use of barriers (synccheck).
+"""compute-sanitizer on the kernels of sanitizer_checks.py: accesses out of bounds (memcheck), races in shared memory
+(racecheck), wrong use of barriers (synccheck).
 
 Each check runs by itself first, all at once: that compiles its kernel, and tells a broken check from a finding. What
 ran then runs under every tool, compiled.
@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import results
-from bench.gpu.small import CHECKS
-from bench.gpu.steps import ROOT, environment, finish, python
+from bench.gpu.processes import ROOT, environment, finish, python, read, step_parser, write
+from bench.gpu.sanitizer_checks import CHECKS
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND_SOMETHING = 99
@@ -38,7 +37,7 @@ SPARE = 4.0
 
 @dataclass(frozen=True)
 class Ended:
-    """What a run of small.py came to."""
+    """What a run of sanitizer_checks.py came to."""
 
     code: int | None
     """None if it was ended at its limit."""
@@ -48,23 +47,23 @@ class Ended:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = results.step_parser(__doc__ or "")
+    parser = step_parser(__doc__ or "")
     parser.add_argument("--tool", help="the path of compute-sanitizer, if it is not where it usually is")
     options = parser.parse_args(argv)
     begin = time.monotonic()
     deadline = begin + options.limit - SPARE
     tool = options.tool or find_tool()
     if tool is None:
-        results.write(options.json, {"tool": None})
+        write(options.json, {"tool": None})
         print("compute-sanitizer was not found, neither on the path nor in", *PLACES)
         return 0
     checks = run_plainly([check.name for check in CHECKS], begin + PLAIN_SHARE * (deadline - begin))
     found: dict[str, Any] = {"tool": tool, "checks": checks}
     print(f"run without a tool in {time.monotonic() - begin:.0f} s", flush=True)
-    results.write(options.json, found)
+    write(options.json, found)
     ready = [name for name, row in checks.items() if row["exit_code"] == 0]
     tools = run_tools(tool, ready, deadline) if ready else {}
-    results.write(options.json, found | tools)
+    write(options.json, found | tools)
     right = all(row.get("correct") for row in checks.values())
     return 0 if right and ready == list(checks) and all(row["clean"] for row in tools.values()) else 1
 
@@ -102,7 +101,7 @@ def run_all(programs: Mapping[str, tuple[Sequence[str], Sequence[str]]], deadlin
         codes, ended = finish(processes, deadline), {}
         for i, (name, code) in enumerate(zip(programs, codes, strict=True)):
             text = (folder / f"{i}.txt").read_text(errors="replace")
-            ended[name] = Ended(code, text, results.read(folder / f"{i}.json") or {})
+            ended[name] = Ended(code, text, read(folder / f"{i}.json") or {})
             print(f"--- {name}, {'ended at its limit' if code is None else f'exit code {code}'}\n{text.strip()}")
     return ended
 
@@ -121,7 +120,7 @@ def verdict(run: Ended, checks: Sequence[str]) -> dict[str, Any]:
 
 
 def _program(made: Path, checks: Sequence[str]) -> list[str]:
-    return python("bench.gpu.small", "--json", str(made), "--checks", *checks)
+    return python("bench.gpu.sanitizer_checks", "--json", str(made), "--checks", *checks)
 
 
 def _environment() -> dict[str, str]:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import results
-from bench.gpu.steps import ROOT, TICK, environment, python
+from bench.gpu.processes import ROOT, TICK, environment, python, step_parser, write
 
 MOST_PROCESSES = 12
 NO_TESTS = 5
@@ -58,7 +57,7 @@ class Shard:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = results.step_parser(__doc__ or "")
+    parser = step_parser(__doc__ or "")
     parser.add_argument("--tests", nargs="*", default=["tests"])
     parser.add_argument("--select", default="gpu", help="pytest's -m")
     parser.add_argument("--processes", type=int, default=0)
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         wait(shards, time.monotonic() + options.limit, options.json)
         found = outcomes(shards)
         _print_all(shards)
-    results.write(options.json, found)
+    write(options.json, found)
     print(f"passed {found['passed']}, failed {len(found['failed'])}, skipped {len(found['skipped'])}")
     for test, why in found["failed"].items():
         print(f"failed: {test}\n{why}")
@@ -102,7 +101,7 @@ def _begin(command: list[str], output: Path) -> subprocess.Popen[bytes]:
 def wait(shards: list[Shard], deadline: float, partial: Path) -> None:
     """Until all have ended, or the deadline ends them; what there is goes to `partial` meanwhile."""
     while time.monotonic() < deadline and not all([shard.is_over() for shard in shards]):
-        results.write(partial, outcomes(shards))
+        write(partial, outcomes(shards))
         time.sleep(TICK)
     for shard in shards:
         if shard.process.poll() is None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from bench.gpu import timing
 from bench.gpu.cases import LARGE, SMALL, SMALL_IEEE
-from bench.gpu.deviation import complaint
 from bench.gpu.kernel_counts import PROFILED
 from bench.gpu.kernel_times import CHOSEN, LIBRARY
+from bench.gpu.reference import complaint
+from bench.gpu.regions import BACKWARD, BP, BP_GRAPHED, OURS, OURS_GRAPHED, STEP, UPDATE
 from bench.gpu.sanitizer import TOOLS
-from bench.gpu.variants import BACKWARD, BP, BP_GRAPHED, OURS, OURS_GRAPHED, STEP, UPDATE
 
 Results = dict[str, Any]
 Measure = Callable[[Results], float]

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
-from bench.gpu import results
 from bench.gpu.case_timing import build_only, make_references, measure_case
 from bench.gpu.cases import CASES, QUICK, SMALL, Case, make_problem
 from bench.gpu.clock import Clock
-from bench.gpu.deviation import complaint
 from bench.gpu.kernel_times import ceilings, first_line, floors, host_seconds
 from bench.gpu.precision import tf32
-from bench.gpu.steps import ROOT, TICK, environment, finish, python
+from bench.gpu.processes import ROOT, TICK, environment, finish, python, read, step_parser, write
+from bench.gpu.reference import complaint
 
 CEILINGS, HOST = "ceilings", "host"
 BUILD_SHARE = 0.4
@@ -35,7 +34,7 @@ LONGEST_TIMING, SHORTEST_TIMING = 8.0, 1.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = results.step_parser(__doc__ or "")
+    parser = step_parser(__doc__ or "")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", help="of dfa.DFA; default auto on a GPU, torch elsewhere")
     parser.add_argument("--items", nargs="*", help="which to do; default all")
@@ -76,10 +75,10 @@ def supervise(options: argparse.Namespace, deadline: float) -> int:
             remaining = [item for item in remaining if item not in found["items"] and item != current]
             if current is not None:
                 found["unfinished"][current] = why
-            results.write(options.json, found)
+            write(options.json, found)
     for item in remaining:
         found["unfinished"][item] = "no time left"
-    results.write(options.json, found)
+    write(options.json, found)
     print(report(found))
     failed = [item for item, made in found["items"].items() if "reason" in made]
     return 1 if failed or found["unfinished"] else 0
@@ -97,7 +96,7 @@ def run_part(
         current = _merge(found, path)
         if current != watched:
             watched, since = current, time.monotonic()
-        results.write(options.json, found)
+        write(options.json, found)
         time.sleep(TICK)
     why = f"it did not come to an end within {time.monotonic() - since:.0f} s"
     if process.poll() is None:
@@ -112,7 +111,7 @@ def run_part(
 
 
 def _merge(found: dict[str, Any], path: Path) -> str | None:
-    part = results.read(path) or {"items": {}, "current": None}
+    part = read(path) or {"items": {}, "current": None}
     found["items"] |= part["items"]
     current: str | None = part["current"]
     return current
@@ -157,13 +156,13 @@ def measure(options: argparse.Namespace, deadline: float) -> int:
         if left < SHORTEST_TIMING:
             break
         made["current"] = item
-        results.write(options.json, made)
+        write(options.json, made)
         seconds = min(LONGEST_TIMING, max(SHORTEST_TIMING, 0.4 * left / (len(waiting) + 1)))
         if options.quick:
             seconds = 0.05
         made["items"][item] = attempt(item, options, device, clock, deadline, seconds)
         made["current"] = None
-        results.write(options.json, made)
+        write(options.json, made)
         print(f"{item}: done, {deadline - time.monotonic():.0f} s left", flush=True)
     return 0
 

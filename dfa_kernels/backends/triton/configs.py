@@ -1,4 +1,4 @@
-"""Tile shapes of the kernels, a committed table per GPU architecture (`configs.json`, rewritten by `bench/tune.py`).
+"""Tile shapes of the kernels, a committed table per GPU architecture (`configs.json`, rewritten by `bench.gpu.tune`).
 
 Nothing is tuned while a network trains: a launch takes the first row of its list whose tiles fill the GPU, or the last.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.gpu.variants import BACKWARD, BP, BP_GRAPHED, BY_HAND, BY_HAND_GRAPHED, OURS, OURS_GRAPHED, STEP, UPDATE
+from bench.gpu.regions import BACKWARD, BP, BP_GRAPHED, BY_HAND, BY_HAND_GRAPHED, OURS, OURS_GRAPHED, STEP, UPDATE
 
 GRAPHED, EAGER = (BP_GRAPHED, BY_HAND_GRAPHED, OURS_GRAPHED), (BP, BY_HAND, OURS)
 REGIONS = {

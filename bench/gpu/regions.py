@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dfa_kernels as dfa
+from bench.cpu.training_steps import dfa_naive, linear_layers
 from bench.gpu.cases import Problem
-from bench.gpu.graphs import Step, captured, nothing
-from bench.variants import dfa_naive, linear_layers
+from bench.gpu.graphs import Work, captured, nothing
 
 STEP, BACKWARD, UPDATE = "step", "backward", "backward+update"
 REGIONS = (STEP, BACKWARD, UPDATE)
@@ -28,11 +28,11 @@ REGIONS = (STEP, BACKWARD, UPDATE)
 class Region:
     """What is timed, and what has to happen before it each time."""
 
-    run: Step
+    run: Work
     net: nn.Module
     """Its weights change, or its gradients are what comes out."""
     results: Callable[[], list[Tensor]]
-    prepare: Step = nothing
+    prepare: Work = nothing
     graphed: bool = False
 
 
@@ -85,8 +85,8 @@ class Trained:
         self.problem.restore(self.net)
 
     def region(self, name: str, graphed: bool) -> Region:
-        run: Step = {STEP: self.step, BACKWARD: self.backward, UPDATE: self.update}[name]
-        prepare: Step = nothing if name == STEP else self.forward
+        run: Work = {STEP: self.step, BACKWARD: self.backward, UPDATE: self.update}[name]
+        prepare: Work = nothing if name == STEP else self.forward
         results = gradients_of(self.net) if name == BACKWARD else weights_of(self.net)
         if not graphed:
             return Region(run, self.net, results, prepare)
@@ -210,7 +210,7 @@ def by_hand_graphed(problem: Problem, lr: float) -> Regions:
     found: Regions = {}
     for name in REGIONS:
         hand = ByHand(problem, lr)
-        run: Step = {STEP: hand.step, BACKWARD: hand.backward, UPDATE: hand.update}[name]
+        run: Work = {STEP: hand.step, BACKWARD: hand.backward, UPDATE: hand.update}[name]
         results = gradients_of(hand.net) if name == BACKWARD else weights_of(hand.net)
         prepare = nothing if name == STEP else hand.forward
         found[name] = Region(captured(run, prepare, hand.restore), hand.net, results, graphed=True)

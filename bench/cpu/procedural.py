@@ -1,6 +1,6 @@
 """Projection by a matrix that is never formed: 3.2 million units, an error of 1000 components, batch 8.
 
-    python bench/procedural.py [--units 3200000] [--out bench/results/cpu/procedural.json]
+    python -m bench.cpu.procedural [--units 3200000] [--out bench/results/cpu/procedural.json]
 
 Checks spot rows of the result against the same rows of U, made by themselves, then reports time and peak memory.
 """
@@ -18,19 +18,18 @@ from typing import Any
 
 import torch
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import dfa_kernels as dfa
 from bench import environment
-from bench.projection import ERROR_SIZE, deviation
+from bench.cpu.projection import ERROR_SIZE, deviation
 
 BATCH = 8
 LIMIT_BYTES = 10**9
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Procedural projection: time, memory, correctness.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu.procedural", description="Procedural projection: time, memory, correctness."
+    )
     parser.add_argument("--units", type=int, default=3_200_000)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(argv)

@@ -1,10 +1,10 @@
 """The paper's network on CIFAR-10 by every kind and storage of feedback: accuracy and alignment over the same seeds.
 
-    python bench/kinds.py --data-dir data [--seeds 0,1,2] [--jobs 2] [--out bench/results/cpu]
+    python -m bench.learn.kinds --data-dir data [--seeds 0,1,2] [--jobs 2] [--out bench/results/cpu]
 
-Every run is one of bench/train.py with the published settings, in a folder of --runs named KIND-STORAGE-SEED. Runs that
-are finished there are read, unfinished ones go on, missing ones are made (each takes some 10 minutes of one core).
-Writes kinds.json.
+Every run is one of train.py with the published settings, in a folder of --runs named KIND-STORAGE-SEED. Runs that are
+finished there are read, unfinished ones go on, missing ones are made (each takes some 10 minutes of one core). Writes
+kinds.json.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from bench import environment, train
+from bench import environment
+from bench.learn import train
 from dfa_kernels.feedback_spec import KINDS, STORAGES
 
 PAPER: dict[str, Any] = {
@@ -72,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(job: Job, runs: Path, data_dir: Path) -> int:
-    """Trains, in this process; bench/train.py's exit status."""
+    """Trains, in this process; train.py's exit status."""
     return train.main(job.argv(runs, data_dir))
 
 
@@ -145,7 +143,9 @@ def _short(mean: float, std: float) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The paper's network by every kind and storage of feedback.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.learn.kinds", description="The paper's network by every kind and storage of feedback."
+    )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes")
     parser.add_argument("--runs", type=Path, default=Path("runs/kinds"), help="folder of the runs, default %(default)s")
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="comma-separated, default 0,1,2")

@@ -1,6 +1,6 @@
 """A training step by DFA beside backpropagation, every variant interleaved in one process: one table and a JSON file.
 
-    python bench/compare.py [--rounds 60] [--threads 2] [--compile] [--out runs/compare.json]
+    python -m bench.cpu.compare [--rounds 60] [--threads 2] [--compile] [--out runs/compare.json]
 
 Before anything is timed, every variant takes three steps from the same weights, and must end as near to the same steps
 in float64 as the plainest float32 variant does, within a factor of two. A variant that does not is reported as wrong,
@@ -22,12 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import dfa_kernels as dfa
-from bench import environment, timing
-from bench.variants import BP_VARIANTS, DFA_VARIANTS, Step, Variant, bp_compiled
+from bench import environment
+from bench.cpu.interleaved import interleaved, medians
+from bench.cpu.training_steps import BP_VARIANTS, DFA_VARIANTS, Step, Variant, bp_compiled
 
 BATCH = 128
 LR = 1e-3
@@ -81,7 +79,7 @@ def run_case(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
     errors = weight_errors(net, x, y, feedback, variants)
     right = {name: error <= 2 * errors[_plainest(name)] + 1e-9 for name, error in errors.items()}
     steps = {name: variant(copy.deepcopy(net), x, y, LR, feedback) for name, variant in variants.items() if right[name]}
-    seconds = timing.medians(timing.interleaved(steps, rounds))
+    seconds = medians(interleaved(steps, rounds))
     return {
         "name": case.name,
         "variants": [_row(name, right[name], errors[name], seconds, case.targets.get(name)) for name in variants],
@@ -160,7 +158,7 @@ def phases(net: nn.Sequential, x: Tensor, y: Tensor, feedback: Tensor, rounds: i
         "loss and backward": backward,
         "update": optimizer.step,
     }
-    seconds = timing.medians(timing.interleaved(steps, rounds, rotate=False))
+    seconds = medians(interleaved(steps, rounds, rotate=False))
     return {name: value * 1e3 for name, value in seconds.items()}
 
 
@@ -196,7 +194,9 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One DFA training step beside backpropagation, interleaved.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu.compare", description="One DFA training step beside backpropagation, interleaved."
+    )
     parser.add_argument("--rounds", type=int, default=60, help="timed steps of each variant (default 60)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--compile", action="store_true", help="also BP under torch.compile")

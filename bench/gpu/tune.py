@@ -1,6 +1,6 @@
 """Searches tile configs on the GPU here and rewrites its architecture's rows of configs.json.
 
-    python bench/tune.py [--dry-run] [--budget SECONDS] [--arithmetic half tf32] [--kernel two_phase]
+    python -m bench.gpu.tune [--dry-run] [--budget SECONDS] [--arithmetic half tf32] [--kernel two_phase]
 
 Every candidate is checked against float64 before it is timed; one that does not compile or does not fit is left out.
 For each kernel and arithmetic the result is a list of at most three configs from large tiles to small, the one with
@@ -28,15 +28,12 @@ from typing import Any
 
 import torch
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from bench.gpu.clock import Clock
 from bench.gpu.forced import Config, with_config
 from bench.gpu.kernel_times import first_line
 from bench.gpu.precision import tf32
-from bench.gpu.steps import ROOT, environment, python
-from bench.gpu.workloads import Workload, make_workload, problem_of, run_of, shapes_of
+from bench.gpu.processes import ROOT, environment, python
+from bench.gpu.tuning_workloads import Workload, make_workload, problem_of, run_of, shapes_of
 from dfa_kernels.backends.triton.configs import (
     ARITHMETICS,
     KINDS,
@@ -47,7 +44,7 @@ from dfa_kernels.backends.triton.configs import (
 )
 from dfa_kernels.backends.triton.launch import target_of
 
-CONFIGS = Path(__file__).resolve().parent.parent / "dfa_kernels" / "backends" / "triton" / "configs.json"
+CONFIGS = ROOT / "dfa_kernels" / "backends" / "triton" / "configs.json"
 LONGEST_LIST = 3
 WARM_SHARE, WARM_START = 0.5, 20.0
 """Of the budget, for compiling; and seconds in which a process begins and ends."""
@@ -141,7 +138,7 @@ def warm_all(options: argparse.Namespace) -> None:
     share = WARM_SHARE * options.budget
     flags = ["--budget", str(share), "--arithmetic", *options.arithmetic, "--kernel", *options.kernel]
     flags += ["--quick"] if options.quick else []
-    commands = [python("bench.tune", "--warm", f"{i}/{processes}", *flags) for i in range(processes)]
+    commands = [python("bench.gpu.tune", "--warm", f"{i}/{processes}", *flags) for i in range(processes)]
     started = [subprocess.Popen(command, cwd=ROOT, env=environment()) for command in commands]
     deadline = time.monotonic() + share + WARM_START
     for process in started:
@@ -294,7 +291,7 @@ def as_text(rows: dict[str, Any]) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Search tile configs on the GPU here.")
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.tune", description="Search tile configs on this GPU.")
     parser.add_argument("--dry-run", action="store_true", help="search and report, but leave configs.json alone")
     parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="default %(default)s")
     parser.add_argument("--arithmetic", nargs="+", choices=ARITHMETICS, default=list(ARITHMETICS))

@@ -1,7 +1,7 @@
-"""One whole training step of VGG-16 at 224 x 224 with 1000 classes: time and peak memory by the form of the feedback.
+"""One whole training step of VGG-16 at 224 x 224 with 1000 classes: peak memory and time by the form of the feedback.
 
-    python bench/vgg_step.py [--batch 2] [--limit-gb 12] [--out bench/results/cpu/vgg_step.json]
-    python bench/vgg_step.py --device cuda --batch 32 --out bench/results/gpu/vgg_step.json
+    python -m bench.cpu.vgg16_memory [--batch 2] [--limit-gb 12] [--out bench/results/cpu/vgg_step.json]
+    python -m bench.cpu.vgg16_memory --device cuda --batch 32 --out bench/results/gpu/vgg_step.json
 
 Every form runs in a process of its own, after its gradients of a narrower VGG were compared with those of a matrix
 per layer, written out. A form whose feedback alone is larger than the limit is not run; the file says what it needs.
@@ -25,12 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import dfa_kernels as dfa
 from bench import environment
-from bench.large_networks import vgg16
+from bench.cpu.large_networks import vgg16
 
 CLASSES, SIDE = 1000, 224
 LR = 1e-2
@@ -262,7 +259,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A training step of VGG-16 by DFA: time and peak memory.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu.vgg16_memory", description="A training step of VGG-16 by DFA: time and peak memory."
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)

@@ -13,8 +13,8 @@ import torch
 
 import dfa_kernels as dfa
 from bench.environment import describe as describe_machine
-from bench.options import Options, UsageError, to_dict
-from bench.trainer import Learner, Task
+from bench.learn.options import Options, UsageError, to_dict
+from bench.learn.trainer import Learner, Task
 
 NONE = "-"
 # Where things lie on one machine says nothing about a result.

@@ -1,6 +1,6 @@
 """The projection to a million units by every form of feedback beside the plain dense product, interleaved.
 
-    python bench/projection.py [--units 1000000] [--batch 16] [--threads 1] [--out bench/results/cpu/projection.json]
+    python -m bench.cpu.projection [--units 1000000] [--batch 16] [--threads 1] [--out FILE]
 
 Before anything is timed, every result is checked at blocks of units spread over all of them against rows of U that are
 written out here, multiplied in float64; it may deviate at most twice as far as the plain float32 product with those
@@ -21,18 +21,16 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import dfa_kernels as dfa
-from bench import environment, timing
+from bench import environment
+from bench.cpu.interleaved import Step, interleaved, medians
 from dfa_kernels import fastfood
 from dfa_kernels.entries import fill, sparse_entries
 from dfa_kernels.feedback_spec import FeedbackSpec
 
 ERROR_SIZE = 1000
 PRODUCT = "dense product"
-# Procedural forms of the other kinds take a hundred times as long on a CPU: bench/procedural.py.
+# Procedural forms of the other kinds take a hundred times as long on a CPU: procedural.py.
 FORMS = (
     ("gaussian", "dense"),
     ("rademacher", "dense"),
@@ -64,14 +62,14 @@ def measure(units: int, batch: int, rounds: int) -> list[dict[str, Any]]:
     error = torch.randn(batch, ERROR_SIZE, generator=torch.Generator().manual_seed(1))
     feedbacks = {f"{kind}, {storage}": dfa.Feedback(kind, storage, normalize=False) for kind, storage in FORMS}
     matrix = feedbacks["gaussian, dense"].stored(units, ERROR_SIZE, "cpu")[0]
-    steps: dict[str, timing.Step] = {PRODUCT: lambda: error @ matrix.T}
+    steps: dict[str, Step] = {PRODUCT: lambda: error @ matrix.T}
     steps |= {name: partial(feedback.project, error, units) for name, feedback in feedbacks.items()}
     deviations, allowed = {}, {}
     for name, step in steps.items():
         kind = feedbacks[name].spec.kind if name in feedbacks else "gaussian"
         deviations[name], allowed[name] = deviation(step(), error, kind)
     right = {name: step for name, step in steps.items() if deviations[name] <= allowed[name]}
-    seconds = timing.medians(timing.interleaved(right, rounds, warm_up=1))
+    seconds = medians(interleaved(right, rounds, warm_up=1))
     return [
         {
             "name": name,
@@ -141,7 +139,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The projection by every form of feedback, interleaved.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu.projection", description="The projection by every form of feedback, interleaved."
+    )
     parser.add_argument("--units", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each form (default 7)")

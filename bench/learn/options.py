@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 import dfa_kernels as dfa
-from bench.networks import ACTIVATION_NAMES, Style, activation_maker
+from bench.learn.networks import ACTIVATION_NAMES, Style, activation_maker
 from dfa_kernels.feedback_spec import KINDS, STORAGES
 
 # Options that may differ between a run and its continuation.
@@ -240,7 +240,7 @@ def _device(text: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="bench/train.py",
+        prog="python -m bench.learn.train",
         description="Train a network by Direct Feedback Alignment (DFA) and by backpropagation (BP).",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

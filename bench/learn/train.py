@@ -1,8 +1,8 @@
 """The main training job: a network trained by DFA and, for comparison, by backpropagation, on real data.
 
-    python bench/train.py
-    python bench/train.py --published --rule dfa
-    python bench/train.py --resume runs/NAME/checkpoint.pt --epochs 40
+    python -m bench.learn.train
+    python -m bench.learn.train --published --rule dfa
+    python -m bench.learn.train --resume runs/NAME/checkpoint.pt --epochs 40
 
 Writes a table, and to --out: run.json, curves.png and, every epoch, checkpoint.pt. Exit status: 0; 1 if
 the loss became infinite or NaN; 2 if options or files cannot be used; 130 after Ctrl-C, which ends it after
@@ -19,18 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    # Started as a file, Python looks for modules in this folder, and not in the one that holds the packages.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import torch
 from tqdm import tqdm
 
-from bench import data
-from bench.chart import draw
-from bench.options import Options, UsageError, parse, settle, settle_resumed
-from bench.report import describe, load_checkpoint, replace_file, save_checkpoint, save_json, table
-from bench.trainer import (
+from bench.learn import data
+from bench.learn.chart import draw
+from bench.learn.options import Options, UsageError, parse, settle, settle_resumed
+from bench.learn.report import describe, load_checkpoint, replace_file, save_checkpoint, save_json, table
+from bench.learn.trainer import (
     DivergenceError,
     Interrupts,
     Learner,

@@ -1,6 +1,6 @@
 """What an entry of U costs when it is made anew: instructions in the machine code, counted without a GPU.
 
-    python tests/rng_cost.py [sm_90]
+    python -m bench.predict.rng_cost [sm_90]
 
 Compiles the projection's kernel for every source of U and counts instructions in the loop over the error's
 components, a tile of U each turn. The cost of an entry is what the loop has more of than the one that loads U.
@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
-from bench.ahead import Case, compiled, planned, source_of
-from bench.sass import CLASSES, class_of, disassembled, instructions, loops
+from bench.predict.ahead import Case, compiled, planned, source_of
+from bench.predict.sass import CLASSES, class_of, disassembled, instructions, loops
 
 SOURCES = ("gaussian", "uniform", "rademacher", "signs")
 

@@ -1,6 +1,6 @@
 """What feedback costs in memory (Table 1 of the paper, extended): every kind and storage, for five large networks.
 
-    python bench/memory.py [--out bench/results/cpu]
+    python -m bench.cpu.feedback_memory [--out bench/results/cpu]
 
 Computed bytes follow from the taps that one pass on the meta device finds. Measured bytes are real: what a fresh
 process keeps and by how much its resident memory (on a GPU: torch's allocations) grows, for forms up to --limit-gb.
@@ -23,12 +23,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import dfa_kernels as dfa
 from bench import environment
-from bench.large_networks import LARGE_NETWORKS, LargeNetwork
+from bench.cpu.large_networks import LARGE_NETWORKS, LargeNetwork
 from dfa_kernels.feedback_spec import KINDS, STORAGES
 
 TABLE_COLUMNS = ("naive", "unified", "rademacher", "sparse", "fastfood", "procedural")
@@ -217,7 +214,8 @@ def draw(counted: list[Counted], path: Path) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Memory of feedback: computed for large networks, measured if it fits."
+        prog="python -m bench.cpu.feedback_memory",
+        description="Memory of feedback: computed for large networks, measured if it fits.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/memory"), help="folder, default %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where feedback is made for measuring")

@@ -1,6 +1,6 @@
 """Every kernel once or twice on a tiny network, for a tool that watches the GPU and makes everything slow.
 
-    python -m bench.gpu.small --json FILE [--checks NAME ...]
+    python -m bench.gpu.sanitizer_checks --json FILE [--checks NAME ...]
 
 Nothing but these kernels runs on the GPU: data is made, and results are compared with the torch backend's, on the CPU.
 Loosely: what counts here is what the tool says.
@@ -23,9 +23,9 @@ from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 import dfa_kernels as dfa
-from bench.gpu import results
 from bench.gpu.forced import grouped_by, kernel_planner
 from bench.gpu.precision import tf32
+from bench.gpu.processes import write
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, Any] = {}
     for name in options.checks:
         row = found[name] = run(known[name], device)
-        results.write(options.json, found)
+        write(options.json, found)
         print(f"{name}: launched {row['launched']}, off by {row['off']:.1e} of the largest", flush=True)
     return 0 if all(known[name].kernel in row["launched"] for name, row in found.items()) else 1
 

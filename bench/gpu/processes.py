@@ -1,8 +1,14 @@
-"""Running a step: a process of its own, with a limit, and its output in a file as it comes."""
+"""Running a step: a process of its own, with a limit, and its output in a file as it comes.
+
+Its results are a JSON file that is whole at any time, also when the step is ended in the middle.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LONGEST_LOG = 8 * 2**20
@@ -109,3 +116,38 @@ def shorten(log: Path, longest: int) -> None:
         file.seek(size - longest // 2)
         tail = file.read()
     log.write_bytes(head + f"\n[{size - longest} bytes left out]\n".encode() + tail)
+
+
+def write(path: Path, content: Any) -> None:
+    """Takes the place of the file at once."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def read(path: Path) -> Any:
+    """The content, or None if there is none yet."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def plain(value: Any) -> Any:
+    """The value, with strings for the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def step_parser(description: str) -> argparse.ArgumentParser:
+    """The options that every step takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds it may take")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    return parser

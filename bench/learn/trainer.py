@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dfa_kernels as dfa
-from bench.data import Dataset
-from bench.networks import cnn, mlp
-from bench.options import Options, UsageError
+from bench.learn.data import Dataset
+from bench.learn.networks import cnn, mlp
+from bench.learn.options import Options, UsageError
 
 ALIGNMENT_ROWS = 128
 TEST_ROWS = 1000

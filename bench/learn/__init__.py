@@ -1,0 +1,1 @@
+"""Does it learn? A training job on real data, and the same by every kind of feedback."""
