@@ -1,4 +1,4 @@
-"""The README's tables, written from the committed results and never by hand.
+"""The tables of README.md and bench/results/README.md, written from the committed results and never by hand.
 
     python -m bench.readme
 
@@ -20,6 +20,7 @@ from bench.learn import kinds
 
 ROOT = Path(__file__).resolve().parents[1]
 # The name of a table's marks is that of its result file.
+PAGES = ("README.md", "bench/results/README.md")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu/compare": compare.markdown,
     "cpu/kinds": kinds.markdown,
@@ -34,16 +35,17 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(description="Write the README's tables from the committed results.").parse_args(argv)
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(), ROOT / "bench" / "results"))
+    argparse.ArgumentParser(description="Write the tables of the documentation from the committed results.").parse_args(argv)
+    for page in PAGES:
+        (ROOT / page).write_text(with_tables((ROOT / page).read_text(), ROOT / "bench" / "results"))
     return 0
 
 
 def with_tables(text: str, results: Path) -> str:
-    """The text with every table made anew from the results in this folder."""
+    """The text with every table that it has the marks of made anew from the results in this folder."""
     for name, markdown in TABLES.items():
-        text = with_table(text, name, markdown(json.loads((results / f"{name}.json").read_text())))
+        if f"<!-- {name} -->" in text:
+            text = with_table(text, name, markdown(json.loads((results / f"{name}.json").read_text())))
     return text
 
 

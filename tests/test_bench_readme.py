@@ -7,15 +7,21 @@ import json
 import pytest
 
 from bench.gpu import tables
-from bench.readme import ROOT, TABLES, with_table, with_tables
+from bench.readme import PAGES, ROOT, TABLES, with_table, with_tables
 
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
 RESULTS = ROOT / "bench" / "results"
 
 
-def test_the_readme_is_up_to_date():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_up_to_date(page):
+    text = (ROOT / page).read_text()
     assert with_tables(text, RESULTS) == text, "results have changed: run python -m bench.readme"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_stands_on_one_page(name):
+    assert sum(f"<!-- {name} -->" in (ROOT / page).read_text() for page in PAGES) == 1
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -51,10 +57,10 @@ def test_a_wrong_result_has_no_speed():
     ]  # fmt: skip
 
 
-def test_the_readme_counts_the_gpu_tests():
+def test_the_results_count_the_gpu_tests():
     made = json.loads((RESULTS / "h200" / "tests.json").read_text())["tests"]
     passed, failed = made["passed"], len(made["failed"])
-    assert f"{passed} of {passed + failed} GPU tests passed" in (ROOT / "README.md").read_text()
+    assert f"{passed} of {passed + failed} GPU tests passed" in (RESULTS / "README.md").read_text()
 
 
 def test_the_table_takes_the_place_of_the_old_one():
