@@ -34,6 +34,7 @@ from bench.ahead import Case, compiled, feedback_of, hadamard_source, planned, s
 from bench.cards import CARDS, Card
 from bench.gpu.precision import tf32
 from bench.time_model import Kernel, Tiles, kernel_of, occupancy, predict, programs_at_once
+from dfa_kernels.backends.calls import TapsCall
 from dfa_kernels.backends.triton.configs import ARITHMETICS, table
 from dfa_kernels.backends.triton.hadamard import tile_of
 from dfa_kernels.backends.triton.plan import LaunchPlan
@@ -106,9 +107,8 @@ def taps_plan(source: str, card: Card) -> LaunchPlan:
     kept = [torch.empty(TAPS_BATCH, 64, 224, 224, device="meta")]
     stored = dfa.Feedback(spec.kind, spec.storage).stored(UNITS, ERROR_SIZE, "meta")
     with tf32(True):
-        return plan_project_taps(
-            _target(card), error, stored, spec, [UNITS], kept, [None], ["relu"], [0.0, 0.0]
-        )  # fmt: skip
+        call = TapsCall(error, stored, spec, [UNITS], kept, [None], ["relu"], [0.0, 0.0])
+        return plan_project_taps(call, _target(card))
 
 
 def transform(length: int) -> Workload:

@@ -130,7 +130,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def test_delta_is_complete_before_it_is_read(network: dict[str, Any], config: int) -> None:
     call = make_call(network)
     with forced("two_phase", config), watched(), followed() as orders:
-        triton_backend.layer_grads(*call.arguments(), torch.float32)
+        triton_backend.layer_grads(call.arguments(), torch.float32)
     (order,) = orders
     assert (order.announced[1:] == order.row_tiles).all()
     assert len(order.read) == (order.row_tiles > 0) * (len(order.announced) - 1)

@@ -29,6 +29,7 @@ from triton_cases import (
 import dfa_kernels as dfa
 from bench.gpu.precision import tf32
 from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends.calls import LayerCall, TapsCall
 from dfa_kernels.backends.triton import configs, plan
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.plan import (
@@ -40,7 +41,7 @@ from dfa_kernels.backends.triton.plan import (
     plan_two_phase,
 )
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
-from dfa_kernels.backends.triton.route import LayerCall, looks_of, route_of
+from dfa_kernels.backends.triton.route import looks_of, route_of
 from dfa_kernels.backends.triton.taps import plan_project_taps
 
 H200 = Target(90, 132)
@@ -85,9 +86,8 @@ def taps_plan(
     n = len(sizes)
     error = meta(rows, error_size) if error is None else error
     feedback = dfa.Feedback(kind, "procedural").spec
-    return plan_project_taps(
-        H200, error, [], feedback, sizes, [None] * n, [None] * n, ["identity"] * n, [0.0] * 2 * n
-    )  # fmt: skip
+    call = TapsCall(error, [], feedback, sizes, [None] * n, [None] * n, ["identity"] * n, [0.0] * 2 * n)
+    return plan_project_taps(call, H200)
 
 
 def index(found: LaunchPlan) -> Any:
@@ -287,7 +287,7 @@ def test_tiles_are_counted_right(random: Random) -> None:
     kernel = random.choice(["one_phase", "two_phase"])
     network = some_network(random, kernel)
     note(str(network))
-    call = LayerCall(*make_call(network).arguments())
+    call = make_call(network).arguments()
     found = route_of(looks_of(call, torch.float32, "store"), H200).plan
     assert found is not None
     config: Any
@@ -322,7 +322,7 @@ def test_a_problem_seen_before_has_its_plan() -> None:
     second = make_call(plain_network([plain_layer()], seed=2))
     with watched() as seen:
         for call in (first, second):
-            triton_backend.layer_grads(*call.arguments(), torch.float32)
+            triton_backend.layer_grads(call.arguments(), torch.float32)
     assert seen.plans[0] is seen.plans[1]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -39,6 +38,7 @@ from triton_cases import (
 import dfa_kernels as dfa
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends.calls import TapsCall
 from dfa_kernels.backends.triton import plan, taps
 from dfa_kernels.backends.triton.plan import LaunchPlan
 from dfa_kernels.backends.triton.problem import TapsProblem, Target
@@ -87,15 +87,15 @@ class Taps:
         ]
         self.sizes = [math.prod(tap.units) for tap in cases]
 
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> TapsCall:
         stored = self.feedback.stored(max(self.sizes), self.error.shape[1], DEVICE)
         used = [tap.case or IDENTITY for tap in self.cases]
         numbers = [number for case in used for number in case[1:]]
         names = [case[0] for case in used]
-        return (self.error, stored, self.feedback.spec, self.sizes, self.kept, self.masks, names, numbers)
+        return TapsCall(self.error, stored, self.feedback.spec, self.sizes, self.kept, self.masks, names, numbers)
 
     def check(self, found: list[Tensor]) -> None:
-        same = torch_backend.project_taps(*self.arguments())
+        same = torch_backend.project_taps(self.arguments())
         for i, (out, torchs) in enumerate(zip(found, same, strict=True)):
             ref, scale = self._reference(i)
             kept = self.kept[i]
@@ -127,7 +127,7 @@ def tiles(config: plan.ProjectionConfig | None) -> Iterator[None]:
 def run(call: Taps, config: plan.ProjectionConfig | None = PROJECTIONS[0]) -> list[Tensor]:
     """Every δ, made by one launch."""
     with tiles(config), watched() as seen:
-        found = triton_backend.project_taps(*call.arguments())
+        found = triton_backend.project_taps(call.arguments())
     assert seen.kernels == ["project_taps_kernel"] * (call.error.shape[0] > 0)
     return found
 
@@ -239,9 +239,9 @@ def test_float64_is_left_to_the_torch_backend() -> None:
     torch.manual_seed(0)
     call = Taps([TapCase((33,))], dfa.Feedback(), torch.randn(5, 7, dtype=torch.float64, device=DEVICE), torch.float64)
     with watched() as seen:
-        found = triton_backend.project_taps(*call.arguments())
+        found = triton_backend.project_taps(call.arguments())
     assert seen.kernels == []
-    assert torch.equal(found[0], torch_backend.project_taps(*call.arguments())[0])
+    assert torch.equal(found[0], torch_backend.project_taps(call.arguments())[0])
 
 
 # The entries of kind "uniform" are products of int32 by themselves.

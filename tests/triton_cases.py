@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 
 import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
+from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton import launch, layers, route, taps
 from dfa_kernels.backends.triton import plan as plan_module
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
@@ -444,15 +445,15 @@ class Call:
     cases: list[tuple[str, float, float]]
     wanted: tuple[list[bool], list[bool]]
 
-    def arguments(self) -> list[Any]:
-        """Of the operators, up to what they share."""
+    def arguments(self) -> LayerCall:
+        """What the operators take."""
         rows = self.error.shape[0]
         widest = max((a.numel() // rows if rows else a.shape[1] for a in self.pre), default=1)
         stored = self.feedback.stored(widest, self.error.shape[1], DEVICE)
         names, numbers = [case[0] for case in self.cases], [number for case in self.cases for number in case[1:]]
-        return [
+        return LayerCall(
             self.error, stored, self.feedback.spec, self.inputs, self.kept, self.masks, names, numbers, *self.wanted,
-        ]  # fmt: skip
+        )  # fmt: skip
 
     def reference(self) -> list[LayerGrad]:
         """Every layer's gradients by the formulas, in float64."""

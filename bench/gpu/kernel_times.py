@@ -20,6 +20,7 @@ from bench.gpu.precision import tf32
 from bench.gpu.reference import Reference
 from bench.gpu.variants import BP, EVERYWHERE, OURS, STEP, ByHand
 from dfa_kernels.backends import BACKENDS, resolve
+from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton.plan import LARGEST_HELD_ERROR
 
 LIBRARY, CHOSEN = "cuBLAS, weight gradients alone", "layer_grads"
@@ -57,19 +58,17 @@ def floors(case: Case, ceiling: dict[str, float]) -> dict[str, float]:
 
 @dataclass
 class Operator:
-    """The arguments of `layer_grads` for a problem, from a forward pass."""
+    """The call of `layer_grads` for a problem, from a forward pass."""
 
-    arguments: tuple[Any, ...]
+    call: LayerCall
     backend: str
     dtype: torch.dtype
 
     def grads(self) -> list[Tensor]:
-        found: list[Tensor] = BACKENDS[self.backend].layer_grads(*self.arguments, self.dtype)
-        return found
+        return BACKENDS[self.backend].layer_grads(self.call, self.dtype)
 
     def describe(self) -> str:
-        device = self.arguments[0].device
-        return str(BACKENDS[self.backend].describe_layers(self.arguments, self.dtype, "store", device))
+        return BACKENDS[self.backend].describe_layers(self.call, self.dtype, "store", self.call.error.device)
 
 
 def make_operator(problem: Problem) -> Operator:
@@ -78,11 +77,11 @@ def make_operator(problem: Problem) -> Operator:
     case, feedback, hidden = problem.case, problem.feedback(), len(hand.layers) - 1
     stored = feedback.stored(case.hidden, case.classes, problem.device)
     wanted = [True] * len(hand.layers)
-    arguments = (
+    call = LayerCall(
         problem.error, stored, feedback.spec, hand.outputs[:-1], hand.outputs[1:-1], [None] * hidden, ["tanh"] * hidden,
         [0.0] * (2 * hidden), wanted, wanted,
     )  # fmt: skip
-    return Operator(arguments, resolve(problem.backend, problem.device), case.torch_dtype)
+    return Operator(call, resolve(problem.backend, problem.device), case.torch_dtype)
 
 
 def compare_kernels(problem: Problem, reference: Reference, clock: Clock, seconds: float) -> dict[str, Any]:

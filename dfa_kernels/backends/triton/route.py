@@ -12,30 +12,14 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from ...feedback_spec import FeedbackSpec
+from ..calls import LayerCall
 from .plan import LaunchPlan, plan_grouped
 from .problem import GroupedProblem, Target
 from .source import ErrorLooks, looks_of_error, mask_of, projected_for, reason_for_torch
 
 # Which layers want what travels as bits of an int32; and twice the layers take more than twice as long to compile.
 MOST_LAYERS = 31
-
-
-class LayerCall(NamedTuple):
-    """The arguments that the two operators share."""
-
-    error: Tensor
-    stored: Sequence[Tensor]
-    feedback: FeedbackSpec
-    inputs: Sequence[Tensor]
-    kept: Sequence[Tensor]
-    noise: Sequence[Tensor | None]
-    activations: Sequence[str]
-    parameters: Sequence[float]
-    weight_grads: Sequence[bool]
-    bias_grads: Sequence[bool]
 
 
 def split(call: LayerCall) -> Iterator[LayerCall]:
