@@ -158,9 +158,9 @@ def read_hadamard(length: int, arch: int) -> Kernel:
 
 def tiles_of(plan: LaunchPlan) -> Tiles:
     """Tiles [units, rows] of e Uᵀ, and of each the δ of every tap."""
-    problem, constants = plan.problem, plan.constants_by_name()
+    problem, arguments = plan.problem, plan.arguments
     how = problem.projected
-    units, rows, depth = constants["BLOCK_U"], constants["BLOCK_R"], constants["BLOCK_E"]
+    units, rows, depth = arguments["BLOCK_U"], arguments["BLOCK_R"], arguments["BLOCK_E"]
     error = how.error_dtype.itemsize
     other = how.dtype.itemsize * units * rows * (len(problem.sizes) + bin(problem.kept).count("1"))
     if how.is_fastfood:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +19,14 @@ from .segments import FusedLayer
 class DeferredCall:
     """One call of `layer_grads` for all layers of a pass: what a fused optimizer gets in place of gradients."""
 
-    without_tensors: partial[LayerCall]
+    call: Callable[..., LayerCall]
+    """From the error, inputs, kept and noise."""
     has_noise: list[bool]
     weights: list[nn.Parameter]
     """What the gradients belong to, in the order of `layer_grads`' result."""
     backend: str
     tensors: Sequence[Tensor]
-    """The layers' inputs, then what f' is computed from, the dropout masks that there are and, once known, the error."""
+    """The layers' inputs, then what f' is computed from, the dropout masks that there are; once known, the error."""
     versions: tuple[int, ...] = ()
     """Version counters of the tensors after the backward pass."""
 
@@ -36,17 +36,13 @@ class DeferredCall:
         hidden = len(self.has_noise)
         layers = len(tensors) - hidden - sum(self.has_noise)
         masks = iter(tensors[layers + hidden :])
-        return self.without_tensors(
-            error=error,
-            inputs=tensors[:layers],
-            kept=tensors[layers : layers + hidden],
-            noise=[next(masks) if noisy else None for noisy in self.has_noise],
-        )
+        noise = [next(masks) if noisy else None for noisy in self.has_noise]
+        return self.call(error, tensors[:layers], tensors[layers : layers + hidden], noise)
 
     def completed(self, *tensors: Tensor) -> DeferredCall:
         """The call of one backward pass. Several may come from one forward pass."""
         versions = tuple([tensor._version for tensor in tensors])
-        return DeferredCall(self.without_tensors, self.has_noise, self.weights, self.backend, tensors, versions)
+        return DeferredCall(self.call, self.has_noise, self.weights, self.backend, tensors, versions)
 
     def check_versions(self) -> None:
         """RuntimeError if a tensor that the call needs was overwritten since its backward pass."""
@@ -69,15 +65,14 @@ def deferred_call(
     layers = hidden if output is None else [*hidden, output]
     noise = [layer.noise for layer in hidden]
     tensors = [layer.x for layer in layers] + [layer.kept for layer in hidden]
+    activations = [layer.activation for layer in hidden]
+    parameters = [number for layer in hidden for number in (layer.p, layer.q)]
+    weight_grads = [layer.weight.requires_grad for layer in layers]
+    bias_grads = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
     return DeferredCall(
-        partial(
-            LayerCall,
-            stored=stored,
-            feedback=feedback,
-            activations=[layer.activation for layer in hidden],
-            parameters=[number for layer in hidden for number in (layer.p, layer.q)],
-            weight_grads=[layer.weight.requires_grad for layer in layers],
-            bias_grads=[layer.bias is not None and layer.bias.requires_grad for layer in layers],
+        # It keeps no tensor of the pass alive: those are autograd's until the backward pass.
+        lambda error, inputs, kept, noise: LayerCall(
+            error, stored, feedback, inputs, kept, noise, activations, parameters, weight_grads, bias_grads
         ),
         [mask is not None for mask in noise],
         [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from triton_cases import CASES, DEVICE, FEEDBACKS, Call, make_call, plain_layer, plain_network
 
 import dfa_kernels as dfa
-from bench.gpu.forced import grouped_by, kernel_planner
+from bench.gpu.forced import kernel_planner
 from bench.gpu.graphs import captured
 from bench.gpu.kernel_counts import OUR_KERNELS, device_activities
 from bench.gpu.precision import TruncatedProducts, tf32
@@ -24,6 +24,7 @@ from dfa_kernels import entries
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import TapsCall
+from dfa_kernels.backends.triton.route import planned_by
 from dfa_kernels.feedback_spec import KINDS
 from dfa_kernels.updates import RULES as UPDATE_RULES
 
@@ -48,7 +49,7 @@ def poison() -> None:
 
 @contextmanager
 def running(kernel: str, precision: str) -> Iterator[None]:
-    with tf32(precision == "tf32"), grouped_by(kernel_planner(kernel)):
+    with tf32(precision == "tf32"), planned_by(kernel_planner(kernel)):
         poison()
         yield
 

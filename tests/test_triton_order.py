@@ -30,9 +30,9 @@ class Order:
     """
 
     def __init__(self, plan: LaunchPlan, tensors: tuple[Any, ...]) -> None:
-        constants, problem = plan.constants_by_name(), plan.problem
-        self.row_tiles = -(-problem.projected.rows // constants["BLOCK_R"])
-        self.block = constants["BLOCK_U"]
+        arguments, problem = plan.arguments, plan.problem
+        self.row_tiles = -(-problem.projected.rows // arguments["BLOCK_R"])
+        self.block = arguments["BLOCK_U"]
         self.unit_tiles = -(-problem.widest // self.block)
         self.copies = plan.copy_width > 0
         self.problem, self.counters, self.rooms = problem, tensors[0], tensors[6]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from random import Random
-from unittest import mock
 
 import pytest
 import torch
@@ -39,9 +37,9 @@ import dfa_kernels as dfa
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import TapsCall
-from dfa_kernels.backends.triton import plan, taps
-from dfa_kernels.backends.triton.plan import LaunchPlan
-from dfa_kernels.backends.triton.problem import TapsProblem, Target
+from dfa_kernels.backends.triton import plan
+from dfa_kernels.backends.triton.problem import TapsProblem
+from dfa_kernels.backends.triton.route import planned_by
 
 IDENTITY = ("identity", 0.0, 0.0)
 SHAPES = [(1,), (7,), (33,), (127,), (200,), (3, 5, 5), (8, 3, 4), (16, 2, 2), (1, 4, 4), (5, 11), (7, 2), (3, 2, 3, 2)]
@@ -113,15 +111,11 @@ class Taps:
         return delta, float(size.max()) if size.numel() else 0.0
 
 
-@contextmanager
-def tiles(config: plan.ProjectionConfig | None) -> Iterator[None]:
+def tiles(config: plan.ProjectionConfig | None) -> AbstractContextManager[None]:
     """`project_taps` with these tiles."""
-
-    def forced(problem: TapsProblem, target: Target) -> LaunchPlan:
-        return plan.plan_taps(problem, target) if config is None else plan.plan_projection(problem, config)
-
-    with mock.patch.object(taps, "plan_taps", forced):
-        yield
+    if config is None:
+        return nullcontext()
+    return planned_by(lambda problem, target: plan.plan_projection(problem, config), TapsProblem)
 
 
 def run(call: Taps, config: plan.ProjectionConfig | None = PROJECTIONS[0]) -> list[Tensor]:

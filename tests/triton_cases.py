@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
@@ -293,8 +293,7 @@ def few_steps(configs: list[Any], start: int, problem: GroupedProblem) -> Any:
     return next((config for config in configs[start:] if steps_of(problem, config) <= MOST_STEPS), configs[-1])
 
 
-@contextmanager
-def forced(kernel: str, start: int = 0, multiprocessors: int = 4) -> Iterator[None]:
+def forced(kernel: str, start: int = 0, multiprocessors: int = 4) -> AbstractContextManager[None]:
     """`layer_grads` and `layer_update_` run this kernel, whatever the plan would choose."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
@@ -304,12 +303,7 @@ def forced(kernel: str, start: int = 0, multiprocessors: int = 4) -> Iterator[No
             return plan_one_phase(problem, config)
         return plan_two_phase(problem, config, Target(target.capability, multiprocessors))
 
-    route.route_of.cache_clear()
-    try:
-        with mock.patch.object(route, "plan_grouped", plan):
-            yield
-    finally:
-        route.route_of.cache_clear()
+    return route.planned_by(plan)
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.gpu.cases import Case, Problem
 from bench.gpu.clock import Clock, in_turn
-from bench.gpu.forced import grouped_by, kernel_planner
+from bench.gpu.forced import kernel_planner
 from bench.gpu.graphs import Step, captured, nothing
 from bench.gpu.precision import tf32
 from bench.gpu.reference import Reference
@@ -22,6 +22,7 @@ from bench.gpu.variants import BP, EVERYWHERE, OURS, STEP, ByHand
 from dfa_kernels.backends import BACKENDS, resolve
 from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton.plan import LARGEST_HELD_ERROR
+from dfa_kernels.backends.triton.route import planned_by
 
 LIBRARY, CHOSEN = "cuBLAS, weight gradients alone", "layer_grads"
 HOST_CALLS, HOST_QUEUE, WARM_UP = 1000, 50, 5
@@ -113,8 +114,8 @@ def _ways(problem: Problem, operator: Operator) -> list[tuple[str, AbstractConte
     ways: list[tuple[str, AbstractContextManager[None]]] = [(CHOSEN, nullcontext())]
     if operator.backend == "triton":
         held = problem.case.classes <= LARGEST_HELD_ERROR
-        ways += [("one_phase", grouped_by(kernel_planner("one_phase")))] if held else []
-        ways += [("two_phase", grouped_by(kernel_planner("two_phase")))]
+        ways += [("one_phase", planned_by(kernel_planner("one_phase")))] if held else []
+        ways += [("two_phase", planned_by(kernel_planner("two_phase")))]
     return ways
 
 

@@ -24,12 +24,13 @@ from triton.runtime.jit import KernelInterface
 
 import dfa_kernels as dfa
 from bench.gpu import results
-from bench.gpu.forced import grouped_by, kernel_planner
+from bench.gpu.forced import kernel_planner
 from bench.gpu.precision import tf32
 from bench.gpu.workloads import taps_call
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import Backend, LayerCall
+from dfa_kernels.backends.triton.route import planned_by
 
 # No multiple of a tile, and more than a loop over the batch holds in its buffers, which are so used again.
 ROWS = 275
@@ -117,7 +118,7 @@ def run(check: Check, device: torch.device) -> dict[str, Any]:
     half = check.precision == "bfloat16" and device.type == "cuda"
     dtype = torch.bfloat16 if half else torch.float32
     ours, plain = make_network(check, dtype, device), make_network(check, dtype, torch.device("cpu"))
-    with tf32(check.precision == "tf32"), grouped_by(kernel_planner(check.kernel)), launches() as launched:
+    with tf32(check.precision == "tf32"), planned_by(kernel_planner(check.kernel)), launches() as launched:
         found = [tensor.cpu() for tensor in check.call(triton_backend, ours)]
     expected = check.call(torch_backend, plain)
     off = torch.stack([_distance(a, b) for a, b in zip(found, expected, strict=True)]).max().item()

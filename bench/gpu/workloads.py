@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.gpu.cases import Case, Problem, make_problem
-from bench.gpu.forced import Config, gradient_tiles, grouped_by, planner_for
+from bench.gpu.forced import Config, gradient_tiles, with_config
 from bench.gpu.kernel_times import Operator, make_operator
 from bench.gpu.precision import TruncatedProducts, tf32
 from bench.gpu.reference import make_reference
@@ -18,7 +17,9 @@ from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
 from dfa_kernels.backends.triton.configs import ProjectionConfig
+from dfa_kernels.backends.triton.launch import target_of
 from dfa_kernels.backends.triton.plan import LaunchPlan
+from dfa_kernels.backends.triton.route import looks_of, route_of
 
 Shape = tuple[int, int, int, int, int]
 """inputs, hidden, depth, size of the error, batch."""
@@ -96,16 +97,11 @@ def _grouped(problem: Problem) -> Workload:
 
 def plan_of(operator: Operator, config: Config) -> LaunchPlan:
     """What a grouped launch with this config looks like."""
-    assert not isinstance(config, ProjectionConfig)
-    planner, plans = planner_for(config), []
-
-    def seen(problem: Any, target: Any) -> LaunchPlan:
-        plans.append(planner(problem, target))
-        return plans[-1]
-
-    with grouped_by(seen):
-        operator.describe()
-    return plans[0]
+    looks, target = looks_of(operator.call, operator.dtype, "store"), target_of(operator.call.error.device)
+    with with_config(config):
+        plan = route_of(looks, target).plan
+    assert plan is not None
+    return plan
 
 
 def _taps(problem: Problem) -> Workload:

@@ -8,8 +8,9 @@ from torch import Tensor
 from .. import torch_backend
 from ..calls import TapsCall, encoded
 from .launch import check_device, launch, target_of
-from .plan import LaunchPlan, plan_taps
+from .plan import LaunchPlan
 from .problem import TapsProblem, Target
+from .route import planners
 from .source import dense, looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
 
 
@@ -30,8 +31,10 @@ def project_taps(call: TapsCall) -> list[Tensor]:
     ]
     if error.shape[0] == 0:
         return results
-    plan = plan_project_taps(call._replace(kept=kept, noise=noise), target_of(error.device))
-    error, parts = projection_tensors(plan.problem.projected, error, call.stored, max(call.sizes))
+    _, stored, feedback, sizes, _, _, activations, parameters = call
+    ordered = TapsCall(error, stored, feedback, sizes, kept, noise, activations, parameters)
+    plan = plan_project_taps(ordered, target_of(error.device))
+    error, parts = projection_tensors(plan.problem.projected, error, stored, max(sizes))
     tensors = (
         error,
         parts,
@@ -63,7 +66,7 @@ def plan_project_taps(call: TapsCall, target: Target) -> LaunchPlan:
         mask_of([mask is not None for mask in call.noise]),
         mask_of([h is not None and not h.is_contiguous() for h in call.kept]),
     )
-    return plan_taps(problem, target)
+    return planners[TapsProblem](problem, target)
 
 
 def _ordered(kept: Tensor) -> Tensor:
