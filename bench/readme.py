@@ -35,7 +35,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(description="Write the tables of the documentation from the committed results.").parse_args(argv)
+    argparse.ArgumentParser(description="Write the tables of the pages from the results.").parse_args(argv)
     for page in PAGES:
         (ROOT / page).write_text(with_tables((ROOT / page).read_text(), ROOT / "bench" / "results"))
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,70 +10,44 @@ import torch
 from torch import Tensor, nn
 
 from ._torch_internals import backward_reaches
+from .backends.calls import LayerCall
 from .feedback_spec import FeedbackSpec
 from .plan import as_error, as_rows
 from .segments import FusedLayer
 
 
 @dataclass(slots=True)
-class LayerCall:
+class DeferredCall:
     """One call of `layer_grads` for all layers of a pass: what a fused optimizer gets in place of gradients."""
 
-    stored: list[Tensor]
-    feedback: FeedbackSpec
-    tensors: Sequence[Tensor]
-    """The layers' inputs, then what f' is computed from, then the dropout masks that there are."""
+    call: Callable[..., LayerCall]
+    """From the error, inputs, kept and noise."""
     has_noise: list[bool]
-    activations: list[str]
-    parameters: list[float]
-    weight_grads: list[bool]
-    bias_grads: list[bool]
     weights: list[nn.Parameter]
     """What the gradients belong to, in the order of `layer_grads`' result."""
     backend: str
-    error: Tensor | None = None
+    tensors: Sequence[Tensor]
+    """The layers' inputs, then what f' is computed from, the dropout masks that there are; once known, the error."""
     versions: tuple[int, ...] = ()
-    """Version counters of the tensors and of the error after the backward pass."""
+    """Version counters of the tensors after the backward pass."""
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The arguments of `layer_grads` up to its dtype."""
-        layers, hidden = len(self.weight_grads), len(self.activations)
-        remaining = iter(self.tensors[layers + hidden :])
-        return (
-            self.error,
-            self.stored,
-            self.feedback,
-            self.tensors[:layers],
-            self.tensors[layers : layers + hidden],
-            [next(remaining) if noisy else None for noisy in self.has_noise],
-            self.activations,
-            self.parameters,
-            self.weight_grads,
-            self.bias_grads,
-        )
+    def layers(self) -> LayerCall:
+        """The call, once the error is known."""
+        *tensors, error = self.tensors
+        hidden = len(self.has_noise)
+        layers = len(tensors) - hidden - sum(self.has_noise)
+        masks = iter(tensors[layers + hidden :])
+        noise = [next(masks) if noisy else None for noisy in self.has_noise]
+        return self.call(error, tensors[:layers], tensors[layers : layers + hidden], noise)
 
-    def completed(self, tensors: Sequence[Tensor], error: Tensor) -> LayerCall:
+    def completed(self, *tensors: Tensor) -> DeferredCall:
         """The call of one backward pass. Several may come from one forward pass."""
-        versions = tuple([tensor._version for tensor in (*tensors, error)])
-        return LayerCall(
-            self.stored,
-            self.feedback,
-            tensors,
-            self.has_noise,
-            self.activations,
-            self.parameters,
-            self.weight_grads,
-            self.bias_grads,
-            self.weights,
-            self.backend,
-            error,
-            versions,
-        )
+        versions = tuple([tensor._version for tensor in tensors])
+        return DeferredCall(self.call, self.has_noise, self.weights, self.backend, tensors, versions)
 
     def check_versions(self) -> None:
         """RuntimeError if a tensor that the call needs was overwritten since its backward pass."""
-        assert self.error is not None
-        for tensor, version in zip((*self.tensors, self.error), self.versions, strict=True):
+        for tensor, version in zip(self.tensors, self.versions, strict=True):
             if tensor._version != version:
                 raise RuntimeError(
                     f"step: a tensor of shape {tuple(tensor.shape)} that a deferred gradient needs was modified by an "
@@ -81,30 +55,30 @@ class LayerCall:
                 )
 
 
-Ledger = list[LayerCall]
+Ledger = list[DeferredCall]
 """Where the backward passes since the last step leave their calls."""
 
 
-def layer_call(
+def deferred_call(
     hidden: list[FusedLayer], output: FusedLayer | None, stored: list[Tensor], feedback: FeedbackSpec, backend: str
-) -> LayerCall:
+) -> DeferredCall:
     """The call for these layers, complete but for the error."""
     layers = hidden if output is None else [*hidden, output]
     noise = [layer.noise for layer in hidden]
+    tensors = [layer.x for layer in layers] + [layer.kept for layer in hidden]
+    activations = [layer.activation for layer in hidden]
+    parameters = [number for layer in hidden for number in (layer.p, layer.q)]
     weight_grads = [layer.weight.requires_grad for layer in layers]
     bias_grads = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
-    tensors = [layer.x for layer in layers] + [layer.kept for layer in hidden]
-    return LayerCall(
-        stored,
-        feedback,
-        [as_rows(tensor) for tensor in (*tensors, *[mask for mask in noise if mask is not None])],
+    return DeferredCall(
+        # It keeps no tensor of the pass alive: those are autograd's until the backward pass.
+        lambda error, inputs, kept, noise: LayerCall(
+            error, stored, feedback, inputs, kept, noise, activations, parameters, weight_grads, bias_grads
+        ),
         [mask is not None for mask in noise],
-        [layer.activation for layer in hidden],
-        [number for layer in hidden for number in (layer.p, layer.q)],
-        weight_grads,
-        bias_grads,
         [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad],
         backend,
+        [as_rows(tensor) for tensor in (*tensors, *[mask for mask in noise if mask is not None])],
     )
 
 
@@ -116,7 +90,7 @@ class DeferringNode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ledger: Ledger, call: LayerCall, output: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, ledger: Ledger, call: DeferredCall, output: Tensor, anchor: Tensor) -> Tensor:
         ctx.save_for_backward(*call.tensors)
         call.tensors = ()
         ctx.ledger, ctx.call = ledger, call
@@ -129,5 +103,5 @@ class DeferringNode(torch.autograd.Function):
         # torch.autograd.grad and backward(inputs=…) may pass here on their way to something else than the parameters.
         anchor_accumulates = ctx.next_functions[-1][0]
         if backward_reaches(anchor_accumulates):
-            ctx.ledger.append(ctx.call.completed(tensors, as_error(gradient)))
+            ctx.ledger.append(ctx.call.completed(*tensors, as_error(gradient)))
         return None, None, gradient, None

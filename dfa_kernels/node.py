@@ -17,7 +17,8 @@ from torch import Tensor
 from . import backends
 from ._torch_internals import gradient_is_awaited
 from .autocast import without_autocast
-from .deferred import DeferringNode, LayerCall, Ledger, layer_call
+from .backends.calls import LayerCall, TapsCall
+from .deferred import DeferredCall, DeferringNode, Ledger, deferred_call
 from .plan import (
     LayerSlot,
     NodePlan,
@@ -47,7 +48,7 @@ def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
     return output
 
 
-def _defer(seen: Pass) -> tuple[Pass, LayerCall | None]:
+def _defer(seen: Pass) -> tuple[Pass, DeferredCall | None]:
     """What remains for `DFANode`, and the deferred call for the rest: the fused linear layers without hooks."""
     dtype = grouped_dtype(seen)
     hidden: list[FusedLayer] = []
@@ -60,7 +61,7 @@ def _defer(seen: Pass) -> tuple[Pass, LayerCall | None]:
     output = None if seen.last is None or _has_hooks(seen.last) else seen.last
     if not hidden and output is None:
         return seen, None
-    call = layer_call(hidden, output, seen.stored, seen.feedback, seen.backend)
+    call = deferred_call(hidden, output, seen.stored, seen.feedback, seen.backend)
     return replace(seen, segments=remaining, last=None if output is seen.last else seen.last), call
 
 
@@ -111,7 +112,7 @@ def _finish_taps(
     grads: list[Tensor | None],
 ) -> None:
     """δ for every root, for autograd to go on with, and the gradients of the fused convolutions."""
-    deltas = backends.BACKENDS[plan.backend].project_taps(*tap_arguments(plan, saved, error))
+    deltas = backends.BACKENDS[plan.backend].project_taps(taps_call(plan, saved, error))
     free = len(plan.roots)
     for root, delta in zip(plan.roots, deltas[:free], strict=True):
         _add(grads, root.root, delta.reshape(rows + root.units))
@@ -149,24 +150,22 @@ def _linear_grads(
     plan: NodePlan, saved: dict[int, Tensor], error: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
 ) -> None:
     """ΔW and Δb of the fused linear layers."""
-    arguments = linear_arguments(plan, saved, error, wanted)
-    layer_grads = backends.BACKENDS[plan.backend].layer_grads(*arguments, plan.dtype)
-    weight_grads, bias_grads = arguments[-2:]
-    remaining = iter(layer_grads)
-    for slot, wants_weight, wants_bias in zip(plan.linears, weight_grads, bias_grads, strict=True):
+    call = layer_call(plan, saved, error, wanted)
+    remaining = iter(backends.BACKENDS[plan.backend].layer_grads(call, plan.dtype))
+    for slot, wants_weight, wants_bias in zip(plan.linears, call.weight_grads, call.bias_grads, strict=True):
         if wants_weight:
             _add(grads, slot.weight, next(remaining))
         if slot.bias is not None and wants_bias:
             _add(grads, slot.bias, next(remaining))
 
 
-def tap_arguments(plan: NodePlan, saved: dict[int, Tensor], error: Tensor) -> tuple[Any, ...]:
-    """The arguments of `project_taps`: the roots, then the convolutions."""
+def taps_call(plan: NodePlan, saved: dict[int, Tensor], error: Tensor) -> TapsCall:
+    """The taps: the roots, then the convolutions."""
     taps: list[tuple[Any, ...]] = [(slot.units, None, None, "identity", 0.0, 0.0) for slot in plan.roots]
     for slot in plan.convolutions:
         taps.append((slot.units, _get(saved, slot.kept), _get(saved, slot.noise), slot.activation, slot.p, slot.q))
     units, kept, noise, activations, p, q = zip(*taps, strict=True)
-    return (
+    return TapsCall(
         error,
         [saved[i] for i in plan.stored],
         plan.feedback,
@@ -178,12 +177,10 @@ def tap_arguments(plan: NodePlan, saved: dict[int, Tensor], error: Tensor) -> tu
     )
 
 
-def linear_arguments(
-    plan: NodePlan, saved: dict[int, Tensor], error: Tensor, wanted: Sequence[bool]
-) -> tuple[Any, ...]:
-    """The arguments of `layer_grads` up to its dtype; wanted: whether each of the node's tensors needs a gradient."""
+def layer_call(plan: NodePlan, saved: dict[int, Tensor], error: Tensor, wanted: Sequence[bool]) -> LayerCall:
+    """The fused linear layers; wanted: whether each of the node's tensors needs a gradient."""
     hidden = [slot for slot in plan.linears if slot.kept is not None]
-    return (
+    return LayerCall(
         error,
         [saved[i] for i in plan.stored],
         plan.feedback,

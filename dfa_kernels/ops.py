@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, resolve, torch_backend
+from .backends.calls import LayerCall, TapsCall
 from .feedback_spec import FeedbackSpec
 
 LAYER_ARGUMENTS = (
@@ -32,48 +33,46 @@ library.define(
 )
 
 
-def _with_decoded_feedback(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _gathered(implementation: Callable[..., Any], kind: type[LayerCall | TapsCall]) -> Callable[..., Any]:
+    """A backend's function as the operator calls it; see `calls.encoded`."""
+    own = len(kind._fields)
+
     def run(error: Tensor, stored: list[Tensor], feedback: str, *rest: Any) -> Any:
-        return implementation(error, stored, FeedbackSpec.decode(feedback), *rest)
+        call = kind(error, stored, FeedbackSpec.decode(feedback), *rest[: own - 3])
+        return implementation(call, *rest[own - 3 :])
 
     return run
 
 
 def _automatic(name: str) -> Callable[..., Any]:
-    def run(tensor: Tensor, *rest: Any) -> Any:
-        return getattr(BACKENDS[resolve("auto", tensor.device)], name)(tensor, *rest)
+    def run(first: Tensor | LayerCall | TapsCall, *rest: Any) -> Any:
+        device = first.device if isinstance(first, Tensor) else first.error.device
+        return getattr(BACKENDS[resolve("auto", device)], name)(first, *rest)
 
     return run
 
 
-for _op in (torch_backend.layer_grads, torch_backend.layer_update_, torch_backend.project_taps):
-    library.impl(_op.__name__, _with_decoded_feedback(_op), "CompositeExplicitAutograd")
-    library.impl(_op.__name__, _with_decoded_feedback(_automatic(_op.__name__)), "CUDA")
+for _op, _kind in (
+    (torch_backend.layer_grads, LayerCall),
+    (torch_backend.layer_update_, LayerCall),
+    (torch_backend.project_taps, TapsCall),
+):
+    library.impl(_op.__name__, _gathered(_op, _kind), "CompositeExplicitAutograd")
+    library.impl(_op.__name__, _gathered(_automatic(_op.__name__), _kind), "CUDA")
 
 
 library.impl("hadamard", _automatic("hadamard"), "CUDA")
 
 
 @torch.library.register_fake("dfa_kernels::layer_grads", lib=library)
-def _fake_layer_grads(
-    error: Tensor,
-    stored: list[Tensor],
-    feedback: str,
-    inputs: list[Tensor],
-    kept: list[Tensor],
-    noise: list[Tensor | None],
-    activations: list[str],
-    parameters: list[float],
-    weight_grads: list[bool],
-    bias_grads: list[bool],
-    dtype: torch.dtype,
-) -> list[Tensor]:
+def _fake_layer_grads(*arguments: Any) -> list[Tensor]:
+    *flat, dtype = arguments
+    call = LayerCall(*flat)
     grads = []
-    for i, x in enumerate(inputs):
-        out = kept[i].shape[1] if i < len(kept) else error.shape[1]
-        if weight_grads[i]:
+    for i, (x, out) in enumerate(zip(call.inputs, call.widths_out(), strict=True)):
+        if call.weight_grads[i]:
             grads.append(x.new_empty((out, x.shape[1]), dtype=dtype))
-        if bias_grads[i]:
+        if call.bias_grads[i]:
             grads.append(x.new_empty((out,), dtype=dtype))
     return grads
 
@@ -84,17 +83,9 @@ def _fake_layer_update_(*args: Any) -> None:
 
 
 @torch.library.register_fake("dfa_kernels::project_taps", lib=library)
-def _fake_project_taps(
-    error: Tensor,
-    stored: list[Tensor],
-    feedback: str,
-    sizes: list[int],
-    kept: list[Tensor | None],
-    noise: list[Tensor | None],
-    activations: list[str],
-    parameters: list[float],
-) -> list[Tensor]:
+def _fake_project_taps(*arguments: Any) -> list[Tensor]:
+    call = TapsCall(*arguments)
     return [
-        error.new_empty((error.shape[0], size)) if h is None else torch.empty_like(h)
-        for size, h in zip(sizes, kept, strict=True)
+        call.error.new_empty((call.error.shape[0], size)) if h is None else torch.empty_like(h)
+        for size, h in zip(call.sizes, call.kept, strict=True)
     ]

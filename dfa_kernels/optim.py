@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import backends
 from ._torch_internals import is_inside_ddp, step_is_observed
 from .autocast import without_autocast
-from .deferred import LayerCall, Ledger
+from .deferred import DeferredCall, Ledger
 from .updates import RULES
 from .wrapper import DFA
 
@@ -116,7 +116,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._update_from_grads()
         return loss
 
-    def _run(self, calls: list[LayerCall]) -> None:
+    def _run(self, calls: list[DeferredCall]) -> None:
         if len(calls) == 1 and _is_whole_gradient(calls[0]):
             self._update_fused(calls[0])
         else:
@@ -124,7 +124,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
-    def _take_calls(self) -> list[LayerCall]:
+    def _take_calls(self) -> list[DeferredCall]:
         """The deferred calls, once nothing speaks against running them."""
         calls = list(self._ledger)
         self._refuse_scaler()
@@ -143,7 +143,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     rule.apply_(p, self._own_state(p), self._hyper(group, p), p.grad)
                     p.grad = None
 
-    def _update_fused(self, call: LayerCall) -> None:
+    def _update_fused(self, call: DeferredCall) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         if any(id(p) not in groups for p in call.weights):
             shapes = [tuple(p.shape) for p in call.weights if id(p) not in groups]
@@ -154,7 +154,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = [tensor for p in call.weights for tensor in self._own_state(p)] if self._state_names() else []
         hyper = [number for p in call.weights for number in self._hyper(groups[id(p)], p)]
         update_ = backends.BACKENDS[call.backend].layer_update_
-        update_(*call.arguments(), call.weights, state, self.rule, hyper)
+        update_(call.layers(), call.weights, state, self.rule, hyper)
 
     def _state_names(self) -> tuple[str, ...]:
         return RULES[self.rule].state
@@ -178,7 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "torch.optim, or bfloat16, which needs no scaler"
             )
 
-    def _refuse_grads(self, calls: list[LayerCall]) -> None:
+    def _refuse_grads(self, calls: list[DeferredCall]) -> None:
         held = {id(p) for call in calls for p in call.weights if p.grad is not None and id(p) in self._stale}
         if held:
             model = self._model()
@@ -198,7 +198,7 @@ _NO_REDUCTION = (
 _OPTIONS_LACKING = ("maximize", "dampening", "amsgrad")
 
 
-def _is_whole_gradient(call: LayerCall) -> bool:
+def _is_whole_gradient(call: DeferredCall) -> bool:
     """Whether each of the call's parameters gets all of its gradient from it, and once."""
     return len(set(call.weights)) == len(call.weights) and all(p.grad is None for p in call.weights)
 
@@ -210,11 +210,11 @@ def _refuse_sparse(gradient: Tensor) -> None:
         )
 
 
-def _accumulate(calls: list[LayerCall]) -> None:
+def _accumulate(calls: list[DeferredCall]) -> None:
     """Adds the calls' gradients to ``.grad``, for a rule that needs the sum of several."""
     for call in calls:
         dtype = call.weights[0].dtype
-        grads = backends.BACKENDS[call.backend].layer_grads(*call.arguments(), dtype)
+        grads = backends.BACKENDS[call.backend].layer_grads(call.layers(), dtype)
         for p, grad in zip(call.weights, grads, strict=True):
             p.grad = grad if p.grad is None else p.grad + grad
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .node import linear_arguments, tap_arguments
+from .node import layer_call, taps_call
 from .plan import NodePlan, TensorTable, make_plan
 from .record import Pass
 
@@ -63,22 +62,16 @@ def step_plan(seen: Sketch, rule: str | None) -> StepPlan:
     plan, backend = seen.plan, backends.BACKENDS[seen.plan.backend]
     lines = [f"backend {plan.backend} on {seen.device}"]
     if plan.linears:
-        arguments = linear_arguments(plan, seen.tensors, seen.error, seen.wanted)
-        widths = ", ".join(f"{x.shape[1]}→{_width(arguments, i)}" for i, x in enumerate(arguments[3]))
+        call = layer_call(plan, seen.tensors, seen.error, seen.wanted)
+        widths = ", ".join(f"{x.shape[1]}→{out}" for x, out in zip(call.inputs, call.widths_out(), strict=True))
         update = "" if rule is None else f", {rule} update included"
-        said = backend.describe_layers(arguments, plan.dtype, rule or "store", seen.device)
+        said = backend.describe_layers(call, plan.dtype, rule or "store", seen.device)
         lines.append(f"linear layers {widths}{update}: {said}")
     if plan.convolutions:
         lines.append(f"fused convolutions ({len(plan.convolutions)}): δ below, weight gradients from torch")
     if plan.roots:
         lines.append(f"segments with local graphs ({len(plan.roots)}): δ below, then autograd")
     if plan.roots or plan.convolutions:
-        lines.append(
-            f"δ of these taps: {backend.describe_taps(tap_arguments(plan, seen.tensors, seen.error), seen.device)}"
-        )
+        taps = taps_call(plan, seen.tensors, seen.error)
+        lines.append(f"δ of these taps: {backend.describe_taps(taps, seen.device)}")
     return StepPlan(tuple(lines))
-
-
-def _width(arguments: tuple[Any, ...], i: int) -> int:
-    error, kept = arguments[0], arguments[4]
-    return int(kept[i].shape[1] if i < len(kept) else error.shape[1])

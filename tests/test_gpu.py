@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from triton_cases import CASES, DEVICE, FEEDBACKS, Call, make_call, plain_layer, plain_network
 
 import dfa_kernels as dfa
-from bench.gpu.forced import grouped_by, kernel_planner
+from bench.gpu.forced import kernel_planner
 from bench.gpu.graphs import captured
 from bench.gpu.kernel_counts import OUR_KERNELS, device_activities
 from bench.gpu.precision import TruncatedProducts, tf32
 from dfa_kernels import entries
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends.calls import TapsCall
+from dfa_kernels.backends.triton.route import planned_by
 from dfa_kernels.feedback_spec import KINDS
 from dfa_kernels.updates import RULES as UPDATE_RULES
 
@@ -47,7 +49,7 @@ def poison() -> None:
 
 @contextmanager
 def running(kernel: str, precision: str) -> Iterator[None]:
-    with tf32(precision == "tf32"), grouped_by(kernel_planner(kernel)):
+    with tf32(precision == "tf32"), planned_by(kernel_planner(kernel)):
         poison()
         yield
 
@@ -77,7 +79,7 @@ def farthest(results: list[Tensor], ref64: Tensor) -> Tensor:
 
 
 def check_grads(call: Call, found: list[Tensor], precision: str) -> None:
-    same = in_same_precision(precision, lambda: torch_backend.layer_grads(*call.arguments(), torch.float32))
+    same = in_same_precision(precision, lambda: torch_backend.layer_grads(call.arguments(), torch.float32))
     for i, ((name, ref64, scale), out) in enumerate(zip(call.wanted_gradients(), found, strict=True)):
         assert out.dtype == torch.float32
         assert_close_to_oracle(out.cpu(), ref64, farthest([s[i] for s in same], ref64), scale, name)
@@ -86,8 +88,8 @@ def check_grads(call: Call, found: list[Tensor], precision: str) -> None:
 def check_layer_grads(kernel: str, precision: str, network: dict[str, Any]) -> None:
     call = make_call(network, PRECISIONS[precision])
     with running(kernel, precision):
-        found = triton_backend.layer_grads(*call.arguments(), torch.float32)
-        assert kernel in triton_backend.describe_layers(tuple(call.arguments()), torch.float32, "store", DEVICE)
+        found = triton_backend.layer_grads(call.arguments(), torch.float32)
+        assert kernel in triton_backend.describe_layers(call.arguments(), torch.float32, "store", DEVICE)
     check_grads(call, found, precision)
 
 
@@ -141,7 +143,7 @@ def test_the_error_is_the_output_layers_delta_or_is_copied(precision: str, error
 def test_tiles_come_by_the_copy_engine_where_there_is_one(precision: str) -> None:
     call = make_call(make_network("two_phase"), PRECISIONS[precision])
     with running("two_phase", precision):
-        said = triton_backend.describe_layers(tuple(call.arguments()), torch.float32, "store", DEVICE)
+        said = triton_backend.describe_layers(call.arguments(), torch.float32, "store", DEVICE)
     assert ("through TMA" in said) == (9 <= torch.cuda.get_device_capability()[0] < 12)
 
 
@@ -153,11 +155,11 @@ def test_layer_grads_of_misaligned_tensors(kernel: str, precision: str, shift: i
     """Addresses that are no multiples of 16 bytes, after a launch on the same shapes at ones that are."""
     call = make_call(make_network(kernel, error_size=error_size), PRECISIONS[precision])
     with running(kernel, precision):
-        triton_backend.layer_grads(*call.arguments(), torch.float32)
+        triton_backend.layer_grads(call.arguments(), torch.float32)
         call.inputs = [shifted(x, shift) for x in call.inputs]
         call.kept = [shifted(h, shift) for h in call.kept]
         call.error = shifted(call.error, shift)
-        found = triton_backend.layer_grads(*call.arguments(), torch.float32)
+        found = triton_backend.layer_grads(call.arguments(), torch.float32)
     check_grads(call, found, precision)
 
 
@@ -174,11 +176,11 @@ def test_a_hundred_repeats_are_bitwise_equal(kernel: str, precision: str) -> Non
     network = plain_network(layers, output_width=528, rows=300, error_size=KERNELS[kernel])
     call = make_call(network, PRECISIONS[precision])
     with running(kernel, precision):
-        first = triton_backend.layer_grads(*call.arguments(), torch.float32)
+        first = triton_backend.layer_grads(call.arguments(), torch.float32)
         for turn in range(99):
             if turn % 10 == 0:
                 poison()
-            again = triton_backend.layer_grads(*call.arguments(), torch.float32)
+            again = triton_backend.layer_grads(call.arguments(), torch.float32)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), f"turn {turn}"
 
 
@@ -190,14 +192,14 @@ def test_updates_are_those_of_their_own_gradients(kernel: str, precision: str, r
     call = make_call(make_network(kernel), PRECISIONS[precision])
     name, hyper, states = numbers_of(rule)
     with running(kernel, precision):
-        grads = triton_backend.layer_grads(*call.arguments(), torch.float32)
+        grads = triton_backend.layer_grads(call.arguments(), torch.float32)
         weights = [torch.randn_like(g) for g in grads]
         state = [torch.rand_like(g) for g in grads for _ in range(states)]
         exact, plain = (updated(name, hyper, weights, state, grads, dtype) for dtype in (torch.float64, torch.float32))
         found = [*(w.clone() for w in weights), *(s.clone() for s in state)]
         first_state = len(weights)
         triton_backend.layer_update_(
-            *call.arguments(), found[:first_state], found[first_state:], name, hyper * len(weights)
+            call.arguments(), found[:first_state], found[first_state:], name, hyper * len(weights)
         )
     for i, (out, ref64, same) in enumerate(zip(found, exact, plain, strict=True)):
         assert_close_to_oracle(out, ref64, same, 1.0, f"{rule} {i}")
@@ -237,8 +239,8 @@ def test_project_taps_of_convolutions(precision: str, channels_last: bool, place
 
     def call(backend: Any, e: Tensor, saved: list[Tensor]) -> list[Tensor]:
         stored = feedback.stored(max(sizes), error_size, e.device)
-        numbers = (["tanh", "relu"], [0.0] * 4)
-        found: list[Tensor] = backend.project_taps(e, stored, feedback.spec, sizes, saved, [None] * 2, *numbers)
+        taps = TapsCall(e, stored, feedback.spec, sizes, saved, [None] * 2, ["tanh", "relu"], [0.0] * 4)
+        found: list[Tensor] = backend.project_taps(taps)
         return found
 
     exact = call(torch_backend, error.cpu().double(), [h.cpu().double() for h in kept])
@@ -267,10 +269,10 @@ def test_offsets_beyond_31_bits(kernel: str) -> None:
     ends = torch.cat([x[:, :64], x[:, -64:]], dim=1)
     call.inputs[0] = ends
     call.wanted[0][1] = call.wanted[1][1] = False
-    ((_, ref64, scale), *_), same = call.wanted_gradients(), torch_backend.layer_grads(*call.arguments(), torch.float32)
+    ((_, ref64, scale), *_), same = call.wanted_gradients(), torch_backend.layer_grads(call.arguments(), torch.float32)
     call.inputs[0] = x
     with running(kernel, "bfloat16"):
-        found = triton_backend.layer_grads(*call.arguments(), torch.float32)[0]
+        found = triton_backend.layer_grads(call.arguments(), torch.float32)[0]
     out = torch.cat([found[:, :64], found[:, -64:]], dim=1).cpu()
     assert_close_to_oracle(out, ref64, same[0].cpu(), scale)
 
@@ -329,9 +331,11 @@ def test_kernels_make_the_entries_that_are_kept(kind: str) -> None:
     error_size, units = 64, 3000
     stored = dfa.Feedback(kind, seed=2**40 + 3, normalize=False).stored(units, error_size, "cpu")
     procedural = dfa.Feedback(kind, "procedural", seed=2**40 + 3, normalize=False)
-    taps = ([units], [None], [None], ["identity"], [0.0, 0.0])
+    error = torch.eye(error_size, device=DEVICE)
     with tf32(False):
-        (found,) = triton_backend.project_taps(torch.eye(error_size, device=DEVICE), [], procedural.spec, *taps)
+        (found,) = triton_backend.project_taps(
+            TapsCall(error, [], procedural.spec, [units], [None], [None], ["identity"], [0.0, 0.0])
+        )
     expected = entries.unpack_signs(stored[0], error_size) if kind == "rademacher" else stored[0]
     assert torch.equal(found.cpu(), expected[:units].T)
 

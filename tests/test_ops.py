@@ -8,6 +8,7 @@ from oracle import Layer, assert_close_to_oracle, feedback_from_matrix, mlp_forw
 
 import dfa_kernels as dfa
 from dfa_kernels.backends import torch_backend
+from dfa_kernels.backends.calls import LayerCall, TapsCall, encoded
 
 OPS = torch.ops.dfa_kernels
 SIZES = [6, 9, 7, 4]
@@ -24,7 +25,7 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 def layer_arguments(
     rows=5, positions=1, kind="gaussian", storage="dense", dtype=torch.float32, noise=False, masks=None
 ):
-    """(error, stored, feedback …) of two hidden layers, tanh and a leaky slope of −0.5, and an output layer."""
+    """Two hidden layers, tanh and a leaky slope of −0.5, and an output layer."""
     torch.manual_seed(0)
     feedback = dfa.Feedback(kind, storage, seed=2)
     stored = feedback.stored(SIZES[1] * positions, SIZES[3], "cpu")
@@ -38,12 +39,8 @@ def layer_arguments(
     keep = torch.randint(2, kept[1].shape).to(dtype) * 2 if noise else None
     error = torch.randn(rows, SIZES[3], dtype=dtype)
     numbers = [["tanh", "leaky_relu"], [0.0, 0.0, -0.5, 0.0]]
-    return [error, stored, feedback.spec, inputs, kept, [None, keep], *numbers, *(masks or ([True] * 3, [True] * 3))]
-
-
-def encoded(arguments):
-    """As the operators take them: the feedback as text."""
-    return [*arguments[:2], arguments[2].encode(), *arguments[3:]]
+    masks = masks or ([True] * 3, [True] * 3)
+    return LayerCall(error, stored, feedback.spec, inputs, kept, [None, keep], *numbers, *masks)
 
 
 MASKS = [([True] * 3, [False] * 3), ([False, True, True], [True, False, True]), ([False] * 3, [False] * 3)]
@@ -71,11 +68,11 @@ def assert_same(first, second):
 @samples
 def test_layer_grads(options):
     arguments = layer_arguments(**options)
-    dtype = arguments[0].dtype
+    dtype = arguments.error.dtype
     torch.library.opcheck(OPS.layer_grads, (*encoded(arguments), dtype), test_utils=CHECKS)
     found = OPS.layer_grads(*encoded(arguments), dtype)
-    assert_same(found, torch_backend.layer_grads(*arguments, dtype))
-    assert len(found) == sum(arguments[8]) + sum(arguments[9])
+    assert_same(found, torch_backend.layer_grads(arguments, dtype))
+    assert len(found) == sum(arguments.weight_grads) + sum(arguments.bias_grads)
 
 
 def test_layer_grads_in_the_parameters_dtype():
@@ -88,8 +85,8 @@ def test_layer_grads_in_the_parameters_dtype():
 
 def update_arguments(rule, options):
     arguments = layer_arguments(**options)
-    dtype = arguments[0].dtype
-    shapes = [g.shape for g in torch_backend.layer_grads(*arguments, dtype)]
+    dtype = arguments.error.dtype
+    shapes = [g.shape for g in torch_backend.layer_grads(arguments, dtype)]
     weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
     if rule == "sgd":
         state = [torch.randn(shape, dtype=dtype) for shape in shapes]
@@ -113,7 +110,7 @@ def test_layer_update_(rule, options):
     )
     by_operator, by_function = (copies(weights), copies(state)), (copies(weights), copies(state))
     OPS.layer_update_(*encoded(arguments), *by_operator, rule, hyper)
-    torch_backend.layer_update_(*arguments, *by_function, rule, hyper)
+    torch_backend.layer_update_(arguments, *by_function, rule, hyper)
     assert_same(by_operator[0] + by_operator[1], by_function[0] + by_function[1])
     assert all(not torch.equal(a, b) for a, b in zip(by_operator[0], weights, strict=True))
 
@@ -126,7 +123,8 @@ def tap_arguments(rows=5, kind="gaussian", storage="dense", dtype=torch.float32)
     noise = [torch.randint(2, (rows, 4, 3, 2)).to(dtype) * 2, None, None]
     activations, parameters = ["tanh", "identity", "hardtanh"], [0.0, 0.0, 0.0, 0.0, -0.5, 0.5]
     stored = feedback.stored(24, 4, "cpu")
-    return [torch.randn(rows, 4, dtype=dtype), stored, feedback.spec, sizes, kept, noise, activations, parameters]
+    error = torch.randn(rows, 4, dtype=dtype)
+    return TapsCall(error, stored, feedback.spec, sizes, kept, noise, activations, parameters)
 
 
 TAP_SAMPLES = {
@@ -144,8 +142,8 @@ def test_project_taps(options):
     arguments = tap_arguments(**options)
     torch.library.opcheck(OPS.project_taps, tuple(encoded(arguments)), test_utils=CHECKS)
     found = OPS.project_taps(*encoded(arguments))
-    assert_same(found, torch_backend.project_taps(*arguments))
-    rows = arguments[0].shape[0]
+    assert_same(found, torch_backend.project_taps(arguments))
+    rows = arguments.error.shape[0]
     assert [tuple(d.shape) for d in found] == [(rows, 4, 3, 2), (rows, 7), (rows, 9)]
 
 

@@ -40,7 +40,7 @@ both_kernels = pytest.mark.parametrize("kernel", KERNELS)
 def run(call: Call, kernel: str, start: int = 0, multiprocessors: int = 4, dtype: torch.dtype = torch.float32) -> Any:
     """The gradients, made by exactly one launch of this kernel."""
     with forced(kernel, start, multiprocessors), watched() as seen:
-        found = triton_backend.layer_grads(*call.arguments(), dtype)
+        found = triton_backend.layer_grads(call.arguments(), dtype)
     assert seen.kernels == [kernel]
     assert len(seen.plans) == 1
     return found
@@ -48,7 +48,7 @@ def run(call: Call, kernel: str, start: int = 0, multiprocessors: int = 4, dtype
 
 def check(call: Call, found: list[Tensor], dtype: torch.dtype = torch.float32) -> None:
     """As near to the formulas in float64 as the torch backend."""
-    same = torch_backend.layer_grads(*call.arguments(), dtype)
+    same = torch_backend.layer_grads(call.arguments(), dtype)
     for (name, ref, scale), out, torchs in zip(call.wanted_gradients(), found, same, strict=True):
         assert out.dtype == dtype
         assert_close_to_oracle(out.cpu(), ref, torchs.cpu(), scale, name)
@@ -135,7 +135,7 @@ def test_every_choice_of_gradients(kernel: str) -> None:
 def test_no_gradient_wanted(kernel: str) -> None:
     call = make_call(plain_network([plain_layer()], wanted=([False] * 2, [False] * 2)))
     with forced(kernel), watched() as seen:
-        assert triton_backend.layer_grads(*call.arguments(), torch.float32) == []
+        assert triton_backend.layer_grads(call.arguments(), torch.float32) == []
     assert seen.kernels == []
 
 
@@ -202,18 +202,18 @@ def test_feedback_in_another_precision(kernel: str, dtype: torch.dtype, kind: st
 def test_float64_is_left_to_the_torch_backend() -> None:
     call = make_call(plain_network([plain_layer(), plain_layer()]), torch.float64)
     with watched() as seen:
-        found = triton_backend.layer_grads(*call.arguments(), torch.float64)
+        found = triton_backend.layer_grads(call.arguments(), torch.float64)
     assert seen.kernels == []
-    assert_same(found, torch_backend.layer_grads(*call.arguments(), torch.float64))
+    assert_same(found, torch_backend.layer_grads(call.arguments(), torch.float64))
 
 
 def test_activations_that_differ_in_dtype_are_left_to_the_torch_backend() -> None:
     call = make_call(plain_network([plain_layer(), plain_layer()]))
     call.inputs[0], call.kept[0] = call.inputs[0].half(), call.kept[0].half()
     with watched() as seen:
-        found = triton_backend.layer_grads(*call.arguments(), torch.float32)
+        found = triton_backend.layer_grads(call.arguments(), torch.float32)
     assert seen.kernels == []
-    assert_same(found, torch_backend.layer_grads(*call.arguments(), torch.float32))
+    assert_same(found, torch_backend.layer_grads(call.arguments(), torch.float32))
 
 
 @pytest.mark.parametrize("error_size", [10, 70])
@@ -223,7 +223,7 @@ def test_by_the_plan_and_tables_of_the_package(error_size: int) -> None:
     call = make_call(network)
     for _ in range(2):
         with watched() as seen:
-            found = triton_backend.layer_grads(*call.arguments(), torch.float32)
+            found = triton_backend.layer_grads(call.arguments(), torch.float32)
         assert seen.kernels == ["one_phase" if error_size == 10 else "two_phase"]
         check(call, found)
 
@@ -256,7 +256,7 @@ def test_biases_are_sums_of_delta_before_it_is_rounded(kernel: str) -> None:
     network["feedback"].update(place=("rademacher", "dense"))
     call = make_call(network, torch.float16)
     found = run(call, kernel)
-    exact, same = (torch_backend.layer_grads(*in_dtype(call, dtype), dtype) for dtype in (torch.float64, torch.float32))
+    exact, same = (torch_backend.layer_grads(in_dtype(call, dtype), dtype) for dtype in (torch.float64, torch.float32))
     for (name, _, scale), *tensors in zip(call.wanted_gradients(), found, exact, same, strict=True):
         if name.startswith("b"):
             assert_close_to_oracle(*(tensor.cpu() for tensor in tensors), scale, name)

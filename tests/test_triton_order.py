@@ -30,9 +30,9 @@ class Order:
     """
 
     def __init__(self, plan: LaunchPlan, tensors: tuple[Any, ...]) -> None:
-        constants, problem = plan.constants_by_name(), plan.problem
-        self.row_tiles = -(-problem.projected.rows // constants["BLOCK_R"])
-        self.block = constants["BLOCK_U"]
+        arguments, problem = plan.arguments, plan.problem
+        self.row_tiles = -(-problem.projected.rows // arguments["BLOCK_R"])
+        self.block = arguments["BLOCK_U"]
         self.unit_tiles = -(-problem.widest // self.block)
         self.copies = plan.copy_width > 0
         self.problem, self.counters, self.rooms = problem, tensors[0], tensors[6]
@@ -130,7 +130,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def test_delta_is_complete_before_it_is_read(network: dict[str, Any], config: int) -> None:
     call = make_call(network)
     with forced("two_phase", config), watched(), followed() as orders:
-        triton_backend.layer_grads(*call.arguments(), torch.float32)
+        triton_backend.layer_grads(call.arguments(), torch.float32)
     (order,) = orders
     assert (order.announced[1:] == order.row_tiles).all()
     assert len(order.read) == (order.row_tiles > 0) * (len(order.announced) - 1)

@@ -29,6 +29,7 @@ from triton_cases import (
 import dfa_kernels as dfa
 from bench.gpu.precision import tf32
 from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends.calls import LayerCall, TapsCall
 from dfa_kernels.backends.triton import configs, plan
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.plan import (
@@ -40,7 +41,7 @@ from dfa_kernels.backends.triton.plan import (
     plan_two_phase,
 )
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
-from dfa_kernels.backends.triton.route import LayerCall, looks_of, route_of
+from dfa_kernels.backends.triton.route import looks_of, route_of
 from dfa_kernels.backends.triton.taps import plan_project_taps
 
 H200 = Target(90, 132)
@@ -85,13 +86,12 @@ def taps_plan(
     n = len(sizes)
     error = meta(rows, error_size) if error is None else error
     feedback = dfa.Feedback(kind, "procedural").spec
-    return plan_project_taps(
-        H200, error, [], feedback, sizes, [None] * n, [None] * n, ["identity"] * n, [0.0] * 2 * n
-    )  # fmt: skip
+    call = TapsCall(error, [], feedback, sizes, [None] * n, [None] * n, ["identity"] * n, [0.0] * 2 * n)
+    return plan_project_taps(call, H200)
 
 
 def index(found: LaunchPlan) -> Any:
-    return found.constants_by_name()["INDEX"]
+    return found.arguments["INDEX"]
 
 
 def test_offsets_that_int32_holds() -> None:
@@ -158,7 +158,7 @@ def test_tensor_memory_accelerator(dtype: torch.dtype) -> None:
         found = layers_plan((width, width), rows=64, error_size=1000, output_width=width, dtype=dtype)
         assert found.name == "two_phase"
         assert found.uses_tma == (half and aligned)
-        assert found.constants_by_name()["TMA"] == found.uses_tma
+        assert found.arguments["TMA"] == found.uses_tma
 
 
 def test_tiles_that_need_the_accelerator() -> None:
@@ -196,7 +196,7 @@ def test_delta_that_would_be_made_too_often_is_made_once() -> None:
 def test_a_projection_in_memory_needs_no_room_beside_a_tile() -> None:
     found = layers_plan(error_size=LARGEST_FASTFOOD_ERROR + 1, kind="fastfood")
     assert found.name == "one_phase"
-    assert found.constants_by_name()["SOURCE"] == "projection"
+    assert found.arguments["SOURCE"] == "projection"
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_tiles_of_fastfood_are_whole_blocks(error_size: int, block: int) -> None
 
 
 def check_blocks(made: LaunchPlan, block: int) -> None:
-    constants = made.constants_by_name()
+    constants = made.arguments
     assert constants["SOURCE"] == "fastfood_seed"
     assert 2 ** constants["BITS"] == block
     assert constants["BLOCK_U"] % block == 0
@@ -224,7 +224,7 @@ def test_fastfood_is_held_like_any_other_feedback() -> None:
     """By tiles that are as high as its blocks; several positions begin elsewhere than its blocks do."""
     assert layers_plan(error_size=50, kind="fastfood").name == "one_phase"
     small = plan_one_phase(layers_plan(error_size=50, kind="fastfood").problem, ONE_PHASE[0])
-    assert ONE_PHASE[0].block_m < small.constants_by_name()["BLOCK_M"] == 64
+    assert ONE_PHASE[0].block_m < small.arguments["BLOCK_M"] == 64
     several = layers_plan(error_size=50, kind="fastfood", positions=2)
     assert several.name == "two_phase"
     assert "with several positions" in several.why
@@ -235,7 +235,7 @@ def test_a_regenerated_tile_serves_as_many_rows_as_there_are_registers(rows: int
     taps = taps_plan(rows, [3000], 100, kind="gaussian").problem
     config = ProjectionConfig(64, 64, 32, 8, 2)
     made = plan.plan_projection(taps, config)
-    assert made.constants_by_name()["BLOCK_R"] == most
+    assert made.arguments["BLOCK_R"] == most
 
 
 def test_output_layer_alone() -> None:
@@ -259,10 +259,9 @@ def test_more_multiprocessors_get_smaller_tiles(error_size: int, monkeypatch: py
 
 def test_two_phases_start_no_more_programs_than_there_are_tiles() -> None:
     found = layers_plan((16, 16), rows=16, error_size=100)
-    total = found.numbers[-1]
-    assert found.programs == total < H200.multiprocessors
+    assert found.programs == found.arguments["total"] < H200.multiprocessors
     large = layers_plan((4096, 4096), rows=1024, error_size=100)
-    assert large.programs == H200.multiprocessors * large.config.programs < large.numbers[-1]
+    assert large.programs == H200.multiprocessors * large.config.programs < large.arguments["total"]
 
 
 def spans(length: int, block: int) -> range:
@@ -287,7 +286,7 @@ def test_tiles_are_counted_right(random: Random) -> None:
     kernel = random.choice(["one_phase", "two_phase"])
     network = some_network(random, kernel)
     note(str(network))
-    call = LayerCall(*make_call(network).arguments())
+    call = make_call(network).arguments()
     found = route_of(looks_of(call, torch.float32, "store"), H200).plan
     assert found is not None
     config: Any
@@ -297,14 +296,14 @@ def test_tiles_are_counted_right(random: Random) -> None:
     for config in TWO_PHASE:
         made = plan_two_phase(found.problem, config, H200)
         two: Any = made.config
-        copies, projections, total = made.numbers[-3:]
+        copies, projections, total = (made.arguments[name] for name in ("copies", "projections", "total"))
         rows = len(spans(network["rows"], two.block_r))
         units = len(spans(found.problem.widest, two.block_u))
         copied = len(spans(made.copy_width, two.block_u))
         assert (copies, projections) == (copied * rows, units * rows)
         assert total - copies - projections == tiles_one_by_one(found.problem, two)
         assert made.counters == 1 + units + copied
-        assert (made.copy_width > 0) == made.constants_by_name()["COPY"]
+        assert (made.copy_width > 0) == made.arguments["COPY"]
 
 
 def test_tiles_of_taps_are_counted_right() -> None:
@@ -322,7 +321,7 @@ def test_a_problem_seen_before_has_its_plan() -> None:
     second = make_call(plain_network([plain_layer()], seed=2))
     with watched() as seen:
         for call in (first, second):
-            triton_backend.layer_grads(*call.arguments(), torch.float32)
+            triton_backend.layer_grads(call.arguments(), torch.float32)
     assert seen.plans[0] is seen.plans[1]
 
 
@@ -344,7 +343,7 @@ def test_a_changed_problem_has_another_plan(change: dict[str, Any]) -> None:
     changed = layers_plan(**change)
     before = layers_plan()
     assert changed is not before
-    assert (changed.numbers, changed.constants, changed.config) != (before.numbers, before.constants, before.config)
+    assert (changed.arguments, changed.config) != (before.arguments, before.config)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
@@ -358,16 +357,16 @@ def test_precision_of_float32_products_is_torchs(kernel: str, precision: str) ->
         taps = taps_plan(8, [3, 5])
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    constants = made.constants_by_name()
+    constants = made.arguments
     assert (constants["PRECISION"], constants["DELTA_PRECISION"]) == (precision, precision)
-    assert taps.constants_by_name()["DELTA_PRECISION"] == precision
+    assert taps.arguments["DELTA_PRECISION"] == precision
 
 
 def test_what_a_sparse_matrix_picks_of_the_error_is_not_rounded() -> None:
     """It is exact wherever it is a sum, and so it is where it is a product."""
     with tf32(True):
         found = layers_plan(kind="sparse")
-    assert (found.name, found.constants_by_name()["DELTA_PRECISION"]) == ("one_phase", "tf32x3")
+    assert (found.name, found.arguments["DELTA_PRECISION"]) == ("one_phase", "tf32x3")
 
 
 def test_sums_over_tiles_of_rows_need_wide_offsets_by_themselves() -> None:
@@ -406,9 +405,9 @@ def test_every_number_of_a_kernel_is_an_int32() -> None:
     for seed in (0, 2**31, 2**32 - 1, 2**63, 2**64 - 1):
         problem = layers_plan().problem
         projected = replace(problem.projected, feedback=dfa.Feedback(seed=seed).spec)
-        numbers = plan_grouped(replace(problem, projected=projected), H200).numbers
-        assert all(-LIMIT <= n < LIMIT for n in numbers if isinstance(n, int))
-        low, high = numbers[3:5]
+        made = plan_grouped(replace(problem, projected=projected), H200)
+        assert all(-LIMIT <= n < LIMIT for n in made.numbers if isinstance(n, int))
+        low, high = made.arguments["key0"], made.arguments["key1"]
         assert (low & 0xFFFFFFFF) + ((high & 0xFFFFFFFF) << 32) == seed
 
 

@@ -9,8 +9,9 @@ from torch import nn
 from triton_cases import DEVICE, watched
 
 import dfa_kernels as dfa
+from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton import layers
-from dfa_kernels.backends.triton.route import MOST_LAYERS, LayerCall, looks_of, route_of
+from dfa_kernels.backends.triton.route import MOST_LAYERS, looks_of, route_of
 
 
 def deep(hidden: int) -> nn.Sequential:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from random import Random
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -39,9 +36,10 @@ from triton_cases import (
 import dfa_kernels as dfa
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
-from dfa_kernels.backends.triton import plan, taps
-from dfa_kernels.backends.triton.plan import LaunchPlan
-from dfa_kernels.backends.triton.problem import TapsProblem, Target
+from dfa_kernels.backends.calls import TapsCall
+from dfa_kernels.backends.triton import plan
+from dfa_kernels.backends.triton.problem import TapsProblem
+from dfa_kernels.backends.triton.route import planned_by
 
 IDENTITY = ("identity", 0.0, 0.0)
 SHAPES = [(1,), (7,), (33,), (127,), (200,), (3, 5, 5), (8, 3, 4), (16, 2, 2), (1, 4, 4), (5, 11), (7, 2), (3, 2, 3, 2)]
@@ -87,15 +85,15 @@ class Taps:
         ]
         self.sizes = [math.prod(tap.units) for tap in cases]
 
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> TapsCall:
         stored = self.feedback.stored(max(self.sizes), self.error.shape[1], DEVICE)
         used = [tap.case or IDENTITY for tap in self.cases]
         numbers = [number for case in used for number in case[1:]]
         names = [case[0] for case in used]
-        return (self.error, stored, self.feedback.spec, self.sizes, self.kept, self.masks, names, numbers)
+        return TapsCall(self.error, stored, self.feedback.spec, self.sizes, self.kept, self.masks, names, numbers)
 
     def check(self, found: list[Tensor]) -> None:
-        same = torch_backend.project_taps(*self.arguments())
+        same = torch_backend.project_taps(self.arguments())
         for i, (out, torchs) in enumerate(zip(found, same, strict=True)):
             ref, scale = self._reference(i)
             kept = self.kept[i]
@@ -113,21 +111,17 @@ class Taps:
         return delta, float(size.max()) if size.numel() else 0.0
 
 
-@contextmanager
-def tiles(config: plan.ProjectionConfig | None) -> Iterator[None]:
+def tiles(config: plan.ProjectionConfig | None) -> AbstractContextManager[None]:
     """`project_taps` with these tiles."""
-
-    def forced(problem: TapsProblem, target: Target) -> LaunchPlan:
-        return plan.plan_taps(problem, target) if config is None else plan.plan_projection(problem, config)
-
-    with mock.patch.object(taps, "plan_taps", forced):
-        yield
+    if config is None:
+        return nullcontext()
+    return planned_by(lambda problem, target: plan.plan_projection(problem, config), TapsProblem)
 
 
 def run(call: Taps, config: plan.ProjectionConfig | None = PROJECTIONS[0]) -> list[Tensor]:
     """Every δ, made by one launch."""
     with tiles(config), watched() as seen:
-        found = triton_backend.project_taps(*call.arguments())
+        found = triton_backend.project_taps(call.arguments())
     assert seen.kernels == ["project_taps_kernel"] * (call.error.shape[0] > 0)
     return found
 
@@ -239,9 +233,9 @@ def test_float64_is_left_to_the_torch_backend() -> None:
     torch.manual_seed(0)
     call = Taps([TapCase((33,))], dfa.Feedback(), torch.randn(5, 7, dtype=torch.float64, device=DEVICE), torch.float64)
     with watched() as seen:
-        found = triton_backend.project_taps(*call.arguments())
+        found = triton_backend.project_taps(call.arguments())
     assert seen.kernels == []
-    assert torch.equal(found[0], torch_backend.project_taps(*call.arguments())[0])
+    assert torch.equal(found[0], torch_backend.project_taps(call.arguments())[0])
 
 
 # The entries of kind "uniform" are products of int32 by themselves.

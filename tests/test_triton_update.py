@@ -123,7 +123,7 @@ def train(backend: Any, training: Training, calls: Sequence[Call]) -> tuple[list
     for step, call in enumerate(calls, 1):
         versions = [w._version for w in weights]
         hyper = training.hyper(step)
-        backend.layer_update_(*call.arguments(), weights, state, operator_rule(training.rule), hyper)
+        backend.layer_update_(call.arguments(), weights, state, operator_rule(training.rule), hyper)
         assert all(w._version > version for w, version in zip(weights, versions, strict=True))
     assert all(margins_are_nan(t) for t in (*weights, *state))
     return weights, state
@@ -229,7 +229,7 @@ def test_tensors_that_nothing_updates_are_left_alone(kernel: str) -> None:
 def test_no_parameters() -> None:
     (call,) = calls_of(LAYERS[:1], 1, wanted=([False] * 2, [False] * 2))
     with watched() as seen:
-        triton_backend.layer_update_(*call.arguments(), [], [], "sgd", [])
+        triton_backend.layer_update_(call.arguments(), [], [], "sgd", [])
     assert seen.kernels == []
 
 
@@ -261,7 +261,7 @@ def test_what_is_left_to_the_torch_backend(rule: str, dtype: torch.dtype, change
     for backend in (triton_backend, torch_backend):
         weights, state = training.memory()
         changed = [change(weights), change_state(state)]
-        arguments = (*call.arguments(), *changed, operator_rule(rule), training.hyper(1))
+        arguments = (call.arguments(), *changed, operator_rule(rule), training.hyper(1))
         with watched() as seen:
             backend.layer_update_(*arguments)
         assert seen.kernels == []

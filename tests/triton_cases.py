@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 
 import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
+from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton import launch, layers, route, taps
 from dfa_kernels.backends.triton import plan as plan_module
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
@@ -292,8 +293,7 @@ def few_steps(configs: list[Any], start: int, problem: GroupedProblem) -> Any:
     return next((config for config in configs[start:] if steps_of(problem, config) <= MOST_STEPS), configs[-1])
 
 
-@contextmanager
-def forced(kernel: str, start: int = 0, multiprocessors: int = 4) -> Iterator[None]:
+def forced(kernel: str, start: int = 0, multiprocessors: int = 4) -> AbstractContextManager[None]:
     """`layer_grads` and `layer_update_` run this kernel, whatever the plan would choose."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
@@ -303,12 +303,7 @@ def forced(kernel: str, start: int = 0, multiprocessors: int = 4) -> Iterator[No
             return plan_one_phase(problem, config)
         return plan_two_phase(problem, config, Target(target.capability, multiprocessors))
 
-    route.route_of.cache_clear()
-    try:
-        with mock.patch.object(route, "plan_grouped", plan):
-            yield
-    finally:
-        route.route_of.cache_clear()
+    return route.planned_by(plan)
 
 
 @lru_cache(maxsize=256)
@@ -444,15 +439,15 @@ class Call:
     cases: list[tuple[str, float, float]]
     wanted: tuple[list[bool], list[bool]]
 
-    def arguments(self) -> list[Any]:
-        """Of the operators, up to what they share."""
+    def arguments(self) -> LayerCall:
+        """What the operators take."""
         rows = self.error.shape[0]
         widest = max((a.numel() // rows if rows else a.shape[1] for a in self.pre), default=1)
         stored = self.feedback.stored(widest, self.error.shape[1], DEVICE)
         names, numbers = [case[0] for case in self.cases], [number for case in self.cases for number in case[1:]]
-        return [
+        return LayerCall(
             self.error, stored, self.feedback.spec, self.inputs, self.kept, self.masks, names, numbers, *self.wanted,
-        ]  # fmt: skip
+        )  # fmt: skip
 
     def reference(self) -> list[LayerGrad]:
         """Every layer's gradients by the formulas, in float64."""

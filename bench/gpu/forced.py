@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
-from unittest import mock
 
-from dfa_kernels.backends.triton import route, taps
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for
 from dfa_kernels.backends.triton.plan import (
     LaunchPlan,
@@ -16,32 +14,17 @@ from dfa_kernels.backends.triton.plan import (
     plan_two_phase,
     usable_two_phase,
 )
-from dfa_kernels.backends.triton.problem import GroupedProblem, Target
+from dfa_kernels.backends.triton.problem import GroupedProblem, TapsProblem, Target
+from dfa_kernels.backends.triton.route import Planner, planned_by
 
 Config = OnePhaseConfig | TwoPhaseConfig | ProjectionConfig
-Planner = Callable[[GroupedProblem, Target], LaunchPlan]
 
 
-@contextmanager
-def grouped_by(planner: Planner) -> Iterator[None]:
-    """Within it `layer_grads` and `layer_update_` run what this planner says."""
-    with mock.patch.object(route, "plan_grouped", planner):
-        route.route_of.cache_clear()
-        try:
-            yield
-        finally:
-            route.route_of.cache_clear()
-
-
-@contextmanager
-def with_config(config: Config) -> Iterator[None]:
+def with_config(config: Config) -> AbstractContextManager[None]:
     """Within it every launch of the config's kernel uses the config; grouped launches run no other kernel."""
     if isinstance(config, ProjectionConfig):
-        with _taps_with(config):
-            yield
-    else:
-        with grouped_by(planner_for(config)):
-            yield
+        return planned_by(lambda problem, target: plan_projection(problem, config), TapsProblem)
+    return planned_by(planner_for(config))
 
 
 def planner_for(config: OnePhaseConfig | TwoPhaseConfig) -> Planner:
@@ -69,12 +52,6 @@ def kernel_planner(kernel: str) -> Planner:
 def gradient_tiles(plan: LaunchPlan) -> int:
     """Tiles of weight gradients, of which `first_that_fills` wants one for each multiprocessor."""
     if plan.name == "two_phase":
-        copies, projections, total = plan.numbers[-3:]
-        return int(total - copies - projections)
+        numbers = plan.arguments
+        return int(numbers["total"] - numbers["copies"] - numbers["projections"])
     return plan.programs
-
-
-@contextmanager
-def _taps_with(config: ProjectionConfig) -> Iterator[None]:
-    with mock.patch.object(taps, "plan_taps", lambda problem, target: plan_projection(problem, config)):
-        yield

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from bench.gpu.cases import Case, Problem
 from bench.gpu.clock import Clock, in_turn
-from bench.gpu.forced import grouped_by, kernel_planner
+from bench.gpu.forced import kernel_planner
 from bench.gpu.graphs import Work, captured, nothing
 from bench.gpu.precision import tf32
 from bench.gpu.reference import Reference
 from bench.gpu.regions import BP, EVERYWHERE, OURS, STEP, ByHand
 from dfa_kernels.backends import BACKENDS, resolve
+from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton.plan import LARGEST_HELD_ERROR
+from dfa_kernels.backends.triton.route import planned_by
 
 LIBRARY, CHOSEN = "cuBLAS, weight gradients alone", "layer_grads"
 HOST_CALLS, HOST_QUEUE, WARM_UP = 1000, 50, 5
@@ -57,19 +59,17 @@ def floors(case: Case, ceiling: dict[str, float]) -> dict[str, float]:
 
 @dataclass
 class Operator:
-    """The arguments of `layer_grads` for a problem, from a forward pass."""
+    """The call of `layer_grads` for a problem, from a forward pass."""
 
-    arguments: tuple[Any, ...]
+    call: LayerCall
     backend: str
     dtype: torch.dtype
 
     def grads(self) -> list[Tensor]:
-        found: list[Tensor] = BACKENDS[self.backend].layer_grads(*self.arguments, self.dtype)
-        return found
+        return BACKENDS[self.backend].layer_grads(self.call, self.dtype)
 
     def describe(self) -> str:
-        device = self.arguments[0].device
-        return str(BACKENDS[self.backend].describe_layers(self.arguments, self.dtype, "store", device))
+        return BACKENDS[self.backend].describe_layers(self.call, self.dtype, "store", self.call.error.device)
 
 
 def make_operator(problem: Problem) -> Operator:
@@ -78,11 +78,11 @@ def make_operator(problem: Problem) -> Operator:
     case, feedback, hidden = problem.case, problem.feedback(), len(hand.layers) - 1
     stored = feedback.stored(case.hidden, case.classes, problem.device)
     wanted = [True] * len(hand.layers)
-    arguments = (
+    call = LayerCall(
         problem.error, stored, feedback.spec, hand.outputs[:-1], hand.outputs[1:-1], [None] * hidden, ["tanh"] * hidden,
         [0.0] * (2 * hidden), wanted, wanted,
     )  # fmt: skip
-    return Operator(arguments, resolve(problem.backend, problem.device), case.torch_dtype)
+    return Operator(call, resolve(problem.backend, problem.device), case.torch_dtype)
 
 
 def compare_kernels(problem: Problem, reference: Reference, clock: Clock, seconds: float) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def _ways(problem: Problem, operator: Operator) -> list[tuple[str, AbstractConte
     ways: list[tuple[str, AbstractContextManager[None]]] = [(CHOSEN, nullcontext())]
     if operator.backend == "triton":
         held = problem.case.classes <= LARGEST_HELD_ERROR
-        ways += [("one_phase", grouped_by(kernel_planner("one_phase")))] if held else []
-        ways += [("two_phase", grouped_by(kernel_planner("two_phase")))]
+        ways += [("one_phase", planned_by(kernel_planner("one_phase")))] if held else []
+        ways += [("two_phase", planned_by(kernel_planner("two_phase")))]
     return ways
 
 

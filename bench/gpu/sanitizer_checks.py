@@ -23,11 +23,14 @@ from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 import dfa_kernels as dfa
-from bench.gpu.forced import grouped_by, kernel_planner
+from bench.gpu.forced import kernel_planner
 from bench.gpu.precision import tf32
 from bench.gpu.processes import write
+from bench.gpu.tuning_workloads import taps_call
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends.calls import Backend, LayerCall
+from dfa_kernels.backends.triton.route import planned_by
 
 # No multiple of a tile, and more than a loop over the batch holds in its buffers, which are so used again.
 ROWS = 275
@@ -40,36 +43,32 @@ ALLOWED = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
 class Network:
     """Hidden layers and an output layer."""
 
-    layers: list[Any]
-    """Arguments of `layer_grads`, up to the dtype."""
+    layers: LayerCall
     dtype: torch.dtype
     parameters: list[Tensor]
     state: list[Tensor]
     """Of AdamW."""
 
 
-Call = Callable[[Any, Network], list[Tensor]]
+Call = Callable[[Backend, Network], list[Tensor]]
 
 
-def grads(backend: Any, network: Network) -> list[Tensor]:
-    found: list[Tensor] = backend.layer_grads(*network.layers, network.dtype)
-    return found
+def grads(backend: Backend, network: Network) -> list[Tensor]:
+    return backend.layer_grads(network.layers, network.dtype)
 
 
-def update(backend: Any, network: Network) -> list[Tensor]:
+def update(backend: Backend, network: Network) -> list[Tensor]:
     hyper = [0.1, 0.9, 0.99, 1e-8, 0.1, 1.0] * len(network.parameters)
-    backend.layer_update_(*network.layers, network.parameters, network.state, "adamw", hyper)
+    backend.layer_update_(network.layers, network.parameters, network.state, "adamw", hyper)
     return [*network.parameters, *network.state]
 
 
-def taps(backend: Any, network: Network) -> list[Tensor]:
-    error, stored, spec, _, kept, *rest = network.layers
-    found: list[Tensor] = backend.project_taps(error, stored, spec, [h.shape[1] for h in kept], kept, *rest[:3])
-    return found
+def taps(backend: Backend, network: Network) -> list[Tensor]:
+    return backend.project_taps(taps_call(network.layers, network.dtype))
 
 
-def hadamard(backend: Any, network: Network) -> list[Tensor]:
-    return [backend.hadamard(network.layers[0], 0.5)]
+def hadamard(backend: Backend, network: Network) -> list[Tensor]:
+    return [backend.hadamard(network.layers.error, 0.5)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def run(check: Check, device: torch.device) -> dict[str, Any]:
     half = check.precision == "bfloat16" and device.type == "cuda"
     dtype = torch.bfloat16 if half else torch.float32
     ours, plain = make_network(check, dtype, device), make_network(check, dtype, torch.device("cpu"))
-    with tf32(check.precision == "tf32"), grouped_by(kernel_planner(check.kernel)), launches() as launched:
+    with tf32(check.precision == "tf32"), planned_by(kernel_planner(check.kernel)), launches() as launched:
         found = [tensor.cpu() for tensor in check.call(triton_backend, ours)]
     expected = check.call(torch_backend, plain)
     off = torch.stack([_distance(a, b) for a, b in zip(found, expected, strict=True)]).max().item()
@@ -155,10 +154,10 @@ def make_network(check: Check, dtype: torch.dtype, device: torch.device) -> Netw
     inputs = [data(ROWS, width) for width in widths]
     kept = [data(ROWS, width).tanh() for width in widths[1:]]
     wanted = [True] * len(widths)
-    layers = [
-        *there([data(ROWS, check.error_size)]), there(stored), feedback.spec, there(inputs), there(kept),
+    layers = LayerCall(
+        data(ROWS, check.error_size).to(device), there(stored), feedback.spec, there(inputs), there(kept),
         [None] * hidden, ["tanh"] * hidden, [0.0] * 2 * hidden, wanted, wanted,
-    ]  # fmt: skip
+    )  # fmt: skip
     sizes = zip([*widths[1:], check.error_size], widths, strict=True)
     parameters = [data(*shape) for out, width in sizes for shape in ((out, width), (out,))]
     # A second moment of zero would divide each gradient by itself.

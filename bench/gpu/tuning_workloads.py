@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.gpu.cases import Case, Problem, make_problem
-from bench.gpu.forced import Config, gradient_tiles, grouped_by, planner_for
+from bench.gpu.forced import Config, gradient_tiles, with_config
 from bench.gpu.kernel_times import Operator, make_operator
 from bench.gpu.precision import TruncatedProducts, tf32
 from bench.gpu.reference import make_reference
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends.calls import LayerCall, TapsCall
 from dfa_kernels.backends.triton.configs import ProjectionConfig
+from dfa_kernels.backends.triton.launch import target_of
 from dfa_kernels.backends.triton.plan import LaunchPlan
+from dfa_kernels.backends.triton.route import looks_of, route_of
 
 Shape = tuple[int, int, int, int, int]
 """inputs, hidden, depth, size of the error, batch."""
@@ -68,15 +70,17 @@ def run_of(kernel: str, problem: Problem) -> Callable[[], list[Tensor]]:
     operator = make_operator(problem)
     if kernel != "project_taps":
         return operator.grads
-    arguments = tap_arguments(operator, problem.case.torch_dtype)
-    return lambda: triton_backend.project_taps(*arguments)
+    call = taps_call(operator.call, problem.case.torch_dtype)
+    return lambda: triton_backend.project_taps(call)
 
 
-def tap_arguments(operator: Operator, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Of `project_taps`: δ of every hidden layer, as for layers that autograd finishes."""
-    error, stored, spec, _, kept, *rest = operator.arguments
-    saved = [h.to(dtype) for h in kept]
-    return (error.to(dtype), stored, spec, [h.shape[1] for h in kept], saved, *rest[:3])
+def taps_call(layers: LayerCall, dtype: torch.dtype) -> TapsCall:
+    """δ of every hidden layer, as for layers that autograd finishes."""
+    kept = [h.to(dtype) for h in layers.kept]
+    return TapsCall(
+        layers.error.to(dtype), layers.stored, layers.feedback, [h.shape[1] for h in kept], kept, layers.noise,
+        layers.activations, layers.parameters,
+    )  # fmt: skip
 
 
 def _grouped(problem: Problem) -> Workload:
@@ -93,26 +97,21 @@ def _grouped(problem: Problem) -> Workload:
 
 def plan_of(operator: Operator, config: Config) -> LaunchPlan:
     """What a grouped launch with this config looks like."""
-    assert not isinstance(config, ProjectionConfig)
-    planner, plans = planner_for(config), []
-
-    def seen(problem: Any, target: Any) -> LaunchPlan:
-        plans.append(planner(problem, target))
-        return plans[-1]
-
-    with grouped_by(seen):
-        operator.describe()
-    return plans[0]
+    looks, target = looks_of(operator.call, operator.dtype, "store"), target_of(operator.call.error.device)
+    with with_config(config):
+        plan = route_of(looks, target).plan
+    assert plan is not None
+    return plan
 
 
 def _taps(problem: Problem) -> Workload:
-    operator, dtype, case = make_operator(problem), problem.case.torch_dtype, problem.case
-    arguments = tap_arguments(operator, dtype)
-    exact = torch_backend.project_taps(*tap_arguments(operator, torch.float64))
-    plain = [torch_backend.project_taps(*arguments)]
+    layers, case = make_operator(problem).call, problem.case
+    call = taps_call(layers, case.torch_dtype)
+    exact = torch_backend.project_taps(taps_call(layers, torch.float64))
+    plain = [torch_backend.project_taps(call)]
     if case.tf32:
         with tf32(False), TruncatedProducts():
-            plain.append(torch_backend.project_taps(*arguments))
+            plain.append(torch_backend.project_taps(call))
 
     def is_right(found: Sequence[Tensor]) -> bool:
         return all(
@@ -124,7 +123,7 @@ def _taps(problem: Problem) -> Workload:
         assert isinstance(config, ProjectionConfig)
         return -(-case.hidden // config.block_u) * -(-case.batch // config.block_r)
 
-    return Workload(case.name, lambda: triton_backend.project_taps(*arguments), is_right, tiles)
+    return Workload(case.name, lambda: triton_backend.project_taps(call), is_right, tiles)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

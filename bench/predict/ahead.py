@@ -146,8 +146,8 @@ def source_of(plan: LaunchPlan) -> ASTSource:
     But for the numbers in tuples, which a launch specialises as well: on being 1, and on being a multiple of 16.
     """
     tensors, numbers = types_of(plan)
-    constants = plan.constants_by_name()
     names = plan.kernel.arg_names
+    constants = {name: value for name, value in plan.arguments.items() if name.isupper()}
     runtime = [name for name in names if name not in constants]
     signature = dict(zip(runtime, [*tensors, *map(_number_type, numbers)], strict=True))
     stride = names.index("stride_column")

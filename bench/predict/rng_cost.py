@@ -31,8 +31,7 @@ def loop_of(source: str, arch: int) -> tuple[Counter[str], int]:
     """Instructions by class in the largest loop, and how many entries of U a thread makes in a turn of it."""
     plan = planned(Case("project_taps", 0, "bf16", source=source, error_size=1000), arch)
     kernel = compiled(source_of(plan), plan.options, arch)
-    constants = plan.constants_by_name()
-    tile = constants["BLOCK_U"] * constants["BLOCK_E"]
+    tile = plan.arguments["BLOCK_U"] * plan.arguments["BLOCK_E"]
     body = max(loops(instructions(disassembled(kernel.asm["cubin"]))), key=len)
     return Counter(class_of(line.opcode) for line in body), tile // (32 * plan.config.num_warps)
 

@@ -1,21 +1,21 @@
-"""The backends, and which of them a device gets. A backend is a module with the operators of `ops.py`."""
+"""The backends, and which of them a device gets. A backend is a module; what it offers says `calls.py`."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from types import ModuleType
 
 import torch
 
 from . import torch_backend
+from .calls import Backend
 
 logger = logging.getLogger("dfa_kernels")
 
 OLDEST_FOR_TRITON = 80
 """sm_70 and sm_75 have tensor cores that Triton no longer uses."""
 
-BACKENDS: dict[str, ModuleType] = {"torch": torch_backend}
+BACKENDS: dict[str, Backend] = {"torch": torch_backend}
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:

@@ -1,15 +1,11 @@
-"""The operators in plain PyTorch, on any device: the definition of correct for every other backend.
-
-Shapes: error [R, E]; of layer i, x [R·T, in] and kept [R·T, out]. R are the rows that the error has too; the T
-positions (1 for a plain batch) are units, so that the tap has T · out of them.
-"""
+"""The operators in plain PyTorch, on any device: the definition of correct for every other backend."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,55 +15,29 @@ from ..feedback_spec import FeedbackSpec
 from ..hadamard import hadamard_by_products
 from ..projection import project_unscaled
 from ..updates import RULES
+from .calls import LayerCall, TapsCall
 
 T = TypeVar("T")
 
 hadamard = hadamard_by_products
 
 
-def project_taps(
-    error: Tensor,
-    stored: Sequence[Tensor],
-    feedback: FeedbackSpec,
-    sizes: Sequence[int],
-    kept: Sequence[Tensor | None],
-    noise: Sequence[Tensor | None],
-    activations: Sequence[str],
-    parameters: Sequence[float],
-) -> list[Tensor]:
-    """δ of every tap from the error (paper, eq. 3 with the unified feedback matrix of eq. 7–8).
-
-    Tap i with a kept tensor [R, sizes[i]] gives δa = (e B_iᵀ) ⊙ f'(kept) ⊙ noise in kept's dtype; without one
-    δh = e B_iᵀ in the error's dtype.
-    """
-    shared = shared_projection(error, stored, feedback, max(sizes))
+def project_taps(call: TapsCall) -> list[Tensor]:
+    """δ of every tap; see `Backend.project_taps`."""
+    error, kept, noise, activations = call.error, call.kept, call.noise, call.activations
+    shared = shared_projection(error, call.stored, call.feedback, max(call.sizes))
     return [
-        _delta(shared, size, error.dtype, kept[i], noise[i], activations[i], *parameters[2 * i : 2 * i + 2])
-        for i, size in enumerate(sizes)
+        _delta(shared, size, error.dtype, kept[i], noise[i], activations[i], *call.parameters[2 * i : 2 * i + 2])
+        for i, size in enumerate(call.sizes)
     ]
 
 
-def layer_grads(
-    error: Tensor,
-    stored: Sequence[Tensor],
-    feedback: FeedbackSpec,
-    inputs: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    noise: Sequence[Tensor | None],
-    activations: Sequence[str],
-    parameters: Sequence[float],
-    weight_grads: Sequence[bool],
-    bias_grads: Sequence[bool],
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """Gradients of every fused linear layer: ΔW_i = δa_iᵀ x_i and Δb_i = Σ δa_i.
-
-    ``kept`` holds one tensor a hidden layer; one more input than that is the output layer, whose δ is the error. The
-    result lists each layer's weight and bias gradient, those asked for, in ``dtype``.
-    """
+def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of every fused linear layer; see `Backend.layer_grads`."""
     grads = []
-    deltas = _layer_deltas(error, stored, feedback, inputs, kept, noise, activations, parameters)
-    for (delta, x), wants_weight, wants_bias in zip(deltas, weight_grads, bias_grads, strict=True):
+    for (delta, x), wants_weight, wants_bias in zip(
+        _layer_deltas(call), call.weight_grads, call.bias_grads, strict=True
+    ):
         if wants_weight:
             grads.append(delta.t().mm(x).to(dtype))
         if wants_bias:
@@ -76,30 +46,14 @@ def layer_grads(
 
 
 def layer_update_(
-    error: Tensor,
-    stored: Sequence[Tensor],
-    feedback: FeedbackSpec,
-    inputs: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    noise: Sequence[Tensor | None],
-    activations: Sequence[str],
-    parameters: Sequence[float],
-    weight_grads: Sequence[bool],
-    bias_grads: Sequence[bool],
-    weights: Sequence[Tensor],
-    state: Sequence[Tensor],
-    rule: str,
-    hyper: Sequence[float],
+    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
 ) -> None:
-    """`layer_grads` and the optimizer's update in one: no gradient outlives its layer's product.
-
-    ``weights`` are the parameters in the order of `layer_grads`' result; ``state`` and ``hyper`` hold an equal share
-    for each of them.
-    """
+    """See `Backend.layer_update_`. No gradient outlives its layer's product."""
     update = RULES[rule]
     shares = zip(weights, _shares(state, len(weights)), _shares(hyper, len(weights)), strict=True)
-    deltas = _layer_deltas(error, stored, feedback, inputs, kept, noise, activations, parameters)
-    for (delta, x), wants_weight, wants_bias in zip(deltas, weight_grads, bias_grads, strict=True):
+    for (delta, x), wants_weight, wants_bias in zip(
+        _layer_deltas(call), call.weight_grads, call.bias_grads, strict=True
+    ):
         if wants_weight:
             update.apply_product_(*next(shares), delta, x)
         if wants_bias:
@@ -107,24 +61,16 @@ def layer_update_(
             update.apply_(parameter, own_state, own_hyper, _bias_grad(delta, parameter.dtype))
 
 
-def _layer_deltas(
-    error: Tensor,
-    stored: Sequence[Tensor],
-    feedback: FeedbackSpec,
-    inputs: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    noise: Sequence[Tensor | None],
-    activations: Sequence[str],
-    parameters: Sequence[float],
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
     """(δa [R·T, out], x [R·T, in]) of one layer after the other."""
+    error, kept, noise, activations = call.error, call.kept, call.noise, call.activations
     sizes = [positions(h, error) * h.shape[1] for h in kept]
-    shared = shared_projection(error, stored, feedback, max(sizes)) if sizes else None
-    for i, x in enumerate(inputs):
+    shared = shared_projection(error, call.stored, call.feedback, max(sizes)) if sizes else None
+    for i, x in enumerate(call.inputs):
         if shared is None or i == len(kept):
             delta = error if error.dtype == x.dtype else error.to(x.dtype)
         else:
-            numbers = parameters[2 * i : 2 * i + 2]
+            numbers = call.parameters[2 * i : 2 * i + 2]
             delta = _delta(shared, sizes[i], error.dtype, kept[i], noise[i], activations[i], *numbers)
         yield delta, x
 
@@ -193,13 +139,12 @@ def _shares(values: Sequence[T], n: int) -> list[Sequence[T]]:
     return [values[i * each : (i + 1) * each] for i in range(n)]
 
 
-def describe_layers(arguments: tuple[Any, ...], dtype: torch.dtype, rule: str, device: torch.device) -> str:
-    """What `layer_grads` or `layer_update_` runs for these arguments, in words."""
-    kept, inputs = arguments[4], arguments[3]
-    projection = "e Uᵀ once for all, then " if kept else ""
-    return f"{projection}one product for each of {len(inputs)} layers"
+def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:
+    """See `Backend.describe_layers`."""
+    projection = "e Uᵀ once for all, then " if call.kept else ""
+    return f"{projection}one product for each of {len(call.inputs)} layers"
 
 
-def describe_taps(arguments: tuple[Any, ...], device: torch.device) -> str:
-    """What `project_taps` runs for these arguments, in words."""
-    return f"e Uᵀ once for all, sliced for each of {len(arguments[3])} taps"
+def describe_taps(call: TapsCall, device: torch.device) -> str:
+    """See `Backend.describe_taps`."""
+    return f"e Uᵀ once for all, sliced for each of {len(call.sizes)} taps"

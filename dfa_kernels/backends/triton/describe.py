@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from ..calls import LayerCall, TapsCall
 from .launch import target_of
 from .plan import LaunchPlan
 from .problem import GroupedProblem, Projected
-from .route import MOST_LAYERS, LayerCall, looks_of, route_of, split
+from .route import MOST_LAYERS, looks_of, route_of, split
 from .taps import plan_project_taps, reason_taps_for_torch
 
 
-def describe_layers(arguments: tuple[Any, ...], dtype: torch.dtype, rule: str, device: torch.device) -> str:
-    """What `layer_grads` (rule "store") or `layer_update_` runs for these arguments."""
-    call = LayerCall(*arguments)
+def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:
+    """See `Backend.describe_layers`."""
     if len(call.inputs) > MOST_LAYERS:
-        parts = [describe_layers(tuple(part), dtype, rule, device) for part in split(call)]
+        parts = [describe_layers(part, dtype, rule, device) for part in split(call)]
         return f"in {len(parts)} parts of at most {MOST_LAYERS} layers: " + "; then ".join(parts)
     route = route_of(looks_of(call, dtype, rule), target_of(device))
     if route.reason:
@@ -25,12 +23,11 @@ def describe_layers(arguments: tuple[Any, ...], dtype: torch.dtype, rule: str, d
     return "nothing: no gradient is wanted" if route.plan is None else _describe(route.plan)
 
 
-def describe_taps(arguments: tuple[Any, ...], device: torch.device) -> str:
-    """What `project_taps` runs for these arguments."""
-    error, kept, noise = arguments[0], arguments[4], arguments[5]
-    if reason := reason_taps_for_torch(error, kept, noise):
+def describe_taps(call: TapsCall, device: torch.device) -> str:
+    """See `Backend.describe_taps`."""
+    if reason := reason_taps_for_torch(call):
         return f"by the torch backend: {reason}"
-    return _describe(plan_project_taps(target_of(device), *arguments))
+    return _describe(plan_project_taps(call, target_of(device)))
 
 
 def _describe(plan: LaunchPlan) -> str:

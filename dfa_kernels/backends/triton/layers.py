@@ -1,4 +1,4 @@
-"""`layer_grads` and `layer_update_`: all fused linear layers in one launch; shapes as in the torch backend."""
+"""`layer_grads` and `layer_update_`: all fused linear layers in one launch."""
 
 from __future__ import annotations
 
@@ -7,81 +7,51 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...feedback_spec import FeedbackSpec
 from ...updates import RULES
 from .. import torch_backend
+from ..calls import LayerCall, encoded
 from .launch import Arguments, check_device, counters, launch, target_of
 from .plan import LaunchPlan
-from .route import MOST_LAYERS, LayerCall, Route, looks_of, route_of, split
+from .route import MOST_LAYERS, Route, looks_of, route_of, split
 from .source import dense, projection_tensors
 
 
-def layer_grads(
-    error: Tensor,
-    stored: Sequence[Tensor],
-    feedback: FeedbackSpec,
-    inputs: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    noise: Sequence[Tensor | None],
-    activations: Sequence[str],
-    parameters: Sequence[float],
-    weight_grads: Sequence[bool],
-    bias_grads: Sequence[bool],
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """Gradients of every fused linear layer; see `torch_backend.layer_grads`."""
-    call = LayerCall(
-        error, stored, feedback, inputs, kept, noise, activations, parameters, weight_grads, bias_grads
-    )  # fmt: skip
+def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of every fused linear layer; see `Backend.layer_grads`."""
     if torch.compiler.is_compiling():
-        grads: list[Tensor] = torch.ops.dfa_kernels.layer_grads(*call[:2], feedback.encode(), *call[3:], dtype)
+        grads: list[Tensor] = torch.ops.dfa_kernels.layer_grads(*encoded(call), dtype)
         return grads
-    check_device(error.device)
-    if len(inputs) > MOST_LAYERS:
-        return [gradient for part in split(call) for gradient in layer_grads(*part, dtype)]
-    route = route_of(looks_of(call, dtype, "store"), target_of(error.device))
+    device = call.error.device
+    check_device(device)
+    if len(call.inputs) > MOST_LAYERS:
+        return [gradient for part in split(call) for gradient in layer_grads(part, dtype)]
+    route = route_of(looks_of(call, dtype, "store"), target_of(device))
     if route.reason:
-        return torch_backend.layer_grads(*call, dtype)
-    gradients = [torch.empty(shape, dtype=dtype, device=error.device) for shape in route.shapes]
+        return torch_backend.layer_grads(call, dtype)
+    gradients = [torch.empty(shape, dtype=dtype, device=device) for shape in route.shapes]
     _launch(route, call, gradients, (), (0.0,))
     return gradients
 
 
 def layer_update_(
-    error: Tensor,
-    stored: Sequence[Tensor],
-    feedback: FeedbackSpec,
-    inputs: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    noise: Sequence[Tensor | None],
-    activations: Sequence[str],
-    parameters: Sequence[float],
-    weight_grads: Sequence[bool],
-    bias_grads: Sequence[bool],
-    weights: Sequence[Tensor],
-    state: Sequence[Tensor],
-    rule: str,
-    hyper: Sequence[float],
+    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
 ) -> None:
-    """Gradients and the optimizer's update in one launch; see `torch_backend.layer_update_`.
+    """Gradients and the optimizer's update in one launch; see `Backend.layer_update_`.
 
     Nothing that the gradients are computed from may share memory with weights or state, nor these with each other.
     """
     if not weights:
         return
-    call = LayerCall(
-        error, stored, feedback, inputs, kept, noise, activations, parameters, weight_grads, bias_grads
-    )  # fmt: skip
-    check_device(error.device)
-    if len(inputs) > MOST_LAYERS:
+    check_device(call.error.device)
+    if len(call.inputs) > MOST_LAYERS:
         _update_in_parts(call, weights, state, rule, hyper)
         return
     changed = [*weights, *state]
     kernel_rule = (state and RULES[rule].with_state) or rule
     numbers, sets = _numbers_and_sets(kernel_rule, hyper, len(weights))
-    route = route_of(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(error.device))
+    route = route_of(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(call.error.device))
     if route.reason:
-        torch_backend.layer_update_(*call, weights, state, rule, hyper)
+        torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
     _launch(route, call, weights, state, numbers)
     torch.autograd.graph.increment_version(changed)
@@ -94,7 +64,7 @@ def _update_in_parts(
     for part in split(call):
         end = first + sum(part.weight_grads) + sum(part.bias_grads)
         own_state, own_hyper = state[first * each : end * each], hyper[first * numbers : end * numbers]
-        layer_update_(*part, weights[first:end], own_state, rule, own_hyper)
+        layer_update_(part, weights[first:end], own_state, rule, own_hyper)
         first = end
 
 

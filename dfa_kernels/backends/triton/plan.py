@@ -49,9 +49,8 @@ class LaunchPlan:
     kernel: Any
     config: OnePhaseConfig | TwoPhaseConfig | ProjectionConfig
     programs: int
-    numbers: tuple[Any, ...]
-    """The kernel's arguments between the tensors and the update's numbers."""
-    constants: tuple[Any, ...]
+    arguments: dict[str, Any]
+    """By name, the kernel's arguments but the tensors and the update's numbers; what it does not take is left out."""
     why: str
     counters: int = 0
     """int32 counters the launch needs."""
@@ -63,6 +62,17 @@ class LaunchPlan:
     """Whether tiles come by the tensor memory accelerator, whose descriptors need scratch memory."""
     compiled: dict[int, Any] = field(default_factory=dict)
     """The kernel compiled for addresses that are multiples of 16, by the index of the GPU it is loaded on."""
+    numbers: tuple[Any, ...] = field(init=False)
+    """Of the arguments, those between the tensors and the update's numbers, in the kernel's order."""
+    constants: tuple[Any, ...] = field(init=False)
+    """The others, in the kernel's order."""
+
+    def __post_init__(self) -> None:
+        # Once, so that a launch has nothing to look up.
+        given = self.arguments
+        self.arguments = {n: given[n] for n in self.kernel.arg_names if n.isupper() or n in given}
+        self.numbers = tuple([value for name, value in self.arguments.items() if not name.isupper()])
+        self.constants = tuple([value for name, value in self.arguments.items() if name.isupper()])
 
     @property
     def name(self) -> str:
@@ -77,10 +87,6 @@ class LaunchPlan:
             maxnreg=self.config.registers,
             enable_fp_fusion=True,
         )
-
-    def constants_by_name(self) -> dict[str, Any]:
-        names = [name for name in self.kernel.arg_names if name.isupper()]
-        return dict(zip(names, self.constants, strict=True))
 
 
 def plan_grouped(problem: GroupedProblem, target: Target) -> LaunchPlan:
@@ -138,7 +144,7 @@ def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPla
         config = replace(config, block_m=max(config.block_m, _block(projected)))
     hidden_out = problem.widths_out[: problem.hidden]
     block_e = max(16, triton.next_power_of_2(projected.error_size))
-    constants = _grouped_constants(problem) | dict(
+    arguments = _grouped_arguments(problem) | dict(
         ALIGN=alignment(widths_in, hidden_out),
         ONE_POSITION=all(t == 1 for t in problem.positions),
         BLOCK_M=config.block_m,
@@ -152,8 +158,7 @@ def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPla
         one_phase,
         config,
         _gradient_tiles(problem, config),
-        (*_grouped_numbers(problem), *_layer_numbers(problem)),
-        _in_order(one_phase, constants),
+        arguments,
         _why_one_phase(problem),
     )
 
@@ -203,7 +208,14 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
     copy_tiles = -(-width // config.block_u) if copy and has_output else 0
     uses_tma = can_use_tma(projected.dtype, align, target)
     sums = problem.hidden * row_tiles * problem.widest if problem.biases else 0
-    constants = _grouped_constants(problem, projected.rows * width, sums) | dict(
+    copies, projections = copy_tiles * row_tiles, unit_tiles * row_tiles
+    total = copies + projections + _gradient_tiles(problem, config)
+    arguments = _grouped_arguments(problem, projected.rows * width, sums) | dict(
+        delta_width=width,
+        delta_stride=width if copy else projected.error_strides[0],
+        copies=copies,
+        projections=projections,
+        total=total,
         ALIGN=align,
         TMA=uses_tma,
         COPY=copy_tiles > 0,
@@ -215,25 +227,12 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
     )
-    copies, projections = copy_tiles * row_tiles, unit_tiles * row_tiles
-    total = copies + projections + _gradient_tiles(problem, config)
-    numbers = (
-        *_grouped_numbers(problem),
-        problem.sizes or (0,),
-        *_layer_numbers(problem),
-        width,
-        width if copy else projected.error_strides[0],
-        copies,
-        projections,
-        total,
-    )
     return LaunchPlan(
         problem,
         two_phase,
         config,
         min(total, target.multiprocessors * config.programs),
-        numbers,
-        _in_order(two_phase, constants),
+        arguments,
         "chosen",
         counters=1 + unit_tiles + copy_tiles,
         sums=sums,
@@ -258,7 +257,12 @@ def plan_projection(problem: TapsProblem, config: ProjectionConfig) -> LaunchPla
     projected = problem.projected
     longest = projected.rows * max(problem.sizes)
     derivatives, which = _derivatives(problem.activations)
-    constants = projected.constants() | dict(
+    arguments = projected.arguments(max(problem.sizes)) | dict(
+        sizes=problem.sizes,
+        channels=problem.channels,
+        scales=projected.scales(problem.sizes),
+        p=problem.parameters[0::2],
+        q=problem.parameters[1::2],
         DERIVATIVES=derivatives,
         WHICH=which,
         KEPT=problem.kept,
@@ -270,14 +274,6 @@ def plan_projection(problem: TapsProblem, config: ProjectionConfig) -> LaunchPla
         BLOCK_R=config.block_r,
         BLOCK_E=config.block_e,
     )
-    numbers = (
-        *projected.numbers(max(problem.sizes)),
-        problem.sizes,
-        problem.channels,
-        projected.scales(problem.sizes),
-        problem.parameters[0::2],
-        problem.parameters[1::2],
-    )
     taps = len(problem.sizes)
     why = f"a tile of the projection serves all {taps} taps" if taps > 1 else "a tile of the projection at a time"
     return LaunchPlan(
@@ -285,8 +281,7 @@ def plan_projection(problem: TapsProblem, config: ProjectionConfig) -> LaunchPla
         project_taps_kernel,
         config,
         _projection_tiles(problem, config),
-        numbers,
-        _in_order(project_taps_kernel, constants),
+        arguments,
         why,
     )
 
@@ -313,13 +308,23 @@ def _index_dtype(*counts: int) -> Any:
     return tl.int64 if needs_int64(*counts) else tl.int32
 
 
-def _grouped_constants(problem: GroupedProblem, *counts: int) -> dict[str, Any]:
-    """counts: of numbers in tensors that the kernel reads or writes beside those of the problem."""
+def _grouped_arguments(problem: GroupedProblem, *counts: int) -> dict[str, Any]:
+    """Those of both kernels; counts: of numbers in tensors that the kernel reads or writes beside the problem's."""
     projected = problem.projected
     derivatives, which = _derivatives(problem.activations)
+    p, q = problem.parameters[0::2], problem.parameters[1::2]
+    has_output = len(problem.widths_in) > problem.hidden
     longest = [projected.rows * t for t in problem.positions]
-    return projected.constants() | dict(
-        OUTPUT=len(problem.widths_in) > problem.hidden,
+    return projected.arguments(problem.widest) | dict(
+        widths_in=problem.widths_in,
+        widths_out=problem.widths_out,
+        positions=problem.positions,
+        sizes=problem.sizes or (0,),
+        # The output layer's are without effect.
+        scales=projected.scales(problem.sizes) + (1.0,) * has_output,
+        p=p + (0.0,) * has_output,
+        q=q + (0.0,) * has_output,
+        OUTPUT=has_output,
         DERIVATIVES=derivatives,
         WHICH=which,
         NOISE=problem.noise,
@@ -338,20 +343,6 @@ def _grouped_constants(problem: GroupedProblem, *counts: int) -> dict[str, Any]:
             *counts,
         ),
     )
-
-
-def _grouped_numbers(problem: GroupedProblem) -> tuple[Any, ...]:
-    widest = max(problem.sizes, default=0)
-    return (*problem.projected.numbers(widest), problem.widths_in, problem.widths_out, problem.positions)
-
-
-def _layer_numbers(problem: GroupedProblem) -> tuple[tuple[float, ...], ...]:
-    """scales, p and q of every layer; the output layer's are without effect."""
-    scales = problem.projected.scales(problem.sizes)
-    p, q = problem.parameters[0::2], problem.parameters[1::2]
-    if len(problem.widths_in) > problem.hidden:
-        return (*scales, 1.0), (*p, 0.0), (*q, 0.0)
-    return scales, p, q
 
 
 def _derivatives(activations: Sequence[str]) -> tuple[Derivatives, tuple[int, ...]]:
@@ -376,7 +367,3 @@ def _projection_tiles(problem: TapsProblem, config: ProjectionConfig) -> int:
 
 def _that_fills(tiles: list[int], target: Target) -> int:
     return first_that_fills(tiles, target.multiprocessors)
-
-
-def _in_order(kernel: Any, constants: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(constants[name] for name in kernel.arg_names if name.isupper())

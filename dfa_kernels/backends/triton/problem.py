@@ -77,17 +77,18 @@ class Projected:
             BITS=padded_bits(self.error_size) if self.tile == "blocks" else 0,
         )
 
-    def numbers(self, widest: int) -> tuple[int, ...]:
-        """error_size, strides, key, nonzeros, widest, rows: the kernels' arguments in this order."""
-        seed = self.feedback.seed
-        return (
-            self.error_size,
-            *self.error_strides,
-            _signed(seed & 0xFFFFFFFF),
-            _signed(seed >> 32),
-            self.feedback.nonzeros_per_row(self.error_size) if self.tile == "nonzeros" else 0,
-            widest,
-            self.rows,
+    def arguments(self, widest: int) -> dict[str, Any]:
+        """What all kernels get alike, by name; widest: units of the widest tap."""
+        seed, (stride_row, stride_column) = self.feedback.seed, self.error_strides
+        return self.constants() | dict(
+            error_size=self.error_size,
+            stride_row=stride_row,
+            stride_column=stride_column,
+            key0=_signed(seed & 0xFFFFFFFF),
+            key1=_signed(seed >> 32),
+            nonzeros=self.feedback.nonzeros_per_row(self.error_size) if self.tile == "nonzeros" else 0,
+            widest=widest,
+            rows=self.rows,
         )
 
     def scales(self, sizes: Sequence[int]) -> tuple[float, ...]:

@@ -5,37 +5,38 @@ In every step the looks are read and compared, nothing else: routes are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ...feedback_spec import FeedbackSpec
-from .plan import LaunchPlan, plan_grouped
-from .problem import GroupedProblem, Target
+from ..calls import LayerCall
+from .plan import LaunchPlan, plan_grouped, plan_taps
+from .problem import GroupedProblem, TapsProblem, Target
 from .source import ErrorLooks, looks_of_error, mask_of, projected_for, reason_for_torch
 
 # Which layers want what travels as bits of an int32; and twice the layers take more than twice as long to compile.
 MOST_LAYERS = 31
 
+Planner = Callable[[Any, Target], LaunchPlan]
+planners: dict[type, Planner] = {GroupedProblem: plan_grouped, TapsProblem: plan_taps}
+"""What makes the plan for each type of problem."""
 
-class LayerCall(NamedTuple):
-    """The arguments that the two operators share."""
 
-    error: Tensor
-    stored: Sequence[Tensor]
-    feedback: FeedbackSpec
-    inputs: Sequence[Tensor]
-    kept: Sequence[Tensor]
-    noise: Sequence[Tensor | None]
-    activations: Sequence[str]
-    parameters: Sequence[float]
-    weight_grads: Sequence[bool]
-    bias_grads: Sequence[bool]
+@contextmanager
+def planned_by(planner: Planner, problem: type = GroupedProblem) -> Iterator[None]:
+    """Within it, on every thread, launches for problems of this type are what this planner says."""
+    before, planners[problem] = planners[problem], planner
+    route_of.cache_clear()
+    try:
+        yield
+    finally:
+        planners[problem] = before
+        route_of.cache_clear()
 
 
 def split(call: LayerCall) -> Iterator[LayerCall]:
@@ -116,7 +117,9 @@ def route_of(looks: Looks, target: Target) -> Route:
         shapes += [(out, x[1])] * wants_weight + [(out,)] * wants_bias
     weights, biases = _places(looks.weight_grads, looks.bias_grads)
     reason = reason_for_torch(looks.error.dtype, looks.activation_dtypes, looks.dtype)
-    plan = None if reason or not shapes else plan_grouped(_problem(looks, widths_out, weights, biases), target)
+    plan = None
+    if shapes and not reason:
+        plan = planners[GroupedProblem](_problem(looks, widths_out, weights, biases), target)
     return Route(plan, reason, tuple(shapes), weights, biases)
 
 

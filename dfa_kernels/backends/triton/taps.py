@@ -1,91 +1,72 @@
-"""`project_taps`: δ of every tap in one launch; shapes as in the torch backend."""
+"""`project_taps`: δ of every tap in one launch."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...feedback_spec import FeedbackSpec
 from .. import torch_backend
+from ..calls import TapsCall, encoded
 from .launch import check_device, launch, target_of
-from .plan import LaunchPlan, plan_taps
+from .plan import LaunchPlan
 from .problem import TapsProblem, Target
+from .route import planners
 from .source import dense, looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
 
 
-def project_taps(
-    error: Tensor,
-    stored: Sequence[Tensor],
-    feedback: FeedbackSpec,
-    sizes: Sequence[int],
-    kept: Sequence[Tensor | None],
-    noise: Sequence[Tensor | None],
-    activations: Sequence[str],
-    parameters: Sequence[float],
-) -> list[Tensor]:
-    """δ of every tap; see `torch_backend.project_taps`."""
-    call = (error, stored, feedback, sizes, kept, noise, activations, parameters)
+def project_taps(call: TapsCall) -> list[Tensor]:
+    """δ of every tap; see `Backend.project_taps`."""
     if torch.compiler.is_compiling():
-        deltas: list[Tensor] = torch.ops.dfa_kernels.project_taps(*call[:2], feedback.encode(), *call[3:])
+        deltas: list[Tensor] = torch.ops.dfa_kernels.project_taps(*encoded(call))
         return deltas
+    error = call.error
     check_device(error.device)
-    if reason_taps_for_torch(error, kept, noise):
-        return torch_backend.project_taps(*call)
-    ordered = [None if h is None else _ordered(h) for h in kept]
-    masks = [m if m is None or h is None else _like(m, h) for m, h in zip(noise, ordered, strict=True)]
+    if reason_taps_for_torch(call):
+        return torch_backend.project_taps(call)
+    kept = [None if h is None else _ordered(h) for h in call.kept]
+    noise = [m if m is None or h is None else _like(m, h) for m, h in zip(call.noise, kept, strict=True)]
     results = [
         error.new_empty((error.shape[0], size)) if h is None else torch.empty_like(h)
-        for size, h in zip(sizes, ordered, strict=True)
+        for size, h in zip(call.sizes, kept, strict=True)
     ]
     if error.shape[0] == 0:
         return results
-    plan = plan_project_taps(
-        target_of(error.device), error, stored, feedback, sizes, ordered, masks, activations, parameters
-    )
+    _, stored, feedback, sizes, _, _, activations, parameters = call
+    ordered = TapsCall(error, stored, feedback, sizes, kept, noise, activations, parameters)
+    plan = plan_project_taps(ordered, target_of(error.device))
     error, parts = projection_tensors(plan.problem.projected, error, stored, max(sizes))
     tensors = (
         error,
         parts,
-        tuple([error if h is None else h for h in ordered]),
-        tuple([error if m is None else m for m in masks]),
+        tuple([error if h is None else h for h in kept]),
+        tuple([error if m is None else m for m in noise]),
         tuple(results),
     )
     launch(plan, error.device, tensors)
     return results
 
 
-def reason_taps_for_torch(error: Tensor, kept: Sequence[Tensor | None], noise: Sequence[Tensor | None]) -> str:
+def reason_taps_for_torch(call: TapsCall) -> str:
     """Why the torch backend has to make these δ; empty if it has not."""
-    dtypes = {tensor.dtype for tensor in (*kept, *noise) if tensor is not None}
-    return reason_for_torch(error.dtype, dtypes, error.dtype)
+    dtypes = {tensor.dtype for tensor in (*call.kept, *call.noise) if tensor is not None}
+    return reason_for_torch(call.error.dtype, dtypes, call.error.dtype)
 
 
-def plan_project_taps(
-    target: Target,
-    error: Tensor,
-    stored: Sequence[Tensor],
-    feedback: FeedbackSpec,
-    sizes: Sequence[int],
-    kept: Sequence[Tensor | None],
-    noise: Sequence[Tensor | None],
-    activations: Sequence[str],
-    parameters: Sequence[float],
-) -> LaunchPlan:
+def plan_project_taps(call: TapsCall, target: Target) -> LaunchPlan:
     """What will run for taps of these shapes. Reads no values, so meta tensors do."""
-    saved = [h for h in kept if h is not None]
+    saved = [h for h in call.kept if h is not None]
+    looks = looks_of_error(call.error, call.stored, call.feedback)
     problem = TapsProblem(
-        projected_for(looks_of_error(error, stored, feedback), max(sizes), (saved or [error])[0].dtype),
-        tuple(sizes),
-        tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in kept]),
-        tuple(activations),
-        tuple([float(number) for number in parameters]),
-        mask_of([h is not None for h in kept]),
-        mask_of([mask is not None for mask in noise]),
-        mask_of([h is not None and not h.is_contiguous() for h in kept]),
+        projected_for(looks, max(call.sizes), (saved or [call.error])[0].dtype),
+        tuple(call.sizes),
+        tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in call.kept]),
+        tuple(call.activations),
+        tuple([float(number) for number in call.parameters]),
+        mask_of([h is not None for h in call.kept]),
+        mask_of([mask is not None for mask in call.noise]),
+        mask_of([h is not None and not h.is_contiguous() for h in call.kept]),
     )
-    return plan_taps(problem, target)
+    return planners[TapsProblem](problem, target)
 
 
 def _ordered(kept: Tensor) -> Tensor:
