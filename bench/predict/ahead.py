@@ -39,7 +39,7 @@ FEEDBACKS = {"projection": FeedbackSpec("fastfood")} | {
     for source, storage in ((kind.stored_source, "dense"), (kind.seed_source, "procedural"))
     if source
 }
-BLOCKS = tuple(source for source, spec in FEEDBACKS.items() if spec.row.tile == "blocks")
+BLOCKS = (FEEDBACK_KINDS["fastfood"].stored_source, FEEDBACK_KINDS["fastfood"].seed_source)
 # Widths of the network's input and hidden layers: multiples of 16 bytes, of 4 and of 2 in half precision.
 WIDTHS = {"even": (3070, 802), "odd": (3071, 801)}
 
