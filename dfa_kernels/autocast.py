@@ -1,4 +1,4 @@
-"""What autocast must not reach: products whose precision is chosen here."""
+"""What autocast must not reach: products whose precision is chosen here, and passes after one without a graph."""
 
 from __future__ import annotations
 
@@ -20,3 +20,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 @torch.compiler.assume_constant_result
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+class WithoutGraph(torch.no_grad):
+    """torch.no_grad(), with whose end autocast forgets the weights that it has cast.
+
+    In torch 2.10 a pass that needs a graph would get these casts, too, and its gradients would end at them.
+    """
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        torch.clear_autocast_cache()
