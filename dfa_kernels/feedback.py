@@ -87,29 +87,32 @@ class Feedback:
         rows, error_size = self._check_shape(rows, error_size)
         if self.spec.storage == "procedural":
             return []
-        self._check_room(rows, error_size, place, given_back=sum(part.nbytes for part in kept or ()))
+        self._check_room(rows, error_size, place, given_back=kept or [])
         # Let go of the smaller one before the larger one is made.
         kept = None
         self._kept.pop((error_size, place), None)
         made = self._kept[error_size, place] = self._make(units_for(self.spec, rows, error_size), error_size, place)
         return made
 
-    def _check_room(self, rows: int, error_size: int, device: torch.device, given_back: int) -> None:
+    def _check_room(self, rows: int, error_size: int, device: torch.device, given_back: Parts) -> None:
         """torch.OutOfMemoryError, before anything is allocated, if that many rows of U do not fit on the device.
 
-        given_back: bytes that come free before these are needed.
+        given_back: what comes free before these are needed.
         """
         if torch.compiler.is_compiling() or self._is_given_on(device):
             return
         wanted, free = self.nbytes(rows, error_size), free_bytes(device)
-        if free is None or wanted <= free + given_back:
+        if free is None:
+            return
+        free += sum(part.nbytes for part in given_back)
+        if wanted <= free:
             return
         asked = f"feedback: {rows} x {error_size} of {self.spec.kind!r} need {_size(wanted)} on {device}, "
-        asked += f"where {_size(free + given_back)} are free"
+        asked += f"where {_size(free)} are free"
         if self._given is not None:
             raise torch.OutOfMemoryError(f"{asked}; from_matrix(U, device=...) projects on another device")
         others = {kind: Feedback(kind, dtype=self.spec.dtype).nbytes(rows, error_size) for kind in KINDS}
-        fitting = [f"{kind!r} ({_size(n)})" for kind, n in others.items() if n <= free + given_back]
+        fitting = [f"{kind!r} ({_size(n)})" for kind, n in others.items() if n <= free]
         raise torch.OutOfMemoryError(
             f"{asked}; storage='procedural' keeps only the seed, for any kind"
             + (f", and these kinds would fit: {', '.join(fitting)}" if fitting else "")

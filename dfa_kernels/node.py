@@ -79,6 +79,8 @@ class DFANode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: NodePlan, output: Tensor, *tensors: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            _meet_numbers(plan)
         ctx.plan = plan
         ctx.save_for_backward(*(tensors[i] for i in plan.saved))
         return output.view_as(output)
@@ -88,6 +90,16 @@ class DFANode(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(gradient.device):
             return _backward(ctx, gradient)
+
+
+def _meet_numbers(plan: NodePlan) -> float:
+    """Shows a compiler in the forward pass every number of the plan that may vary from call to call.
+
+    The compiler of torch 2.10 confuses such numbers with each other if it first meets some in the backward pass.
+    """
+    layers = (*plan.linears, *plan.convolutions)
+    units = sum(math.prod(root.units) for root in plan.roots) + sum(math.prod(layer.units) for layer in layers)
+    return units + sum(layer.p + layer.q for layer in layers) + plan.feedback.gain
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

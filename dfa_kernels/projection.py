@@ -23,7 +23,7 @@ def units_for(spec: FeedbackSpec, rows: int, error_size: int) -> int:
 def generate(spec: FeedbackSpec, units: range, error_size: int, device: torch.device) -> Parts:
     """What defines these units of U, as dense storage keeps it; on the meta device only its shapes."""
     if device.type == "meta":
-        return _parts_fake(spec.encode(), units.start, units.stop, error_size, device)
+        return _empty_parts(spec, units.stop - units.start, error_size, device)
     make = torch.ops.dfa_kernels.feedback_parts
     parts: Parts = make(spec.encode(), units.start, units.stop, error_size, device)
     return parts
@@ -48,9 +48,12 @@ def _feedback_parts(feedback: str, start: int, stop: int, error_size: int, devic
 
 
 def _parts_fake(feedback: str, start: int, stop: int, error_size: int, device: torch.device) -> Parts:
-    spec = FeedbackSpec.decode(feedback)
+    return _empty_parts(FeedbackSpec.decode(feedback), stop - start, error_size, device)
+
+
+def _empty_parts(spec: FeedbackSpec, units: int, error_size: int, device: torch.device) -> Parts:
     layout = spec.row.layout(spec, error_size)
-    return [torch.empty(stop - start, width, dtype=dtype, device=device) for width, dtype in layout]
+    return [torch.empty(units, width, dtype=dtype, device=device) for width, dtype in layout]
 
 
 torch.library.impl("dfa_kernels::feedback_parts", "CompositeExplicitAutograd", _feedback_parts)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ._torch_internals import calls_are_observed, module_calls_are_observed
 from .activations import ACTIVATIONS, Activation, module_parameters
+from .autocast import WithoutGraph
 from .segments import FusedLayer, Segment
 
 _ROW_OF_MODULE: dict[type[nn.Module], Activation] = {m: row for row in ACTIVATIONS.values() for m in row.modules}
@@ -51,7 +52,7 @@ def run_sequence(
 ) -> tuple[Tensor, list[Segment], FusedLayer]:
     """Output, segments and last layer. A tap is at the activation, or behind the dropout that follows it."""
     run = _Run(tap_at_activation)
-    with torch.no_grad():
+    with WithoutGraph():
         for module in modules:
             x = _STEPS[_CODE[type(module)]](run, module, x)
     assert run.layer is not None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .autocast import WithoutGraph
 from .restore import restored
 from .taps import ForwardPass, TapPolicy
 
@@ -30,7 +31,7 @@ def count_weight_layers(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     """
     if torch.compiler.is_compiling() or _is_plain_sequence(net):
         return sum(_calls(module) for module in _call_order(net))
-    with restored(net), torch.no_grad(), ForwardPass(TapPolicy("named")) as counting:
+    with restored(net), WithoutGraph(), ForwardPass(TapPolicy("named")) as counting:
         net(*args, **kwargs)
     seen: int = counting.weight_layers_seen
     return seen

@@ -38,6 +38,20 @@ def cnn(seed=0):
     )
 
 
+def pooled():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.LeakyReLU(0.3),
+        nn.Conv2d(4, 5, 3, stride=2),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+    )
+
+
 def batch(n=8, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, 5, generator=generator), torch.randint(3, (n,), generator=generator)
@@ -55,6 +69,19 @@ def grads(module):
 def grads_of(model, x, y):
     model.zero_grad()
     F.cross_entropy(model(x), y).backward()
+    return grads(model)
+
+
+def autocast_grads(model, x, y, inside=False):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+        assert output.dtype == torch.bfloat16
+        loss = F.cross_entropy(output.float(), y)
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
     return grads(model)
 
 
@@ -357,7 +384,7 @@ class TestPrecision:
     def test_autocast(self, make, data, taps, cuts):
         """Parameters and gradients in float32, as exact as the formula is under autocast."""
         x, y = data()
-        found = self.autocast_grads(dfa.DFA(make(), taps=taps), x, y)
+        found = autocast_grads(dfa.DFA(make(), taps=taps), x, y)
         U = dfa.Feedback(normalize=False).matrix(256, 3)
         at_input = taps == "layer_input"
         ref, scales = cut_gradients(
@@ -371,23 +398,10 @@ class TestPrecision:
             assert g.dtype == torch.float32
             assert_close_to_oracle(g, r, s, scale * coarse)
 
-    @staticmethod
-    def autocast_grads(model, x, y, inside=False):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model(x)
-            assert output.dtype == torch.bfloat16
-            loss = F.cross_entropy(output.float(), y)
-            if inside:
-                loss.backward()
-        if not inside:
-            loss.backward()
-        return grads(model)
-
     def test_backward_inside_autocast(self):
         x, y = batch()
         model = dfa.DFA(mlp())
-        assert_same(self.autocast_grads(model, x, y, inside=True), self.autocast_grads(model, x, y))
+        assert_same(autocast_grads(model, x, y, inside=True), autocast_grads(model, x, y))
 
     def test_grad_scaler(self):
         """Scaling by a power of two and back changes no bit."""
@@ -459,6 +473,30 @@ class TestCompile:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for n in (8, 5, 1):
             assert_near(compiled_grads(compiled, model, *batch(n)), grads_of(dfa.DFA(mlp()), *batch(n)))
+
+    @pytest.mark.parametrize("make, data", [(mlp, batch), (cnn, images)])
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_autocast(self, make, data, inside):
+        """The compiled backward pass computes what the eager one does, inside autocast and after it."""
+        model = dfa.DFA(make())
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        expected = autocast_grads(dfa.DFA(make()), *data(), inside)
+        assert_near(autocast_grads(compiled, *data(), inside), expected)
+
+    def test_meta_device(self):
+        model = dfa.DFA(mlp().to("meta"))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled(batch()[0].to("meta")).sum().backward()
+        assert [p.grad.shape for p in model.parameters()] == [p.shape for p in model.parameters()]
+
+    @pytest.mark.parametrize("dynamic, taps", [(None, "layer_input"), (True, "nonlinearity")])
+    def test_numbers_that_vary(self, dynamic, taps):
+        """Batch and image sizes, and with dynamic=True each number that a module holds."""
+        model, eager = dfa.DFA(pooled(), taps=taps), dfa.DFA(pooled(), taps=taps)
+        compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for n, height, width in ((8, 10, 10), (5, 12, 11)):
+            x, y = torch.randn(n, 3, height, width), torch.arange(n) % 3
+            assert_near(compiled_grads(compiled, model, x, y), grads_of(eager, x, y))
 
     def test_mode_changes(self):
         """Entering backprop() or no_grad() after compiling takes effect."""
