@@ -3,8 +3,8 @@
 from . import functional, ops, optim
 from .alignment import Alignment, alignment
 from .feedback import Feedback
-from .memory import feedback_memory
-from .taps import Tap, TapInfo
+from .feedback.memory import feedback_memory
+from .forward.taps import Tap, TapInfo
 from .wrapper import DFA
 
 __version__ = "0.1.0"

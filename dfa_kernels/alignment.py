@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .feedback import Feedback
-from .record import error_shape
-from .restore import restored
-from .taps import ForwardPass, TapPolicy, tap_names
+from .forward.record import error_shape
+from .forward.restore import restored
+from .forward.taps import ForwardPass, TapPolicy, tap_names
 from .wrapper import DFA
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._torch_internals import forward_mode_is_on
-from .hadamard import HadamardFunction, hadamard, hadamard_by_products
+from .feedback.hadamard import HadamardFunction, hadamard, hadamard_by_products
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:

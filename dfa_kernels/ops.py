@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends import BACKENDS, resolve, torch_backend
 from .backends.calls import LayerCall, TapsCall
-from .feedback_spec import FeedbackSpec
+from .feedback.spec import FeedbackSpec
 
 LAYER_ARGUMENTS = (
     "Tensor error, Tensor[] stored, str feedback, Tensor[] inputs, Tensor[] kept, Tensor?[] noise, "

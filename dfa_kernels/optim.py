@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import backends
 from ._torch_internals import is_inside_ddp, step_is_observed
 from .autocast import without_autocast
-from .deferred import DeferredCall, Ledger
+from .backward.deferred import DeferredCall, Ledger
 from .updates import RULES
 from .wrapper import DFA
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .deferred import Ledger
+from .backward.deferred import Ledger
+from .backward.node import attach
+from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
 from .feedback import Feedback
-from .node import attach
-from .record import Pass, recorded
-from .segments import FusedLayer, Segment, SegmentedPass
-from .sequence import plain_modules, run_sequence
-from .step_plan import Sketch, StepPlan, sketch, step_plan
-from .taps import OutputTap, Tap, TapInfo, TapPolicy, tap_names
-from .weight_layers import count_weight_layers
+from .forward.record import Pass, recorded
+from .forward.segments import FusedLayer, Segment, SegmentedPass
+from .forward.sequence import plain_modules, run_sequence
+from .forward.taps import OutputTap, Tap, TapInfo, TapPolicy, tap_names
+from .forward.weight_layers import count_weight_layers
 
 if TYPE_CHECKING:
     from .optim import FusedOptimizer

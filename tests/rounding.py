@@ -19,9 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.predict import sass
-from dfa_kernels.backends.triton.fastfood_tile import _parts
-from dfa_kernels.backends.triton.philox import box_muller
-from dfa_kernels.backends.triton.rounded import root
+from dfa_kernels.backends.triton.kernels.fastfood_tile import _parts
+from dfa_kernels.backends.triton.kernels.random_tile import box_muller
+from dfa_kernels.backends.triton.kernels.rounded import root
 
 
 @triton.jit

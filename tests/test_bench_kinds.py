@@ -10,7 +10,7 @@ import pytest
 
 from bench.learn import kinds
 from bench.learn.kinds import Job
-from dfa_kernels.feedback_spec import KINDS, STORAGES
+from dfa_kernels.feedback.spec import KINDS, STORAGES
 
 
 def write_run(job: Job, runs: Path, **changes: Any) -> None:

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dfa_kernels as dfa
 from bench.cpu import feedback_memory
 from bench.cpu.large_networks import GPT2, LARGE_NETWORKS, LargeNetwork
-from dfa_kernels.fastfood import fastfood_diagonals
-from dfa_kernels.feedback_spec import KINDS, FeedbackSpec
-from dfa_kernels.projection import _feedback_parts
+from dfa_kernels.feedback.fastfood import fastfood_diagonals
+from dfa_kernels.feedback.projection import _feedback_parts
+from dfa_kernels.feedback.spec import KINDS, FeedbackSpec
 
 NETWORKS = {network.name: network for network in LARGE_NETWORKS}
 TAPS = {"AlexNet": 7, "VGG-16": 15, "ResNet-50": 49, "ViT-B/16": 12, "GPT-2 124M": 12}
@@ -70,7 +70,7 @@ def test_dense_feedback_on_the_meta_device(kind: str, monkeypatch: pytest.Monkey
     def no_numbers(*args: object) -> None:
         raise AssertionError("random numbers on the meta device")
 
-    monkeypatch.setattr("dfa_kernels.entries.philox4x32", no_numbers)
+    monkeypatch.setattr("dfa_kernels.feedback.entries.philox4x32", no_numbers)
     net, x = NETWORKS["VGG-16"].on_meta()
     feedback = dfa.Feedback(kind)
     model = dfa.DFA(net, feedback)

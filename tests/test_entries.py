@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_philox import reference
 
-from dfa_kernels import entries
-from dfa_kernels.entries import Stream, default_nonzeros, fill, packed_signs, sparse_entries, unpack_signs
-from dfa_kernels.fastfood import fastfood_diagonals
+from dfa_kernels.feedback import entries
+from dfa_kernels.feedback.entries import Stream, default_nonzeros, fill, packed_signs, sparse_entries, unpack_signs
+from dfa_kernels.feedback.fastfood import fastfood_diagonals
 
 CPU = torch.device("cpu")
 KURTOSIS = {"gaussian": 3.0, "uniform": 1.8, "rademacher": 1.0}

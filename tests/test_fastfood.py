@@ -11,11 +11,11 @@ from scipy.linalg import hadamard
 from scipy.stats import chi, norm
 from test_entries import oracle, words_at
 
-from dfa_kernels import entries, fastfood
-from dfa_kernels.entries import Stream, fill
-from dfa_kernels.fastfood import block_rows, fastfood_diagonals
-from dfa_kernels.feedback_spec import FeedbackSpec
-from dfa_kernels.projection import project_unscaled, units_for
+from dfa_kernels.feedback import entries, fastfood
+from dfa_kernels.feedback.entries import Stream, fill
+from dfa_kernels.feedback.fastfood import block_rows, fastfood_diagonals
+from dfa_kernels.feedback.projection import project_unscaled, units_for
+from dfa_kernels.feedback.spec import FeedbackSpec
 
 CPU = torch.device("cpu")
 

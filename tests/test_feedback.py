@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfa_kernels import entries
-from dfa_kernels.entries import default_nonzeros, fill, sparse_entries
-from dfa_kernels.feedback import Feedback
-from dfa_kernels.feedback_spec import KINDS, STORAGES, FeedbackSpec
-from dfa_kernels.projection import project_unscaled
+from dfa_kernels.feedback import Feedback, entries
+from dfa_kernels.feedback.entries import default_nonzeros, fill, sparse_entries
+from dfa_kernels.feedback.projection import project_unscaled
+from dfa_kernels.feedback.spec import KINDS, STORAGES, FeedbackSpec
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CPU = torch.device("cpu")
@@ -497,5 +496,5 @@ def test_fastfood_does_not_depend_on_the_default_dtype():
 
 def test_a_fastfood_matrix_of_a_wide_error_is_made_in_pieces(monkeypatch):
     expected = Feedback("fastfood").matrix(40, 33)
-    monkeypatch.setattr("dfa_kernels.entries.entries_per_pass", lambda device: 100)
+    monkeypatch.setattr("dfa_kernels.feedback.entries.entries_per_pass", lambda device: 100)
     torch.testing.assert_close(Feedback("fastfood").matrix(40, 33), expected, rtol=1e-6, atol=1e-7)

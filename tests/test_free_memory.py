@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import dfa_kernels as dfa
-from dfa_kernels import feedback, free_memory
+from dfa_kernels import feedback
+from dfa_kernels.feedback import free_memory
 
 CPU = torch.device("cpu")
 

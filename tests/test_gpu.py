@@ -20,12 +20,12 @@ from bench.gpu.forced import kernel_planner
 from bench.gpu.graphs import captured
 from bench.gpu.kernel_counts import OUR_KERNELS, device_activities
 from bench.gpu.precision import TruncatedProducts, tf32
-from dfa_kernels import entries
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import TapsCall
 from dfa_kernels.backends.triton.route import planned_by
-from dfa_kernels.feedback_spec import KINDS
+from dfa_kernels.feedback import entries
+from dfa_kernels.feedback.spec import KINDS
 from dfa_kernels.updates import RULES as UPDATE_RULES
 
 pytestmark = pytest.mark.gpu

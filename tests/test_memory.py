@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dfa_kernels.feedback import Feedback
-from dfa_kernels.memory import feedback_memory
+from dfa_kernels.feedback.memory import feedback_memory
 
 VGG16_AT_224 = (
     [64 * 224**2] * 2 + [128 * 112**2] * 2 + [256 * 56**2] * 3 + [512 * 28**2] * 3 + [512 * 14**2] * 3 + [4096] * 2

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfa_kernels.philox import key_of, normals, philox4x32, uniform_open
+from dfa_kernels.feedback.philox import key_of, normals, philox4x32, uniform_open
 
 MASK = 0xFFFFFFFF
 WORD = st.integers(0, MASK)

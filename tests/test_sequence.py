@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dfa_kernels as dfa
-from dfa_kernels.sequence import plain_modules
+from dfa_kernels.forward.sequence import plain_modules
 
 ACTIVATIONS = [
     nn.Tanh(), nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.1), nn.LeakyReLU(-0.5), nn.Sigmoid(), nn.GELU(),

@@ -14,10 +14,10 @@ from torch import nn
 from triton_cases import DEVICE
 
 import dfa_kernels as dfa
-from dfa_kernels.backends.triton.fastfood_tile import _parts, fastfood_tile
-from dfa_kernels.fastfood import block_rows, fastfood_diagonals
-from dfa_kernels.feedback_spec import FeedbackSpec
-from dfa_kernels.projection import project_unscaled
+from dfa_kernels.backends.triton.kernels.fastfood_tile import _parts, fastfood_tile
+from dfa_kernels.feedback.fastfood import block_rows, fastfood_diagonals
+from dfa_kernels.feedback.projection import project_unscaled
+from dfa_kernels.feedback.spec import FeedbackSpec
 
 SEEDS = [0, 2**32 + 5, 2**64 - 3]
 SIZES = [1, 2, 3, 8, 10, 64, 100, 300, 1000]

@@ -12,7 +12,7 @@ from scipy.linalg import hadamard as matrix
 from triton_cases import DEVICE, in_nans, watched
 
 from dfa_kernels.backends import torch_backend, triton
-from dfa_kernels.backends.triton.hadamard import LARGEST, tile_of
+from dfa_kernels.backends.triton.operators import LARGEST_TRANSFORM, tile_of
 
 
 def reference(x: torch.Tensor, scale: float) -> torch.Tensor:
@@ -32,7 +32,7 @@ def test_whole_numbers_transform_exactly_in_one_launch(n):
     assert torch.equal(out.cpu().double(), reference(x, 0.5))
 
 
-@pytest.mark.parametrize("n", [16384, 20000, LARGEST])
+@pytest.mark.parametrize("n", [16384, 20000, LARGEST_TRANSFORM])
 def test_the_largest_are_those_of_the_composed_transform(n):
     x = torch.randint(-8, 9, (2, n), generator=torch.Generator().manual_seed(n)).float().to(DEVICE)
     with watched() as seen:
@@ -42,7 +42,7 @@ def test_the_largest_are_those_of_the_composed_transform(n):
 
 
 def test_beyond_the_largest_the_transform_is_composed():
-    x = torch.randint(-8, 9, (2, LARGEST + 1)).float().to(DEVICE)
+    x = torch.randint(-8, 9, (2, LARGEST_TRANSFORM + 1)).float().to(DEVICE)
     with watched() as seen:
         out = triton.hadamard(x, 2.0)
     assert seen.kernels == []

@@ -31,7 +31,7 @@ import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
-from dfa_kernels.feedback_spec import KINDS
+from dfa_kernels.feedback.spec import KINDS
 
 KERNELS = ["one_phase", "two_phase"]
 both_kernels = pytest.mark.parametrize("kernel", KERNELS)

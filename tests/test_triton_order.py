@@ -16,9 +16,9 @@ from triton.runtime import interpreter
 from triton_cases import forced, make_call, plain_layer, plain_network, watched
 
 from dfa_kernels.backends import triton as triton_backend
-from dfa_kernels.backends.triton import layers
+from dfa_kernels.backends.triton import operators
 from dfa_kernels.backends.triton.launch import INTERPRETED
-from dfa_kernels.backends.triton.plan import LaunchPlan
+from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter")
 
@@ -85,7 +85,7 @@ class Order:
 def followed() -> Iterator[list[Order]]:
     """Launches of the kernel with two phases, followed step by step."""
     orders: list[Order] = []
-    builder, start = interpreter.InterpreterBuilder, layers.launch
+    builder, start = interpreter.InterpreterBuilder, operators.launch
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
 
     def followed_launch(plan: LaunchPlan, device: torch.device, tensors: Any, *rest: Any) -> None:
@@ -106,7 +106,7 @@ def followed() -> Iterator[list[Order]]:
         return before
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(layers, "launch", followed_launch))
+        stack.enter_context(mock.patch.object(operators, "launch", followed_launch))
         stack.enter_context(mock.patch.object(builder, "create_masked_load", followed_load))
         stack.enter_context(mock.patch.object(builder, "create_masked_store", followed_store))
         stack.enter_context(mock.patch.object(builder, "create_atomic_rmw", followed_add))

@@ -1,4 +1,4 @@
-"""Random words and the entries made from them in the kernels: the numbers of `dfa_kernels.entries`, bit for bit."""
+"""Random words and what is made of them in the kernels: the numbers of `dfa_kernels.feedback.entries`, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from test_philox import KNOWN, WORD, reference
 from torch import Tensor
 from triton_cases import DEVICE, FRESH, in_nans
 
-from dfa_kernels import entries
-from dfa_kernels.backends.triton.feedback_tile import feedback_tile, nearest_tf32
-from dfa_kernels.backends.triton.philox import normal_entries, philox4x32
-from dfa_kernels.philox import key_of, normals
+from dfa_kernels.backends.triton.kernels.feedback_tile import feedback_tile, nearest_tf32
+from dfa_kernels.backends.triton.kernels.random_tile import normal_entries, philox4x32
+from dfa_kernels.feedback import entries
+from dfa_kernels.feedback.philox import key_of, normals
 
 SEEDS = [0, 7, 2**32 - 1, 2**32, 2**63 + 12345, 2**64 - 1]
 ROWS = [0, 5, 2**31 - 3, 2**32 - 3, 2**32, 2**40 + 9]

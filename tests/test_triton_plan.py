@@ -30,9 +30,10 @@ import dfa_kernels as dfa
 from bench.gpu.precision import tf32
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
-from dfa_kernels.backends.triton import configs, plan
+from dfa_kernels.backends.triton import configs
+from dfa_kernels.backends.triton import launch_plan as plan
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
-from dfa_kernels.backends.triton.plan import (
+from dfa_kernels.backends.triton.launch_plan import (
     LaunchPlan,
     can_use_tma,
     needs_int64,
@@ -40,9 +41,9 @@ from dfa_kernels.backends.triton.plan import (
     plan_one_phase,
     plan_two_phase,
 )
+from dfa_kernels.backends.triton.operators import plan_project_taps
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
 from dfa_kernels.backends.triton.route import looks_of, route_of
-from dfa_kernels.backends.triton.taps import plan_project_taps
 
 H200 = Target(90, 132)
 A100 = Target(80, 108)

@@ -10,7 +10,7 @@ from triton_cases import DEVICE, watched
 
 import dfa_kernels as dfa
 from dfa_kernels.backends.calls import LayerCall
-from dfa_kernels.backends.triton import layers
+from dfa_kernels.backends.triton import operators
 from dfa_kernels.backends.triton.route import MOST_LAYERS, looks_of, route_of
 
 
@@ -60,7 +60,7 @@ def test_inputs_that_tma_cannot_read_are_copied():
     memory = torch.randn(65)
     for first, same in ((0, True), (1, False)):
         x = memory[first : first + 64].view(8, 8)
-        found = layers._for_tma(x)
+        found = operators._for_tma(x)
         assert torch.equal(found, x)
         assert found.data_ptr() % 16 == 0
         assert (found is x) == same

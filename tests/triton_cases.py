@@ -23,10 +23,10 @@ from triton.runtime import interpreter
 import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends.calls import LayerCall
-from dfa_kernels.backends.triton import launch, layers, route, taps
-from dfa_kernels.backends.triton import plan as plan_module
+from dfa_kernels.backends.triton import launch, operators, route
+from dfa_kernels.backends.triton import launch_plan as plan_module
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
-from dfa_kernels.backends.triton.plan import LaunchPlan, plan_one_phase, plan_two_phase
+from dfa_kernels.backends.triton.launch_plan import LaunchPlan, plan_one_phase, plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Target
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -262,9 +262,8 @@ def watched() -> Iterator[Launches]:
         return made
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(layers, "launch", counting_launch))
-        stack.enter_context(mock.patch.object(taps, "launch", counting_launch))
-        stack.enter_context(mock.patch.object(layers, "counters", counters))
+        stack.enter_context(mock.patch.object(operators, "launch", counting_launch))
+        stack.enter_context(mock.patch.object(operators, "counters", counters))
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", counting_run))
         poison = stack.enter_context(Poison())
         yield seen

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import dfa_kernels as dfa
 from bench import environment
 from bench.cpu.large_networks import LARGE_NETWORKS, LargeNetwork
-from dfa_kernels.feedback_spec import KINDS, STORAGES
+from dfa_kernels.feedback.spec import KINDS, STORAGES
 
 TABLE_COLUMNS = ("naive", "unified", "rademacher", "sparse", "fastfood", "procedural")
 # What resident memory may differ by: pages that are not full, and what Python itself takes meanwhile.

@@ -24,9 +24,9 @@ from torch import Tensor
 import dfa_kernels as dfa
 from bench import environment
 from bench.cpu.interleaved import Step, interleaved, medians
-from dfa_kernels import fastfood
-from dfa_kernels.entries import fill, sparse_entries
-from dfa_kernels.feedback_spec import FeedbackSpec
+from dfa_kernels.feedback import fastfood
+from dfa_kernels.feedback.entries import fill, sparse_entries
+from dfa_kernels.feedback.spec import FeedbackSpec
 
 ERROR_SIZE = 1000
 PRODUCT = "dense product"

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for
-from dfa_kernels.backends.triton.plan import (
+from dfa_kernels.backends.triton.launch_plan import (
     LaunchPlan,
     plan_one_phase,
     plan_projection,

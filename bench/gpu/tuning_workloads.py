@@ -18,7 +18,7 @@ from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
 from dfa_kernels.backends.triton.configs import ProjectionConfig
 from dfa_kernels.backends.triton.launch import target_of
-from dfa_kernels.backends.triton.plan import LaunchPlan
+from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.route import looks_of, route_of
 
 Shape = tuple[int, int, int, int, int]

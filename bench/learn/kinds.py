@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import environment
 from bench.learn import train
-from dfa_kernels.feedback_spec import KINDS, STORAGES
+from dfa_kernels.feedback.spec import KINDS, STORAGES
 
 PAPER: dict[str, Any] = {
     "test": (0.4646, 0.0035),

@@ -13,7 +13,7 @@ import torch
 
 import dfa_kernels as dfa
 from bench.learn.networks import ACTIVATION_NAMES, Style, activation_maker
-from dfa_kernels.feedback_spec import KINDS, STORAGES
+from dfa_kernels.feedback.spec import KINDS, STORAGES
 
 # Options that may differ between a run and its continuation.
 FREE = {"epochs", "out", "data_dir", "download"}

@@ -16,11 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dfa_kernels.backends.triton.configs import table
-from dfa_kernels.backends.triton.hadamard import hadamard_kernel, tile_of
-from dfa_kernels.backends.triton.plan import LaunchPlan, plan_one_phase, plan_projection, plan_two_phase
+from dfa_kernels.backends.triton.kernels.hadamard_tile import hadamard_kernel
+from dfa_kernels.backends.triton.launch_plan import LaunchPlan, plan_one_phase, plan_projection, plan_two_phase
+from dfa_kernels.backends.triton.operators import tile_of
 from dfa_kernels.backends.triton.problem import GroupedProblem, Projected, TapsProblem, Target
-from dfa_kernels.feedback_spec import FeedbackSpec
-from dfa_kernels.kinds import FEEDBACK_KINDS
+from dfa_kernels.feedback.kinds import FEEDBACK_KINDS
+from dfa_kernels.feedback.spec import FeedbackSpec
 from dfa_kernels.updates import RULES
 
 MULTIPROCESSORS = 100

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..feedback_spec import FeedbackSpec
+from ..feedback.spec import FeedbackSpec
 
 
 class LayerCall(NamedTuple):

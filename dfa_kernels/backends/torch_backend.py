@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..feedback_spec import FeedbackSpec
-from ..hadamard import hadamard_by_products
-from ..projection import project_unscaled
+from ..feedback.hadamard import hadamard_by_products
+from ..feedback.projection import project_unscaled
+from ..feedback.spec import FeedbackSpec
 from ..updates import RULES
 from .calls import LayerCall, TapsCall
 

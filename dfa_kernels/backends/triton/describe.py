@@ -6,10 +6,10 @@ import torch
 
 from ..calls import LayerCall, TapsCall
 from .launch import target_of
-from .plan import LaunchPlan
+from .launch_plan import LaunchPlan
+from .operators import plan_project_taps, reason_taps_for_torch
 from .problem import GroupedProblem, Projected
 from .route import MOST_LAYERS, looks_of, route_of, split
-from .taps import plan_project_taps, reason_taps_for_torch
 
 
 def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:

@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .plan import LaunchPlan
+from .kernels.two_phase import two_phase
+from .launch_plan import LaunchPlan
 from .problem import Target
-from .two_phase import two_phase
 
 Arguments = Sequence[Tensor | tuple[Tensor, ...]]
 Hyper = tuple[tuple[float, ...], ...]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from ...feedback_spec import FeedbackSpec
-from ...hadamard import padded_bits
+from ...feedback.hadamard import padded_bits
+from ...feedback.spec import FeedbackSpec
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...feedback_spec import FeedbackSpec
+from ...feedback.spec import FeedbackSpec
 from ..torch_backend import shared_projection
 from .problem import DTYPES, LARGEST_FASTFOOD_ERROR, Projected
 

@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 
 from ...activations import ACTIVATIONS
-from ...hadamard import padded_bits
+from ...feedback.hadamard import padded_bits
 from .configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for, first_that_fills
-from .one_phase import one_phase
+from .kernels.one_phase import one_phase
+from .kernels.project_taps import project_taps_kernel
+from .kernels.two_phase import two_phase
 from .problem import HALF, GroupedProblem, Projected, TapsProblem, Target, alignment
-from .project_taps import project_taps_kernel
-from .two_phase import two_phase
 
 # A hidden layer's tile holds its rows of U: beyond this many components they do not fit beside the gradient.
 LARGEST_HELD_ERROR = 64

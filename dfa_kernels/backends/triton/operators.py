@@ -1,4 +1,4 @@
-"""`layer_grads` and `layer_update_`: all fused linear layers in one launch."""
+"""The operators on a GPU: each looks at its call, gets a plan for what it looks like, and launches it once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...feedback.hadamard import hadamard_by_products, padded_bits
 from ...updates import RULES
 from .. import torch_backend
-from ..calls import LayerCall, encoded
-from .launch import Arguments, check_device, counters, launch, target_of
-from .plan import LaunchPlan
-from .route import MOST_LAYERS, Route, looks_of, route_of, split
-from .source import dense, projection_tensors
+from ..calls import LayerCall, TapsCall, encoded
+from .kernels.hadamard_tile import hadamard_kernel
+from .launch import Arguments, check_device, counters, launch, on_device, target_of
+from .launch_plan import LaunchPlan
+from .problem import DTYPES, TapsProblem, Target
+from .route import MOST_LAYERS, Route, looks_of, planners, route_of, split
+from .source import dense, looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
+
+LARGEST_TRANSFORM = 2**15
+NUMBERS_PER_THREAD = 32
+MOST_WARPS = 32
 
 
 def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
@@ -126,3 +133,99 @@ def _numbers_and_sets(rule: str, hyper: Sequence[float], parameters: int) -> tup
         numbers = numbers_of(*hyper[first : first + each])
         sets.append(places.setdefault(numbers, len(places) * len(numbers)))
     return tuple([number for numbers in places for number in numbers]), tuple(sets)
+
+
+def project_taps(call: TapsCall) -> list[Tensor]:
+    """δ of every tap; see `Backend.project_taps`."""
+    if torch.compiler.is_compiling():
+        deltas: list[Tensor] = torch.ops.dfa_kernels.project_taps(*encoded(call))
+        return deltas
+    error = call.error
+    check_device(error.device)
+    if reason_taps_for_torch(call):
+        return torch_backend.project_taps(call)
+    kept = [None if h is None else _ordered(h) for h in call.kept]
+    noise = [m if m is None or h is None else _like(m, h) for m, h in zip(call.noise, kept, strict=True)]
+    results = [
+        error.new_empty((error.shape[0], size)) if h is None else torch.empty_like(h)
+        for size, h in zip(call.sizes, kept, strict=True)
+    ]
+    if error.shape[0] == 0:
+        return results
+    _, stored, feedback, sizes, _, _, activations, parameters = call
+    ordered = TapsCall(error, stored, feedback, sizes, kept, noise, activations, parameters)
+    plan = plan_project_taps(ordered, target_of(error.device))
+    error, parts = projection_tensors(plan.problem.projected, error, stored, max(sizes))
+    tensors = (
+        error,
+        parts,
+        tuple([error if h is None else h for h in kept]),
+        tuple([error if m is None else m for m in noise]),
+        tuple(results),
+    )
+    launch(plan, error.device, tensors)
+    return results
+
+
+def reason_taps_for_torch(call: TapsCall) -> str:
+    """Why the torch backend has to make these δ; empty if it has not."""
+    dtypes = {tensor.dtype for tensor in (*call.kept, *call.noise) if tensor is not None}
+    return reason_for_torch(call.error.dtype, dtypes, call.error.dtype)
+
+
+def plan_project_taps(call: TapsCall, target: Target) -> LaunchPlan:
+    """What will run for taps of these shapes. Reads no values, so meta tensors do."""
+    saved = [h for h in call.kept if h is not None]
+    looks = looks_of_error(call.error, call.stored, call.feedback)
+    problem = TapsProblem(
+        projected_for(looks, max(call.sizes), (saved or [call.error])[0].dtype),
+        tuple(call.sizes),
+        tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in call.kept]),
+        tuple(call.activations),
+        tuple([float(number) for number in call.parameters]),
+        mask_of([h is not None for h in call.kept]),
+        mask_of([mask is not None for mask in call.noise]),
+        mask_of([h is not None and not h.is_contiguous() for h in call.kept]),
+    )
+    return planners[TapsProblem](problem, target)
+
+
+def _ordered(kept: Tensor) -> Tensor:
+    """kept, in one of the two orders the kernel knows: contiguous, or channels last."""
+    return kept if _is_channels_last(kept) else dense(kept)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Whether the channels of [b, C, …] vary fastest in memory, with nothing left out."""
+    if tensor.dim() < 3 or tensor.is_contiguous():
+        return False
+    return tensor.movedim(1, -1).is_contiguous()
+
+
+def _like(mask: Tensor, kept: Tensor) -> Tensor:
+    """mask, in the order of kept."""
+    return mask if mask.stride() == kept.stride() else torch.empty_like(kept).copy_(mask)
+
+
+def hadamard(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · H x along the last dimension of x [..., n]; see `dfa_kernels.functional.hadamard_transform`."""
+    check_device(x.device)
+    n = x.shape[-1]
+    length = 1 << padded_bits(n)
+    if x.dtype not in DTYPES or length > LARGEST_TRANSFORM:
+        return hadamard_by_products(x, scale)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if rows := x.numel() // n:
+        warps, block = tile_of(length)
+        with on_device(x.device):
+            hadamard_kernel[(-(-rows // block),)](
+                x, out, rows, n, float(scale), block, length.bit_length() - 1, num_warps=warps, enable_fp_fusion=True
+            )
+    return out
+
+
+def tile_of(length: int) -> tuple[int, int]:
+    """(warps, rows) of a program: 32 numbers in each thread as long as there are warps enough."""
+    warps = min(MOST_WARPS, max(4, length // (32 * NUMBERS_PER_THREAD)))
+    return warps, max(1, 32 * warps * NUMBERS_PER_THREAD // length)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autocast import without_autocast
-from .feedback_spec import KINDS, FeedbackSpec, check_integer
+from ..autocast import without_autocast
 from .free_memory import free_bytes
 from .kinds import Parts
 from .projection import dense_blocks, generate, project_unscaled, units_for
+from .spec import KINDS, FeedbackSpec, check_integer
 
 
 class Feedback:

@@ -1,4 +1,4 @@
-"""Tiles of a Fastfood projection, V = S H G Π H B in blocks of d = 2^k rows; see `dfa_kernels.fastfood`.
+"""Tiles of a Fastfood projection, V = S H G Π H B in blocks of d = 2^k rows; see `dfa_kernels.feedback.fastfood`.
 
 Everything of a block is in one tile, so that the transforms need no memory between them.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...entries import Stream
-from ...fastfood import SQUARE_UNITS as SQUARE_UNITS_OF_1
+from ....feedback.entries import Stream
+from ....feedback.fastfood import SQUARE_UNITS as SQUARE_UNITS_OF_1
 from .hadamard_tile import hadamard_tile
-from .philox import box_muller, halves, normal_entries, philox4x32, sign_entries
+from .random_tile import box_muller, halves, normal_entries, philox4x32, sign_entries
 from .rounded import product, root, step
 
 SQUARE_UNITS = tl.constexpr(SQUARE_UNITS_OF_1)
@@ -73,7 +73,7 @@ def _parts(first_block, key0, key1, N: tl.constexpr, BITS: tl.constexpr):
     normal = _normals(first_block, SCALING, key0, key1, N, BITS)
     VARIANCE: tl.constexpr = 2.0 / (9.0 * D)
     ROOT: tl.constexpr = VARIANCE**0.5
-    # To the bits of `dfa_kernels.fastfood`.
+    # To the bits of `dfa_kernels.feedback.fastfood`.
     cube_root = tl.maximum(step(normal, ROOT, 1.0 - VARIANCE), 0.0)
     scaling = product(product(cube_root, root(cube_root)), _inverse_norms(gaussian, BITS))
     return _signs(first_block, key0, key1, N, BITS), _permutation(first_block, key0, key1, N, BITS), gaussian, scaling

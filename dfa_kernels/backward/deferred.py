@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch_internals import backward_reaches
-from .backends.calls import LayerCall
-from .feedback_spec import FeedbackSpec
-from .plan import as_error, as_rows
-from .segments import FusedLayer
+from .._torch_internals import backward_reaches
+from ..backends.calls import LayerCall
+from ..feedback.spec import FeedbackSpec
+from ..forward.segments import FusedLayer
+from .node_plan import as_error, as_rows
 
 
 @dataclass(slots=True)

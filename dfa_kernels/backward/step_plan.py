@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends
+from .. import backends
+from ..forward.record import Pass
 from .node import layer_call, taps_call
-from .plan import NodePlan, TensorTable, make_plan
-from .record import Pass
+from .node_plan import NodePlan, TensorTable, make_plan
 
 
 @dataclass(frozen=True)

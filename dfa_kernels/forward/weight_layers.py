@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .autocast import WithoutGraph
+from ..autocast import WithoutGraph
 from .restore import restored
 from .taps import ForwardPass, TapPolicy
 

@@ -1,7 +1,7 @@
 """Sums, products and roots of float32 that are rounded one by one, so that they are the same bits on every device.
 
 Left to itself the compiler fuses a product with the sum that it goes into, which rounds once where the definition of U
-(`dfa_kernels.philox`) rounds twice.
+(`dfa_kernels.feedback.philox`) rounds twice.
 """
 
 from __future__ import annotations

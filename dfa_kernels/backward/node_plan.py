@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .feedback_spec import FeedbackSpec
-from .record import Pass, error_shape
-from .segments import Convolution, FusedLayer
+from ..feedback.spec import FeedbackSpec
+from ..forward.record import Pass, error_shape
+from ..forward.segments import Convolution, FusedLayer
 
 
 @dataclass(slots=True)

@@ -14,23 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from ._torch_internals import gradient_is_awaited
-from .autocast import without_autocast
-from .backends.calls import LayerCall, TapsCall
+from .. import backends
+from .._torch_internals import gradient_is_awaited
+from ..autocast import without_autocast
+from ..backends.calls import LayerCall, TapsCall
+from ..forward.record import Pass, error_shape
+from ..forward.segments import FusedLayer
 from .deferred import DeferredCall, DeferringNode, Ledger, deferred_call
-from .plan import (
-    LayerSlot,
-    NodePlan,
-    TensorTable,
-    as_error,
-    as_rows,
-    grouped_dtype,
-    make_plan,
-    shares_launch,
-)
-from .record import Pass, error_shape
-from .segments import FusedLayer
+from .node_plan import LayerSlot, NodePlan, TensorTable, as_error, as_rows, grouped_dtype, make_plan, shares_launch
 
 
 def attach(seen: Pass, ledger: Ledger | None) -> Tensor:

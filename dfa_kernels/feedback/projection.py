@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .autocast import without_autocast
+from ..autocast import without_autocast
 from .entries import row_passes
-from .feedback_spec import FeedbackSpec
 from .kinds import Parts
+from .spec import FeedbackSpec
 
 Source = Callable[[range], Parts]
 

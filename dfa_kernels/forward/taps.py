@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .activations import FUSED_CALLS, UNFUSED_CALLS
+from ..activations import FUSED_CALLS, UNFUSED_CALLS
 
 _library = torch.library.Library("dfa_kernels", "FRAGMENT")
 _library.define("tap(Tensor(a) x, str name) -> Tensor(a)")

@@ -18,7 +18,7 @@ from .entries import fill, packed_signs, sparse_entries, unpack_signs
 from .fastfood import DIAGONALS, block_products, block_rows, fastfood_diagonals
 
 if TYPE_CHECKING:
-    from .feedback_spec import FeedbackSpec
+    from .spec import FeedbackSpec
 
 Parts = list[Tensor]
 

@@ -1,4 +1,4 @@
-"""The Walsh–Hadamard transform of tiles that lie in registers."""
+"""The fast Walsh–Hadamard transform: of tiles that lie in registers, and a kernel of a few rows for each program."""
 
 from __future__ import annotations
 
@@ -38,3 +38,15 @@ def _rotations(x, BITS: tl.constexpr):
         left, right = tl.split(tl.reshape(x, (R, N >> BITS, (1 << BITS) // 2, 2)))
         x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 1, 3, 2)), (R, N))
     return x
+
+
+@triton.jit(do_not_specialize=["rows", "scale"])
+def hadamard_kernel(x, out, rows, n, scale, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """Rows of n <= 2^BITS numbers, filled up with zeros; the first n of the result are kept."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row, column = tl.arange(0, BLOCK), tl.arange(0, 1 << BITS)
+    at = row[:, None] * n + column[None, :]
+    inside = (row < rows - first)[:, None] & (column < n)[None, :]
+    tile = tl.load(x + first * n + at, mask=inside, other=0.0).to(tl.float32)
+    tile = hadamard_tile(tile, BITS) * scale
+    tl.store(out + first * n + at, tile.to(out.dtype.element_ty), mask=inside)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .feedback import Feedback
-from .feedback_spec import check_integer
+from . import Feedback
 from .kinds import FEEDBACK_KINDS
+from .spec import check_integer
 
 
 def feedback_memory(model_or_sizes: Any, error_size: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Philox4x32-10 and what becomes of its words, in tiles: the numbers of `dfa_kernels.philox` and `entries`.
+"""Philox4x32-10 and what becomes of its words, in tiles: the numbers of `dfa_kernels.feedback.philox` and `entries`.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from ...philox import (
+from ....feedback.philox import (
     COSINE,
     KEY_STEPS,
     MULTIPLIERS,
@@ -19,7 +19,7 @@ from ...philox import (
     TWICE_NEGATIVE_LOG,
     TWICE_NEGATIVE_LOG_2,
 )
-from ...philox import ROOT_OF_HALF as ROOT_OF_HALF_BITS
+from ....feedback.philox import ROOT_OF_HALF as ROOT_OF_HALF_BITS
 from .rounded import product, root, step, total
 
 MULTIPLIER_0 = tl.constexpr(MULTIPLIERS[0])
@@ -96,7 +96,7 @@ def normal_entries(word0, word1, word2, word3):
 
 @triton.jit
 def box_muller(word0, word1):
-    """The bits of `dfa_kernels.philox.normals`: its operations in its order, none of them fused with another."""
+    """The bits of `dfa_kernels.feedback.philox.normals`: its operations in its order, none fused with another."""
     radius = root(_twice_negative_log(_uniform_open(word0)))
     turn = product(word1.to(tl.int32, bitcast=True).to(tl.float32), TO_TURN)
     x = total(tl.abs(turn), -0.5)

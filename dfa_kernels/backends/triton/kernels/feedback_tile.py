@@ -1,9 +1,9 @@
 """Tiles of the feedback matrix U, from memory or made anew, and of the projection P = e Uᵀ.
 
 SOURCE says where U comes from. "matrix", "signs", "sparse": what dense storage keeps. "gaussian", "uniform",
-"rademacher", "sparse_seed": regenerated from the seed, the numbers of `dfa_kernels.entries`. "fastfood",
+"rademacher", "sparse_seed": regenerated from the seed, the numbers of `dfa_kernels.feedback.entries`. "fastfood",
 "fastfood_seed": a structured U in blocks of 2^BITS rows, from its diagonals or from the seed. "projection": P itself
-lies in memory, made by `dfa_kernels.projection`.
+lies in memory, made by `dfa_kernels.feedback.projection`.
 
 Transposed throughout: units along the first axis, rows of the batch along the second, which is how the weight
 gradient's product wants δ.
@@ -14,18 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...entries import Stream
+from ....feedback.entries import Stream
 from .fastfood_tile import fastfood_product, fastfood_tile
-from .philox import (
-    bit_signs,
-    flat_words,
-    normal_entries,
-    once,
-    row_words,
-    sign_entries,
-    uniform_entries,
-    word_of,
-)
+from .random_tile import bit_signs, flat_words, normal_entries, once, row_words, sign_entries, uniform_entries, word_of
 
 GAUSSIAN = tl.constexpr(int(Stream.GAUSSIAN))
 UNIFORM = tl.constexpr(int(Stream.UNIFORM))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import backends
-from .feedback import Feedback
-from .feedback_spec import FeedbackSpec
+from .. import backends
+from ..feedback import Feedback
+from ..feedback.spec import FeedbackSpec
 from .segments import FusedLayer, Segment
 
 

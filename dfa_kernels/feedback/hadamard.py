@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autocast import without_autocast
+from ..autocast import without_autocast
 
 MAX_RADIX_BITS = 5
 # Bit x is the parity of the binary digits of x, for x in 0 .. 31.

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._torch_internals import calls_are_observed, module_calls_are_observed
-from .activations import ACTIVATIONS, Activation, module_parameters
-from .autocast import WithoutGraph
+from .._torch_internals import calls_are_observed, module_calls_are_observed
+from ..activations import ACTIVATIONS, Activation, module_parameters
+from ..autocast import WithoutGraph
 from .segments import FusedLayer, Segment
 
 _ROW_OF_MODULE: dict[type[nn.Module], Activation] = {m: row for row in ACTIVATIONS.values() for m in row.modules}

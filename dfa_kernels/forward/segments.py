@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activations import ACTIVATIONS, FUSED_CALLS, Activation, call_parameters, is_inplace
+from ..activations import ACTIVATIONS, FUSED_CALLS, Activation, call_parameters, is_inplace
 from .taps import CONVOLUTIONS, LINEAR, Args, Call, ForwardPass, Kwargs, TapPolicy
 
 T: Any = torch.Tensor
