@@ -3,17 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# Present while .venv is being built, so it is outside of it: an interrupted set-up starts from nothing.
-UNFINISHED := .venv-unfinished
+
+# The same for the oldest torch that the package accepts, and the tests of the package: not those of bench, nor those of
+# the machine code, for which `make test` has the oldest Triton.
+OLDEST := .venv-oldest
+OLDEST_TESTS = $(shell grep -LE '^(from|import) (bench|test_compile_ahead)\b' tests/test_*.py)
 
 # Where `make gpu` writes.
 OUT ?= runs/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench gpu clean
+.PHONY: help setup demo test test-oldest lint bench gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## create .venv with the pinned requirements and this package
 
@@ -22,6 +25,9 @@ demo: $(READY) ## run the main training job; pass options as ARGS="..."
 
 test: $(READY) ## run the tests; pass pytest options as ARGS="..."
 	$(BIN) -m pytest $(ARGS)
+
+test-oldest: $(OLDEST)/.ready ## the package's tests with the oldest torch it accepts, several GB in .venv-oldest
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(ARGS)
 
 lint: $(READY) ## check style, format and types
 	$(BIN) -m ruff check .
@@ -39,23 +45,34 @@ endif
 gpu: $(if $(GPU_PYTHON),,$(READY)) ## tests, checks and times on the GPU here, in OUT=dir; pass options as ARGS="..."
 	$(or $(GPU_PYTHON),$(BIN)) -m bench.gpu $(OUT) $(ARGS)
 
-clean: ## remove .venv, caches and build products; data/ and runs/ stay
-	rm -rf $(VENV) $(UNFINISHED) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove the environments, caches and build products; data/ and runs/ stay
+	rm -rf $(foreach folder,$(VENV) $(OLDEST),$(folder) $(folder)-unfinished)
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find bench csrc dfa_kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): requirements.txt requirements-triton.txt pyproject.toml setup.py
+# $(call install,FOLDER,FILE): makes an environment with the file's requirements and this package. FOLDER-unfinished
+# is there meanwhile, so an interrupted set-up starts from nothing; the caller turns it into FOLDER/.ready.
+define install
 	@command -v $(PYTHON) > /dev/null || \
 		{ echo "$(PYTHON) not found, expected Python 3.10 or newer: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1), expected 3.10 or newer: make PYTHON=..." >&2; exit 1; }
-	if [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi
-	touch $(UNFINISHED)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN) -m pip install --disable-pip-version-check --requirement requirements.txt
-	$(BIN) -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	if [ -e $(1)-unfinished ]; then rm -rf $(1); fi
+	touch $(1)-unfinished
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --disable-pip-version-check --requirement $(2)
+	$(1)/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
+endef
+
+$(READY): requirements.txt requirements-triton.txt pyproject.toml setup.py
+	$(call install,$(VENV),requirements.txt)
 	grep '^triton==' requirements-triton.txt | while read -r requirement; do \
 		folder=$(VENV)/triton/$$(expr "$$requirement" : 'triton==\([0-9.]*\)'); \
 		[ -e $$folder ] || $(BIN) -m pip install --disable-pip-version-check --no-deps --target $$folder "$$requirement" \
 			< /dev/null || exit 1; \
 	done
-	mv $(UNFINISHED) $@
+	mv $(VENV)-unfinished $@
+
+$(OLDEST)/.ready: requirements-oldest.txt pyproject.toml setup.py
+	$(call install,$(OLDEST),requirements-oldest.txt)
+	mv $(OLDEST)-unfinished $@
