@@ -1,8 +1,8 @@
 """The elementwise activations that a fused segment may hold: how each is called, what it keeps, how it is derived.
 
-A fused segment applies f' without an autograd graph. What f' is computed from is kept by the forward pass anyway
+A fused segment applies f' without an autograd graph. What f' is computed from is saved by the forward pass anyway
 wherever possible: the output h, which is also the next layer's input. Only where h does not determine f' (|x|, a
-negative leaky slope, gelu …) the pre-activation a is kept instead.
+negative leaky slope, gelu …) the pre-activation a is saved instead.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Activation:
     apply: Callable[[Tensor, float, float], Tensor]
     """(a, p, q) → f(a). May overwrite a where f' does not need it: the memory traffic of a large a costs time."""
     gradient: Callable[[Tensor, Tensor, float, float], Tensor]
-    """(g, kept, p, q) → g ⊙ f'(a), from the kept tensor."""
+    """(g, saved, p, q) → g ⊙ f'(a), from the saved tensor."""
     tile_gradient: Callable[..., Any]
     """The same for a tile in a Triton kernel, in float32."""
     modules: tuple[type[nn.Module], ...] = ()
@@ -77,8 +77,8 @@ def _relu_tile(g, h, p, q):
 
 
 @tile_function
-def _leaky_relu_tile(g, kept, slope, q):
-    return tl.where(kept > 0, g, g * slope)
+def _leaky_relu_tile(g, saved, slope, q):
+    return tl.where(saved > 0, g, g * slope)
 
 
 @tile_function
@@ -109,10 +109,10 @@ def _silu_tile(g, a, p, q):
 
 
 @tile_function
-def _elu_tile(g, kept, alpha, q):
-    # alpha >= 0: kept is h, and f' = h + alpha; else it is a.
-    below = tl.where(alpha < 0, alpha * tl.exp(tl.minimum(kept, 0.0)), kept + alpha)
-    return tl.where(kept > 0, g, g * below)
+def _elu_tile(g, saved, alpha, q):
+    # alpha >= 0: saved is h, and f' = h + alpha; else it is a.
+    below = tl.where(alpha < 0, alpha * tl.exp(tl.minimum(saved, 0.0)), saved + alpha)
+    return tl.where(saved > 0, g, g * below)
 
 
 @tile_function
@@ -156,7 +156,7 @@ ACTIVATIONS: dict[str, Activation] = {
             calls=(F.leaky_relu, F.leaky_relu_),
             modules=(nn.LeakyReLU,),
             apply=lambda a, slope, q: F.leaky_relu(a, slope, inplace=slope >= 0),
-            gradient=lambda g, kept, slope, q: aten.leaky_relu_backward(g, kept, slope, False),
+            gradient=lambda g, saved, slope, q: aten.leaky_relu_backward(g, saved, slope, False),
             tile_gradient=_leaky_relu_tile,
             keeps_output=_slope_keeps_sign,
             parameters=(("negative_slope", 0.01),),

@@ -87,5 +87,5 @@ def _fake_project_taps(*arguments: Any) -> list[Tensor]:
     call = TapsCall(*arguments)
     return [
         call.error.new_empty((call.error.shape[0], size)) if h is None else torch.empty_like(h)
-        for size, h in zip(call.sizes, call.kept, strict=True)
+        for size, h in zip(call.sizes, call.saved, strict=True)
     ]

@@ -222,7 +222,7 @@ def _learning(layer: FusedLayer | None) -> tuple[Any, ...] | None:
     if layer is None:
         return None
     bias = layer.bias is not None and layer.bias.requires_grad
-    return layer.weight.requires_grad, bias, layer.noise is None, layer.x.dtype
+    return layer.weight.requires_grad, bias, layer.dropout_mask is None, layer.x.dtype
 
 
 def _check_names(policy: TapPolicy, segmented: SegmentedPass) -> None:

@@ -44,7 +44,7 @@ INSTRUCTIONS = {
 THOROUGH = {(86, "bf16"), (90, "bf16"), (100, "fp32")}
 # Where products go on while the program does, and rings of tiles come with the copy engine or without it.
 ASYNCHRONOUS = (90, 100)
-RARE = ("noise", "positions", "activations")
+RARE = ("dropout_mask", "positions", "activations")
 
 
 def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
@@ -122,8 +122,8 @@ def described(source: ASTSource, options: dict[str, Any], arch: int, known: Path
     identity = f"{triton.__version__} {arch} {sorted(options.items())} {source.hash()} {programs}"
     file = known / f"{hashlib.sha256(identity.encode()).hexdigest()}.json" if known else None
     if file and file.exists():
-        kept: dict[str, Any] = json.loads(file.read_text())
-        return kept
+        saved: dict[str, Any] = json.loads(file.read_text())
+        return saved
     try:
         found = describe(compiled(source, options, arch))
     except Exception as error:

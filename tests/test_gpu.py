@@ -157,7 +157,7 @@ def test_layer_grads_of_misaligned_tensors(kernel: str, precision: str, shift: i
     with running(kernel, precision):
         triton_backend.layer_grads(call.arguments(), torch.float32)
         call.inputs = [shifted(x, shift) for x in call.inputs]
-        call.kept = [shifted(h, shift) for h in call.kept]
+        call.saved = [shifted(h, shift) for h in call.saved]
         call.error = shifted(call.error, shift)
         found = triton_backend.layer_grads(call.arguments(), torch.float32)
     check_grads(call, found, precision)
@@ -232,10 +232,10 @@ def test_project_taps_of_convolutions(precision: str, channels_last: bool, place
     torch.manual_seed(0)
     feedback = dfa.Feedback(*place)
     shapes = [(16, 8, 8), (33, 3, 5)]
-    kept = [torch.randn(rows, *shape).tanh().to(DEVICE, dtype) for shape in shapes]
+    saved = [torch.randn(rows, *shape).tanh().to(DEVICE, dtype) for shape in shapes]
     if channels_last:
-        kept = [h.contiguous(memory_format=torch.channels_last) for h in kept]
-    error, sizes = torch.randn(rows, error_size).to(DEVICE, dtype), [h[0].numel() for h in kept]
+        saved = [h.contiguous(memory_format=torch.channels_last) for h in saved]
+    error, sizes = torch.randn(rows, error_size).to(DEVICE, dtype), [h[0].numel() for h in saved]
 
     def call(backend: Any, e: Tensor, saved: list[Tensor]) -> list[Tensor]:
         stored = feedback.stored(max(sizes), error_size, e.device)
@@ -243,14 +243,14 @@ def test_project_taps_of_convolutions(precision: str, channels_last: bool, place
         found: list[Tensor] = backend.project_taps(taps)
         return found
 
-    exact = call(torch_backend, error.cpu().double(), [h.cpu().double() for h in kept])
-    same = in_same_precision(precision, lambda: call(torch_backend, error, kept))
+    exact = call(torch_backend, error.cpu().double(), [h.cpu().double() for h in saved])
+    same = in_same_precision(precision, lambda: call(torch_backend, error, saved))
     with tf32(precision == "tf32"):
         poison()
-        found = call(triton_backend, error, kept)
+        found = call(triton_backend, error, saved)
     for i, (out, ref64) in enumerate(zip(found, exact, strict=True)):
         assert out.dtype == dtype
-        assert out.stride() == kept[i].stride()
+        assert out.stride() == saved[i].stride()
         assert_close_to_oracle(out.cpu(), ref64, farthest([s[i] for s in same], ref64), 1.0, f"tap {i}")
 
 

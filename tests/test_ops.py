@@ -23,7 +23,7 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def layer_arguments(
-    rows=5, positions=1, kind="gaussian", storage="dense", dtype=torch.float32, noise=False, masks=None
+    rows=5, positions=1, kind="gaussian", storage="dense", dtype=torch.float32, dropout_mask=False, masks=None
 ):
     """Two hidden layers, tanh and a leaky slope of −0.5, and an output layer."""
     torch.manual_seed(0)
@@ -35,12 +35,12 @@ def layer_arguments(
         torch.randn(long, SIZES[1], dtype=dtype),
         torch.randn(rows, SIZES[2] * positions, dtype=dtype),
     ]
-    kept = [torch.tanh(torch.randn(long, SIZES[1], dtype=dtype)), torch.randn(long, SIZES[2], dtype=dtype)]
-    keep = torch.randint(2, kept[1].shape).to(dtype) * 2 if noise else None
+    saved = [torch.tanh(torch.randn(long, SIZES[1], dtype=dtype)), torch.randn(long, SIZES[2], dtype=dtype)]
+    keep = torch.randint(2, saved[1].shape).to(dtype) * 2 if dropout_mask else None
     error = torch.randn(rows, SIZES[3], dtype=dtype)
     numbers = [["tanh", "leaky_relu"], [0.0, 0.0, -0.5, 0.0]]
     masks = masks or ([True] * 3, [True] * 3)
-    return LayerCall(error, stored, feedback.spec, inputs, kept, [None, keep], *numbers, *masks)
+    return LayerCall(error, stored, feedback.spec, inputs, saved, [None, keep], *numbers, *masks)
 
 
 MASKS = [([True] * 3, [False] * 3), ([False, True, True], [True, False, True]), ([False] * 3, [False] * 3)]
@@ -49,7 +49,7 @@ SAMPLES = {
     "rows": {"rows": 1},
     "empty": {"rows": 0},
     "positions": {"positions": 3},
-    "noise": {"noise": True},
+    "dropout_mask": {"dropout_mask": True},
     "float64": {"dtype": torch.float64},
     "bfloat16": {"dtype": torch.bfloat16},
     **{f"{kind} {storage}": {"kind": kind, "storage": storage} for kind, storage in KINDS},
@@ -119,12 +119,12 @@ def tap_arguments(rows=5, kind="gaussian", storage="dense", dtype=torch.float32)
     torch.manual_seed(0)
     feedback = dfa.Feedback(kind, storage, seed=2)
     sizes = [24, 7, 9]
-    kept = [torch.tanh(torch.randn(rows, 4, 3, 2, dtype=dtype)), None, torch.randn(rows, 9, dtype=dtype)]
-    noise = [torch.randint(2, (rows, 4, 3, 2)).to(dtype) * 2, None, None]
+    saved = [torch.tanh(torch.randn(rows, 4, 3, 2, dtype=dtype)), None, torch.randn(rows, 9, dtype=dtype)]
+    dropout_mask = [torch.randint(2, (rows, 4, 3, 2)).to(dtype) * 2, None, None]
     activations, parameters = ["tanh", "identity", "hardtanh"], [0.0, 0.0, 0.0, 0.0, -0.5, 0.5]
     stored = feedback.stored(24, 4, "cpu")
     error = torch.randn(rows, 4, dtype=dtype)
-    return TapsCall(error, stored, feedback.spec, sizes, kept, noise, activations, parameters)
+    return TapsCall(error, stored, feedback.spec, sizes, saved, dropout_mask, activations, parameters)
 
 
 TAP_SAMPLES = {
@@ -148,15 +148,15 @@ def test_project_taps(options):
 
 
 def test_project_taps_equals_the_formula():
-    error, stored, spec, sizes, kept, noise, activations, parameters = tap_arguments()
-    found = OPS.project_taps(error, stored, spec.encode(), sizes, kept, noise, activations, parameters)
+    error, stored, spec, sizes, saved, dropout_mask, activations, parameters = tap_arguments()
+    found = OPS.project_taps(error, stored, spec.encode(), sizes, saved, dropout_mask, activations, parameters)
 
     def expected(dtype):
         e, U = error.to(dtype), stored[0]
         delta = [e @ feedback_from_matrix(U, size).to(dtype).T for size in sizes]
-        h = kept[0].to(dtype)
-        inside = (kept[2] > -0.5) & (kept[2] < 0.5)
-        return [delta[0].reshape(h.shape) * (1 - h * h) * noise[0], delta[1], delta[2] * inside]
+        h = saved[0].to(dtype)
+        inside = (saved[2] > -0.5) & (saved[2] < 0.5)
+        return [delta[0].reshape(h.shape) * (1 - h * h) * dropout_mask[0], delta[1], delta[2] * inside]
 
     for out, ref, same in zip(found, expected(torch.float64), expected(torch.float32), strict=True):
         assert_close_to_oracle(out, ref, same, float(ref.abs().max()))
@@ -172,9 +172,9 @@ def test_layer_grads_equal_the_formula():
     x, e = torch.randn(5, 6), torch.randn(5, 4)
     feedback = dfa.Feedback(seed=2)
     inputs, pre, _ = mlp_forward(layers, x)
-    kept = [torch.tanh(pre[0]), pre[1]]
+    saved = [torch.tanh(pre[0]), pre[1]]
     found = OPS.layer_grads(
-        e, feedback.stored(9, 4, "cpu"), feedback.spec.encode(), inputs, kept, [None, None],
+        e, feedback.stored(9, 4, "cpu"), feedback.spec.encode(), inputs, saved, [None, None],
         ["tanh", "leaky_relu"], [0.0, 0.0, -0.5, 0.0], [True] * 3, [True] * 3, torch.float32,
     )  # fmt: skip
     B = [feedback_from_matrix(feedback.stored(9, 4, "cpu")[0], size) for size in (9, 7)]

@@ -137,10 +137,10 @@ def test_the_plan_follows_what_learns_and_how():
     x = torch.randn(4, 6)
     model(x)
     assert model._sketch is not None
-    assert model._sketch.plan.linears[0].noise is not None
+    assert model._sketch.plan.linears[0].dropout_mask is not None
     model.eval()
     model(x)
-    assert model._sketch.plan.linears[0].noise is None
+    assert model._sketch.plan.linears[0].dropout_mask is None
     assert "6→8" in str(model.plan())
     net[0].requires_grad_(False)
     model(x)

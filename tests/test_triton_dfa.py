@@ -83,8 +83,8 @@ def masks_of_any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout that draws the same on every device and in every precision."""
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        kept = (torch.rand(x.shape) >= p).to(x)
-        return x * kept / (1 - p)
+        saved = (torch.rand(x.shape) >= p).to(x)
+        return x * saved / (1 - p)
 
     monkeypatch.setattr(F, "dropout", dropout)
 

@@ -209,7 +209,7 @@ def test_float64_is_left_to_the_torch_backend() -> None:
 
 def test_activations_that_differ_in_dtype_are_left_to_the_torch_backend() -> None:
     call = make_call(plain_network([plain_layer(), plain_layer()]))
-    call.inputs[0], call.kept[0] = call.inputs[0].half(), call.kept[0].half()
+    call.inputs[0], call.saved[0] = call.inputs[0].half(), call.saved[0].half()
     with watched() as seen:
         found = triton_backend.layer_grads(call.arguments(), torch.float32)
     assert seen.kernels == []
@@ -264,6 +264,6 @@ def test_biases_are_sums_of_delta_before_it_is_rounded(kernel: str) -> None:
 
 def in_dtype(call: Call, dtype: torch.dtype) -> list[Any]:
     """The call's arguments with these very numbers in another dtype."""
-    tensors = {"inputs": call.inputs, "kept": call.kept}
+    tensors = {"inputs": call.inputs, "saved": call.saved}
     converted = {name: [tensor.to(dtype) for tensor in group] for name, group in tensors.items()}
     return replace(call, error=call.error.to(dtype), **converted).arguments()

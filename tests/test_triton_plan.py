@@ -70,11 +70,11 @@ def layers_plan(
     pairs, long = list(itertools.pairwise(widths)), rows * positions
     inputs = [meta(long, width, dtype=dtype) for width, _ in pairs]
     inputs += [] if output_width is None else [meta(rows, output_width, dtype=dtype)]
-    kept = [meta(long, out, dtype=dtype) for _, out in pairs]
+    saved = [meta(long, out, dtype=dtype) for _, out in pairs]
     error = meta(rows, error_size, dtype=dtype) if error is None else error
     call = LayerCall(
-        error, [], dfa.Feedback(kind, "procedural").spec, inputs, kept, [None] * len(kept), ["tanh"] * len(kept),
-        [0.0] * 2 * len(kept), [True] * len(inputs), [True] * len(inputs),
+        error, [], dfa.Feedback(kind, "procedural").spec, inputs, saved, [None] * len(saved), ["tanh"] * len(saved),
+        [0.0] * 2 * len(saved), [True] * len(inputs), [True] * len(inputs),
     )  # fmt: skip
     found = route_of(looks_of(call, torch.float32, "store"), target).plan
     assert found is not None

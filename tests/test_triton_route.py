@@ -73,5 +73,5 @@ def test_dtypes_that_the_kernels_lack_go_to_torch():
         assert route.plan is None
         assert reason in route.reason
     mask = torch.zeros(32, 64, device="meta")
-    route = route_of(looks_of(call._replace(noise=[mask]), torch.float32, "store"), H200)
+    route = route_of(looks_of(call._replace(dropout_mask=[mask]), torch.float32, "store"), H200)
     assert "activations differ in dtype: bfloat16, float32" in route.reason

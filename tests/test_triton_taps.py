@@ -48,7 +48,7 @@ ORDERS = ["contiguous", "channels_last", "strided"]
 
 @dataclass
 class TapCase:
-    """One tap: its shape without the rows, and what is kept of its pre-activation, if anything."""
+    """One tap: its shape without the rows, and what is saved of its pre-activation, if anything."""
 
     units: tuple[int, ...]
     case: tuple[str, float, float] | None = None
@@ -75,7 +75,7 @@ class Taps:
         self.cases, self.feedback, self.error = cases, feedback, error
         rows = error.shape[0]
         self.pre = [torch.randn(rows, *tap.units, dtype=dtype) for tap in cases]
-        self.kept = [
+        self.saved = [
             None if tap.case is None else in_order(keep(tap.case, a), tap.order)
             for tap, a in zip(cases, self.pre, strict=True)
         ]
@@ -90,23 +90,23 @@ class Taps:
         used = [tap.case or IDENTITY for tap in self.cases]
         numbers = [number for case in used for number in case[1:]]
         names = [case[0] for case in used]
-        return TapsCall(self.error, stored, self.feedback.spec, self.sizes, self.kept, self.masks, names, numbers)
+        return TapsCall(self.error, stored, self.feedback.spec, self.sizes, self.saved, self.masks, names, numbers)
 
     def check(self, found: list[Tensor]) -> None:
         same = torch_backend.project_taps(self.arguments())
         for i, (out, torchs) in enumerate(zip(found, same, strict=True)):
             ref, scale = self._reference(i)
-            kept = self.kept[i]
-            assert out.dtype == (self.error.dtype if kept is None else kept.dtype)
+            saved = self.saved[i]
+            assert out.dtype == (self.error.dtype if saved is None else saved.dtype)
             assert_close_to_oracle(out.cpu(), ref, torchs.cpu(), scale, f"tap {i}")
 
     def _reference(self, i: int) -> tuple[Tensor, float]:
-        kept, mask, e = self.kept[i], self.masks[i], self.error.cpu().double()
+        saved, mask, e = self.saved[i], self.masks[i], self.error.cpu().double()
         B = scaled(self.feedback, self.sizes[i], e.shape[1])
         case = self.cases[i].case
-        mask64 = None if mask is None or kept is None else mask.cpu().double()
+        mask64 = None if mask is None or saved is None else mask.cpu().double()
         layer = Layer(e, None, *(case or IDENTITY), mask64)
-        a = self.pre[i].double() if kept is not None else e.new_empty(e.shape[0], self.sizes[i]).fill_(1)
+        a = self.pre[i].double() if saved is not None else e.new_empty(e.shape[0], self.sizes[i]).fill_(1)
         delta, size = tap_delta(layer, a, e, B, True)
         return delta, float(size.max()) if size.numel() else 0.0
 
@@ -127,12 +127,12 @@ def run(call: Taps, config: plan.ProjectionConfig | None = PROJECTIONS[0]) -> li
 
 
 def some_tap(random: Random) -> TapCase:
-    kept = random.random() < 0.7
+    saved = random.random() < 0.7
     return TapCase(
         random.choice(SHAPES),
-        random.choice(CASES) if kept else None,
+        random.choice(CASES) if saved else None,
         random.choice(ORDERS),
-        random.choice(ORDERS) if kept and random.random() < 0.4 else None,
+        random.choice(ORDERS) if saved and random.random() < 0.4 else None,
     )
 
 
@@ -181,13 +181,13 @@ def test_every_feedback(place: tuple[str, str]) -> None:
 @pytest.mark.parametrize("mask_order", ORDERS)
 @pytest.mark.parametrize("units", [(6, 3, 5), (6, 7), (2, 3, 2, 2)], ids=str)
 def test_orders_in_memory(order: str, mask_order: str, units: tuple[int, ...]) -> None:
-    """Unit u is element u of [C, …], wherever it lies; δ lies as what was kept does."""
+    """Unit u is element u of [C, …], wherever it lies; δ lies as what was saved does."""
     call = plain_call([TapCase(units, ("gelu", 0.0, 0.0), order, mask_order)], rows=4)
     (found,) = run(call)
     call.check([found])
-    (kept,) = call.kept
-    assert kept is not None
-    assert found.stride() == (kept.stride() if order == "channels_last" else kept.contiguous().stride())
+    (saved,) = call.saved
+    assert saved is not None
+    assert found.stride() == (saved.stride() if order == "channels_last" else saved.contiguous().stride())
 
 
 @pytest.mark.parametrize("channels, place", [(1, 1), (4, 1), (1, 6)], ids=str)
@@ -195,9 +195,9 @@ def test_orders_that_are_two_at_once(channels: int, place: int) -> None:
     """With one channel or one place both orders are the same, whatever the strides say."""
     case = TapCase((channels, place, 1), ("tanh", 0.0, 0.0))
     call = plain_call([case, TapCase((12,))])
-    (kept, _) = call.kept
-    assert kept is not None
-    call.kept[0] = kept.contiguous(memory_format=torch.channels_last)
+    (saved, _) = call.saved
+    assert saved is not None
+    call.saved[0] = saved.contiguous(memory_format=torch.channels_last)
     call.check(run(call))
 
 

@@ -218,7 +218,7 @@ def test_a_group_without_momentum_keeps_its_buffer(kernel: str) -> None:
 def test_tensors_that_nothing_updates_are_left_alone(kernel: str) -> None:
     """Inputs and activations keep their values and version counters."""
     (call,) = calls_of(LAYERS, 1, wanted=SOME)
-    read = [t for t in (call.error, *call.inputs, *call.kept, *call.masks) if t is not None]
+    read = [t for t in (call.error, *call.inputs, *call.saved, *call.masks) if t is not None]
     before, versions = [t.clone() for t in read], [t._version for t in read]
     run(Training(call, "momentum", MOMENTUM), [call], kernel)
     for t, b, version in zip(read, before, versions, strict=True):

@@ -433,7 +433,7 @@ class Call:
     error: Tensor
     inputs: list[Tensor]
     pre: list[Tensor]
-    kept: list[Tensor]
+    saved: list[Tensor]
     masks: list[Tensor | None]
     cases: list[tuple[str, float, float]]
     wanted: tuple[list[bool], list[bool]]
@@ -445,7 +445,7 @@ class Call:
         stored = self.feedback.stored(widest, self.error.shape[1], DEVICE)
         names, numbers = [case[0] for case in self.cases], [number for case in self.cases for number in case[1:]]
         return LayerCall(
-            self.error, stored, self.feedback.spec, self.inputs, self.kept, self.masks, names, numbers, *self.wanted,
+            self.error, stored, self.feedback.spec, self.inputs, self.saved, self.masks, names, numbers, *self.wanted,
         )  # fmt: skip
 
     def reference(self) -> list[LayerGrad]:
@@ -455,7 +455,7 @@ class Call:
 
     def _reference(self, i: int, e: Tensor) -> LayerGrad:
         x = self.inputs[i].cpu().double()
-        if i == len(self.kept):
+        if i == len(self.saved):
             return layer_gradient(Layer(x), x, x, e, None, True)
         a, mask = self.pre[i].double(), self.masks[i]
         layer = Layer(x, None, *self.cases[i], None if mask is None else mask.cpu().double())
@@ -474,16 +474,18 @@ class Call:
 def make_call(network: dict[str, Any], dtype: torch.dtype = torch.float32) -> Call:
     torch.manual_seed(network["seed"])
     rows, error_size = network["rows"], network["error_size"]
-    inputs, pre, kept, masks = [], [], [], []
+    inputs, pre, saved, masks = [], [], [], []
     for layer in network["layers"]:
         long, layout = rows * layer["positions"], layer["layout"]
         a = torch.randn(long, layer["width_out"], dtype=dtype)
         inputs.append(lay(torch.randn(long, layer["width_in"], dtype=dtype), layout))
         pre.append(a)
-        kept.append(lay(keep(layer["case"], a), layout))
+        saved.append(lay(keep(layer["case"], a), layout))
         masks.append(lay(torch.randint(2, a.shape).to(dtype) * 1.25, layout) if layer["mask"] else None)
     if network["output_width"] is not None:
         inputs.append(lay(torch.randn(rows, network["output_width"], dtype=dtype), "offset"))
     error = lay_error(torch.randn(rows, error_size, dtype=dtype), network["error_layout"])
     cases = [layer["case"] for layer in network["layers"]]
-    return Call(feedback_of(network["feedback"], error_size), error, inputs, pre, kept, masks, cases, network["wanted"])
+    return Call(
+        feedback_of(network["feedback"], error_size), error, inputs, pre, saved, masks, cases, network["wanted"]
+    )

@@ -152,10 +152,10 @@ def make_network(check: Check, dtype: torch.dtype, device: torch.device) -> Netw
     feedback, widths, hidden = dfa.Feedback(), check.widths, len(check.widths) - 1
     stored = feedback.stored(max(widths), check.error_size, torch.device("cpu"))
     inputs = [data(ROWS, width) for width in widths]
-    kept = [data(ROWS, width).tanh() for width in widths[1:]]
+    saved = [data(ROWS, width).tanh() for width in widths[1:]]
     wanted = [True] * len(widths)
     layers = LayerCall(
-        data(ROWS, check.error_size).to(device), there(stored), feedback.spec, there(inputs), there(kept),
+        data(ROWS, check.error_size).to(device), there(stored), feedback.spec, there(inputs), there(saved),
         [None] * hidden, ["tanh"] * hidden, [0.0] * 2 * hidden, wanted, wanted,
     )  # fmt: skip
     sizes = zip([*widths[1:], check.error_size], widths, strict=True)

@@ -76,9 +76,9 @@ def run_of(kernel: str, problem: Problem) -> Callable[[], list[Tensor]]:
 
 def taps_call(layers: LayerCall, dtype: torch.dtype) -> TapsCall:
     """δ of every hidden layer, as for layers that autograd finishes."""
-    kept = [h.to(dtype) for h in layers.kept]
+    saved = [h.to(dtype) for h in layers.saved]
     return TapsCall(
-        layers.error.to(dtype), layers.stored, layers.feedback, [h.shape[1] for h in kept], kept, layers.noise,
+        layers.error.to(dtype), layers.stored, layers.feedback, [h.shape[1] for h in saved], saved, layers.dropout_mask,
         layers.activations, layers.parameters,
     )  # fmt: skip
 

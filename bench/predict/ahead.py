@@ -96,7 +96,7 @@ def grouped(case: Case) -> GroupedProblem:
         (4 if case.network == "positions" else 1,) * 4,
         activations,
         (0.0,) * 6,
-        0b111 if case.network == "noise" else 0,
+        0b111 if case.network == "dropout_mask" else 0,
         0b1111,
         0b1111,
         torch.float32,

@@ -1,6 +1,6 @@
 """What the operators of `ops.py` take, and what a backend offers.
 
-Shapes: error [R, E]; of layer i, inputs [R·T, in] and kept [R·T, out]. R are the rows that the error has too; the T
+Shapes: error [R, E]; of layer i, inputs [R·T, in] and saved [R·T, out]. R are the rows that the error has too; the T
 positions (1 for a plain batch) are units, so that the tap has T · out of them.
 """
 
@@ -18,16 +18,16 @@ from ..feedback.spec import FeedbackSpec
 class LayerCall(NamedTuple):
     """What `layer_grads` and `layer_update_` share: fused linear layers, all of them hidden but perhaps the last.
 
-    ``kept``, ``noise`` and ``activations`` hold one entry a hidden layer, ``parameters`` two; one more input than that
-    is the output layer, whose δ is the error.
+    ``saved``, ``dropout_mask`` and ``activations`` hold one entry a hidden layer, ``parameters`` two; one more input
+    than that is the output layer, whose δ is the error.
     """
 
     error: Tensor
     stored: Sequence[Tensor]
     feedback: FeedbackSpec
     inputs: Sequence[Tensor]
-    kept: Sequence[Tensor]
-    noise: Sequence[Tensor | None]
+    saved: Sequence[Tensor]
+    dropout_mask: Sequence[Tensor | None]
     activations: Sequence[str]
     parameters: Sequence[float]
     weight_grads: Sequence[bool]
@@ -35,8 +35,8 @@ class LayerCall(NamedTuple):
 
     def widths_out(self) -> list[int]:
         """Outputs of every layer."""
-        output = [self.error.shape[1]] * (len(self.inputs) - len(self.kept))
-        return [h.shape[1] for h in self.kept] + output
+        output = [self.error.shape[1]] * (len(self.inputs) - len(self.saved))
+        return [h.shape[1] for h in self.saved] + output
 
 
 class TapsCall(NamedTuple):
@@ -46,8 +46,8 @@ class TapsCall(NamedTuple):
     stored: Sequence[Tensor]
     feedback: FeedbackSpec
     sizes: Sequence[int]
-    kept: Sequence[Tensor | None]
-    noise: Sequence[Tensor | None]
+    saved: Sequence[Tensor | None]
+    dropout_mask: Sequence[Tensor | None]
     activations: Sequence[str]
     parameters: Sequence[float]
 
@@ -63,8 +63,8 @@ class Backend(Protocol):
     def project_taps(self, call: TapsCall) -> list[Tensor]:
         """δ of every tap from the error (paper, eq. 3 with the unified feedback matrix of eq. 7–8).
 
-        Tap i with a kept tensor [R, sizes[i]] gives δa = (e B_iᵀ) ⊙ f'(kept) ⊙ noise in kept's dtype; without one
-        δh = e B_iᵀ in the error's dtype.
+        Tap i with a saved tensor [R, sizes[i]] gives δa = (e B_iᵀ) ⊙ f'(saved) ⊙ dropout_mask in saved's dtype; without
+        one δh = e B_iᵀ in the error's dtype.
         """
 
     def layer_grads(self, call: LayerCall, dtype: torch.dtype) -> list[Tensor]:

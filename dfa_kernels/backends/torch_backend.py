@@ -24,10 +24,11 @@ hadamard = hadamard_by_products
 
 def project_taps(call: TapsCall) -> list[Tensor]:
     """δ of every tap; see `Backend.project_taps`."""
-    error, kept, noise, activations = call.error, call.kept, call.noise, call.activations
+    error, saved, dropout_mask, activations = call.error, call.saved, call.dropout_mask, call.activations
     shared = shared_projection(error, call.stored, call.feedback, max(call.sizes))
+    numbers = [call.parameters[2 * i : 2 * i + 2] for i in range(len(call.sizes))]
     return [
-        _delta(shared, size, error.dtype, kept[i], noise[i], activations[i], *call.parameters[2 * i : 2 * i + 2])
+        _delta(shared, size, error.dtype, saved[i], dropout_mask[i], activations[i], *numbers[i])
         for i, size in enumerate(call.sizes)
     ]
 
@@ -63,15 +64,15 @@ def layer_update_(
 
 def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
     """(δa [R·T, out], x [R·T, in]) of one layer after the other."""
-    error, kept, noise, activations = call.error, call.kept, call.noise, call.activations
-    sizes = [positions(h, error) * h.shape[1] for h in kept]
+    error, saved, dropout_mask, activations = call.error, call.saved, call.dropout_mask, call.activations
+    sizes = [positions(h, error) * h.shape[1] for h in saved]
     shared = shared_projection(error, call.stored, call.feedback, max(sizes)) if sizes else None
     for i, x in enumerate(call.inputs):
-        if shared is None or i == len(kept):
+        if shared is None or i == len(saved):
             delta = error if error.dtype == x.dtype else error.to(x.dtype)
         else:
             numbers = call.parameters[2 * i : 2 * i + 2]
-            delta = _delta(shared, sizes[i], error.dtype, kept[i], noise[i], activations[i], *numbers)
+            delta = _delta(shared, sizes[i], error.dtype, saved[i], dropout_mask[i], activations[i], *numbers)
         yield delta, x
 
 
@@ -108,23 +109,23 @@ def _delta(
     shared: SharedProjection,
     size: int,
     dtype: torch.dtype,
-    kept: Tensor | None,
-    noise: Tensor | None,
+    saved: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
     p: float,
     q: float,
 ) -> Tensor:
     values, ratio = shared.for_size(size)
-    if kept is None:
+    if saved is None:
         return (values * ratio).to(dtype)
-    wide = kept if kept.dtype == values.dtype else kept.to(values.dtype)
-    values = values if values.shape == kept.shape else values.reshape(kept.shape)
+    wide = saved if saved.dtype == values.dtype else saved.to(values.dtype)
+    values = values if values.shape == saved.shape else values.reshape(saved.shape)
     delta = ACTIVATIONS[activation].gradient(values, wide, p, q)
-    if noise is not None:
-        delta = delta * noise
+    if dropout_mask is not None:
+        delta = delta * dropout_mask
     if ratio != 1:
         delta = delta * ratio
-    return delta if delta.dtype == kept.dtype else delta.to(kept.dtype)
+    return delta if delta.dtype == saved.dtype else delta.to(saved.dtype)
 
 
 def _bias_grad(delta: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,7 +142,7 @@ def _shares(values: Sequence[T], n: int) -> list[Sequence[T]]:
 
 def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:
     """See `Backend.describe_layers`."""
-    projection = "e Uᵀ once for all, then " if call.kept else ""
+    projection = "e Uᵀ once for all, then " if call.saved else ""
     return f"{projection}one product for each of {len(call.inputs)} layers"
 
 

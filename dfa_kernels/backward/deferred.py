@@ -1,4 +1,4 @@
-"""Gradients put off until a fused optimizer's step: everything they need, kept from one forward and backward pass."""
+"""Gradients put off until a fused optimizer's step: everything they need, saved from one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DeferredCall:
     """One call of `layer_grads` for all layers of a pass: what a fused optimizer gets in place of gradients."""
 
     call: Callable[..., LayerCall]
-    """From the error, inputs, kept and noise."""
+    """From the error, inputs, saved and dropout_mask."""
     has_noise: list[bool]
     weights: list[nn.Parameter]
     """What the gradients belong to, in the order of `layer_grads`' result."""
@@ -37,8 +37,8 @@ class DeferredCall:
         hidden = len(self.has_noise)
         layers = len(tensors) - hidden - sum(self.has_noise)
         masks = iter(tensors[layers + hidden :])
-        noise = [next(masks) if noisy else None for noisy in self.has_noise]
-        return self.call(error, tensors[:layers], tensors[layers : layers + hidden], noise)
+        dropout_mask = [next(masks) if noisy else None for noisy in self.has_noise]
+        return self.call(error, tensors[:layers], tensors[layers : layers + hidden], dropout_mask)
 
     def completed(self, *tensors: Tensor) -> DeferredCall:
         """The call of one backward pass. Several may come from one forward pass."""
@@ -64,21 +64,21 @@ def deferred_call(
 ) -> DeferredCall:
     """The call for these layers, complete but for the error."""
     layers = hidden if output is None else [*hidden, output]
-    noise = [layer.noise for layer in hidden]
-    tensors = [layer.x for layer in layers] + [layer.kept for layer in hidden]
+    dropout_mask = [layer.dropout_mask for layer in hidden]
+    tensors = [layer.x for layer in layers] + [layer.saved for layer in hidden]
     activations = [layer.activation for layer in hidden]
     parameters = [number for layer in hidden for number in (layer.p, layer.q)]
     weight_grads = [layer.weight.requires_grad for layer in layers]
     bias_grads = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
     return DeferredCall(
         # It keeps no tensor of the pass alive: those are autograd's until the backward pass.
-        lambda error, inputs, kept, noise: LayerCall(
-            error, stored, feedback, inputs, kept, noise, activations, parameters, weight_grads, bias_grads
+        lambda error, inputs, saved, dropout_mask: LayerCall(
+            error, stored, feedback, inputs, saved, dropout_mask, activations, parameters, weight_grads, bias_grads
         ),
-        [mask is not None for mask in noise],
+        [mask is not None for mask in dropout_mask],
         [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad],
         backend,
-        [as_rows(tensor) for tensor in (*tensors, *[mask for mask in noise if mask is not None])],
+        [as_rows(tensor) for tensor in (*tensors, *[mask for mask in dropout_mask if mask is not None])],
     )
 
 

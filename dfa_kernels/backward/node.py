@@ -1,6 +1,6 @@
 """The one autograd node: the error comes in, the gradients of every segment go out.
 
-`attach` ends a forward pass: it hands the node everything the segments kept. Nothing stays on the module, so passes
+`attach` ends a forward pass: it hands the node everything the segments saved. Nothing stays on the module, so passes
 may interleave, and several may be alive before their backward passes.
 """
 
@@ -95,39 +95,39 @@ def _meet_numbers(plan: NodePlan) -> float:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     plan: NodePlan = ctx.plan
-    saved = dict(zip(plan.saved, ctx.saved_tensors, strict=True))
+    tensors = dict(zip(plan.saved, ctx.saved_tensors, strict=True))
     wanted = ctx.needs_input_grad[2:]
     grads: list[Tensor | None] = [None] * len(wanted)
     error = as_error(gradient)
     if plan.roots or plan.convolutions:
-        _finish_taps(plan, saved, error, error_shape(gradient)[0], wanted, grads)
+        _finish_taps(plan, tensors, error, error_shape(gradient)[0], wanted, grads)
     if plan.linears:
-        _linear_grads(plan, saved, error, wanted, grads)
+        _linear_grads(plan, tensors, error, wanted, grads)
     return (None, gradient, *grads)
 
 
 def _finish_taps(
     plan: NodePlan,
-    saved: dict[int, Tensor],
+    tensors: dict[int, Tensor],
     error: Tensor,
     rows: tuple[int, ...],
     wanted: tuple[bool, ...],
     grads: list[Tensor | None],
 ) -> None:
     """δ for every root, for autograd to go on with, and the gradients of the fused convolutions."""
-    deltas = backends.BACKENDS[plan.backend].project_taps(taps_call(plan, saved, error))
+    deltas = backends.BACKENDS[plan.backend].project_taps(taps_call(plan, tensors, error))
     free = len(plan.roots)
     for root, delta in zip(plan.roots, deltas[:free], strict=True):
         _add(grads, root.root, delta.reshape(rows + root.units))
     for slot, delta in zip(plan.convolutions, deltas[free:], strict=True):
-        _convolution_grads(slot, saved, delta, wanted, grads)
+        _convolution_grads(slot, tensors, delta, wanted, grads)
 
 
 def _convolution_grads(
-    slot: LayerSlot, saved: dict[int, Tensor], delta: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
+    slot: LayerSlot, tensors: dict[int, Tensor], delta: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
 ) -> None:
     """ΔW and Δb of a convolution. Its input mask stays off: nothing flows to the layer before."""
-    x, weight, numbers = saved[slot.x], saved[slot.weight], slot.convolution
+    x, weight, numbers = tensors[slot.x], tensors[slot.weight], slot.convolution
     assert numbers is not None
     wants_bias = slot.bias is not None and wanted[slot.bias]
     _, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
@@ -150,10 +150,10 @@ def _convolution_grads(
 
 
 def _linear_grads(
-    plan: NodePlan, saved: dict[int, Tensor], error: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
+    plan: NodePlan, tensors: dict[int, Tensor], error: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
 ) -> None:
     """ΔW and Δb of the fused linear layers."""
-    call = layer_call(plan, saved, error, wanted)
+    call = layer_call(plan, tensors, error, wanted)
     remaining = iter(backends.BACKENDS[plan.backend].layer_grads(call, plan.dtype))
     for slot, wants_weight, wants_bias in zip(plan.linears, call.weight_grads, call.bias_grads, strict=True):
         if wants_weight:
@@ -162,34 +162,36 @@ def _linear_grads(
             _add(grads, slot.bias, next(remaining))
 
 
-def taps_call(plan: NodePlan, saved: dict[int, Tensor], error: Tensor) -> TapsCall:
+def taps_call(plan: NodePlan, tensors: dict[int, Tensor], error: Tensor) -> TapsCall:
     """The taps: the roots, then the convolutions."""
     taps: list[tuple[Any, ...]] = [(slot.units, None, None, "identity", 0.0, 0.0) for slot in plan.roots]
     for slot in plan.convolutions:
-        taps.append((slot.units, _get(saved, slot.kept), _get(saved, slot.noise), slot.activation, slot.p, slot.q))
-    units, kept, noise, activations, p, q = zip(*taps, strict=True)
+        taps.append(
+            (slot.units, _get(tensors, slot.saved), _get(tensors, slot.dropout_mask), slot.activation, slot.p, slot.q)
+        )
+    units, saved, dropout_mask, activations, p, q = zip(*taps, strict=True)
     return TapsCall(
         error,
-        [saved[i] for i in plan.stored],
+        [tensors[i] for i in plan.stored],
         plan.feedback,
         [math.prod(u) for u in units],
-        kept,
-        noise,
+        saved,
+        dropout_mask,
         activations,
         [number for pair in zip(p, q, strict=True) for number in pair],
     )
 
 
-def layer_call(plan: NodePlan, saved: dict[int, Tensor], error: Tensor, wanted: Sequence[bool]) -> LayerCall:
+def layer_call(plan: NodePlan, tensors: dict[int, Tensor], error: Tensor, wanted: Sequence[bool]) -> LayerCall:
     """The fused linear layers; wanted: whether each of the node's tensors needs a gradient."""
-    hidden = [slot for slot in plan.linears if slot.kept is not None]
+    hidden = [slot for slot in plan.linears if slot.saved is not None]
     return LayerCall(
         error,
-        [saved[i] for i in plan.stored],
+        [tensors[i] for i in plan.stored],
         plan.feedback,
-        [as_rows(saved[slot.x]) for slot in plan.linears],
-        [as_rows(saved[slot.kept]) for slot in hidden if slot.kept is not None],
-        [None if slot.noise is None else as_rows(saved[slot.noise]) for slot in hidden],
+        [as_rows(tensors[slot.x]) for slot in plan.linears],
+        [as_rows(tensors[slot.saved]) for slot in hidden if slot.saved is not None],
+        [None if slot.dropout_mask is None else as_rows(tensors[slot.dropout_mask]) for slot in hidden],
         [slot.activation for slot in hidden],
         [number for slot in hidden for number in (slot.p, slot.q)],
         [wanted[slot.weight] for slot in plan.linears],
@@ -202,5 +204,5 @@ def _add(grads: list[Tensor | None], i: int, grad: Tensor) -> None:
     grads[i] = grad if before is None else before + grad
 
 
-def _get(saved: dict[int, Tensor], i: int | None) -> Tensor | None:
-    return None if i is None else saved[i]
+def _get(tensors: dict[int, Tensor], i: int | None) -> Tensor | None:
+    return None if i is None else tensors[i]

@@ -15,11 +15,11 @@ from ..forward.segments import Convolution, FusedLayer
 
 @dataclass(slots=True)
 class LayerSlot:
-    """Where one fused layer's tensors stand among the node's; ``kept`` is None for the output layer."""
+    """Where one fused layer's tensors stand among the node's; ``saved`` is None for the output layer."""
 
     x: int
-    kept: int | None
-    noise: int | None
+    saved: int | None
+    dropout_mask: int | None
     weight: int
     bias: int | None
     activation: str
@@ -104,14 +104,14 @@ def make_plan(table: TensorTable, seen: Pass) -> NodePlan:
             convolutions.append(_layer_slot(table, layer, units, is_output=False))
     if seen.last is not None:
         linears.append(_layer_slot(table, seen.last, (), is_output=True))
-    kept = [i for slot in (*linears, *convolutions) for i in (slot.x, slot.kept, slot.noise) if i is not None]
+    saved = [i for slot in (*linears, *convolutions) for i in (slot.x, slot.saved, slot.dropout_mask) if i is not None]
     stored_at = tuple(table.index(u) for u in seen.stored)
     return NodePlan(
         roots=tuple(roots),
         linears=tuple(linears),
         convolutions=tuple(convolutions),
         stored=stored_at,
-        saved=tuple(dict.fromkeys([*kept, *stored_at, *(slot.weight for slot in convolutions)])),
+        saved=tuple(dict.fromkeys([*saved, *stored_at, *(slot.weight for slot in convolutions)])),
         dtype=dtype,
         feedback=seen.feedback,
         backend=seen.backend,
@@ -132,8 +132,8 @@ def grouped_dtype(seen: Pass) -> torch.dtype:
 def _layer_slot(table: TensorTable, layer: FusedLayer, units: tuple[int, ...], is_output: bool) -> LayerSlot:
     return LayerSlot(
         x=table.index(layer.x),
-        kept=None if is_output else table.index(layer.kept),
-        noise=table.optional(layer.noise),
+        saved=None if is_output else table.index(layer.saved),
+        dropout_mask=table.optional(layer.dropout_mask),
         weight=table.index(layer.weight),
         bias=table.optional(layer.bias),
         activation=layer.activation,

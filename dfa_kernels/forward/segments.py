@@ -33,8 +33,8 @@ class Convolution:
 class Chain:
     """A weight layer and the elementwise calls that followed it so far.
 
-    ``value`` is the newest result, ``kept`` what f' is computed from, ``noise`` the product of the dropout masks, each
-    divided by its keep probability.
+    ``value`` is the newest result, ``saved`` what f' is computed from, ``dropout_mask`` the product of the dropout
+    masks, each divided by its keep probability.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Chain:
         self.activation: Activation | None = None
         self.p = 0.0
         self.q = 0.0
-        self.kept: Tensor | None = None
-        self.noise: Tensor | None = None
+        self.saved: Tensor | None = None
+        self.dropout_mask: Tensor | None = None
         self.advance(value)
 
     def advance(self, value: Tensor) -> None:
@@ -69,7 +69,7 @@ def _version(tensor: Tensor) -> int:
 class FusedLayer:
     """A finished chain: everything its gradient needs beside δh. No tensor here carries a graph.
 
-    With x [..., in] and kept [..., out]: δa = δh ⊙ f'(kept) ⊙ noise, ΔW = δaᵀ x.
+    With x [..., in] and saved [..., out]: δa = δh ⊙ f'(saved) ⊙ dropout_mask, ΔW = δaᵀ x.
     """
 
     x: Tensor
@@ -79,8 +79,8 @@ class FusedLayer:
     activation: str
     p: float
     q: float
-    kept: Tensor
-    noise: Tensor | None
+    saved: Tensor
+    dropout_mask: Tensor | None
 
 
 @dataclass(slots=True)
@@ -136,7 +136,12 @@ class SegmentedPass(ForwardPass):
         """The last layer, if nothing but its product lies between the last tap and the output."""
         self._check_versions()
         chain = self._chain
-        if chain is None or chain.convolution is not None or chain.activation is not None or chain.noise is not None:
+        if (
+            chain is None
+            or chain.convolution is not None
+            or chain.activation is not None
+            or chain.dropout_mask is not None
+        ):
             return None
         return self._finish_chain(output, output.detach())
 
@@ -163,11 +168,11 @@ class SegmentedPass(ForwardPass):
         chain.p, chain.q = call_parameters(row, tuple(rest), kwargs)
         keeps_output = row.keeps_output(chain.p, chain.q)
         overwrites = is_inplace(func, row, tuple(rest), kwargs)
-        kept = z.clone() if overwrites and not keeps_output else z
+        saved = z.clone() if overwrites and not keeps_output else z
         h = cast(Tensor, func(*args, **kwargs))
-        chain.activation, chain.kept = row, h if keeps_output else kept
+        chain.activation, chain.saved = row, h if keeps_output else saved
         chain.advance(h)
-        self._watch(chain.kept)
+        self._watch(chain.saved)
         return h
 
     def other(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
@@ -180,12 +185,12 @@ class SegmentedPass(ForwardPass):
         return func(*args, **kwargs)
 
     def _dropout(self, chain: Chain, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """F.dropout, from the same random numbers, with its mask kept."""
+        """F.dropout, from the same random numbers, with its mask saved."""
         if not training or p == 0:
             return x
-        noise = F.dropout(torch.ones_like(x), p, training=True)
-        chain.noise = noise if chain.noise is None else chain.noise * noise
-        chain.advance(x.mul_(noise) if inplace else x * noise)
+        dropout_mask = F.dropout(torch.ones_like(x), p, training=True)
+        chain.dropout_mask = dropout_mask if chain.dropout_mask is None else chain.dropout_mask * dropout_mask
+        chain.advance(x.mul_(dropout_mask) if inplace else x * dropout_mask)
         return chain.value
 
     def _finish_chain(self, z: Tensor, cut: Tensor) -> FusedLayer | None:
@@ -193,20 +198,20 @@ class SegmentedPass(ForwardPass):
         if chain is None or not chain.ends_in(z):
             return None
         row = chain.activation or ACTIVATIONS["identity"]
-        kept = cut if chain.kept is None or chain.kept is z else chain.kept.detach()
+        saved = cut if chain.saved is None or chain.saved is z else chain.saved.detach()
         return FusedLayer(
-            chain.x, chain.weight, chain.bias, chain.convolution, row.name, chain.p, chain.q, kept, chain.noise
+            chain.x, chain.weight, chain.bias, chain.convolution, row.name, chain.p, chain.q, saved, chain.dropout_mask
         )
 
-    def _watch(self, kept: Tensor) -> None:
-        self._versions.append((kept, _version(kept)))
+    def _watch(self, saved: Tensor) -> None:
+        self._versions.append((saved, _version(saved)))
 
     def _check_versions(self) -> None:
-        for kept, version in self._versions:
-            if _version(kept) != version:
+        for saved, version in self._versions:
+            if _version(saved) != version:
                 raise RuntimeError(
-                    f"net: a tensor of shape {tuple(kept.shape)} that a gradient needs was modified by an in-place "
-                    f"operation: it is at version {kept._version}, expected {version}"
+                    f"net: a tensor of shape {tuple(saved.shape)} that a gradient needs was modified by an in-place "
+                    f"operation: it is at version {saved._version}, expected {version}"
                 )
 
 

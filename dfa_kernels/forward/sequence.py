@@ -84,7 +84,7 @@ class _Run:
         layer.activation = row.name
         layer.p, layer.q = module_parameters(row, module)
         h = row.apply(a, layer.p, layer.q)
-        layer.kept = h if row.keeps_output(layer.p, layer.q) else a
+        layer.saved = h if row.keeps_output(layer.p, layer.q) else a
         if self.tap_at_activation:
             self.tap(h)
         return h
@@ -92,10 +92,11 @@ class _Run:
     def dropout(self, module: Any, x: Tensor) -> Tensor:
         if not module.training or module.p == 0:
             return x
-        noise = F.dropout(torch.ones_like(x), module.p)
+        mask = F.dropout(torch.ones_like(x), module.p)
         if self.layer is not None:
-            self.layer.noise = noise if self.layer.noise is None else self.layer.noise * noise
-        return x * noise
+            before = self.layer.dropout_mask
+            self.layer.dropout_mask = mask if before is None else before * mask
+        return x * mask
 
     def tap(self, h: Tensor) -> None:
         assert self.layer is not None

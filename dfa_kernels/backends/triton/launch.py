@@ -102,7 +102,7 @@ def counters(n: int, device: torch.device) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(n, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
-    kept = _counters.get(key)
-    if kept is None or kept.numel() < n:
-        kept = _counters[key] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
-    return kept
+    saved = _counters.get(key)
+    if saved is None or saved.numel() < n:
+        saved = _counters[key] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
+    return saved

@@ -1,6 +1,6 @@
 """What a grouped launch runs: from the shapes of a step to a kernel, its grid and its constants.
 
-A plan is a pure function of a problem (`problem.py`), made once and kept; no tensor and no device is touched, so that
+A plan is a pure function of a problem (`problem.py`), made once and saved; no tensor and no device is touched, so that
 any GPU's plan can be made and compiled anywhere.
 """
 
@@ -265,8 +265,8 @@ def plan_projection(problem: TapsProblem, config: ProjectionConfig) -> LaunchPla
         q=problem.parameters[1::2],
         DERIVATIVES=derivatives,
         WHICH=which,
-        KEPT=problem.kept,
-        NOISE=problem.noise,
+        SAVED=problem.saved,
+        DROPOUT=problem.dropout_mask,
         CHANNELS_LAST=problem.channels_last,
         ALIGN=alignment(problem.sizes),
         INDEX=_index_dtype(longest, max(problem.sizes) * projected.error_size, projected.error_reach),
@@ -327,7 +327,7 @@ def _grouped_arguments(problem: GroupedProblem, *counts: int) -> dict[str, Any]:
         OUTPUT=has_output,
         DERIVATIVES=derivatives,
         WHICH=which,
-        NOISE=problem.noise,
+        DROPOUT=problem.dropout_mask,
         WEIGHTS=problem.weights,
         BIASES=problem.biases,
         RULE=problem.rule,

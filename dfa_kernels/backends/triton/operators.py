@@ -84,14 +84,14 @@ def _launch(
         return
     error, stored = projection_tensors(plan.problem.projected, call.error, call.stored, plan.problem.widest)
     xs = [_for_tma(x) for x in call.inputs] if plan.uses_tma else call.inputs
-    inputs, kept = tuple([dense(x) for x in xs]), tuple([dense(h) for h in call.kept])
+    inputs, saved = tuple([dense(x) for x in xs]), tuple([dense(h) for h in call.saved])
     # A kernel's tuple is never empty: any tensor stands in where there is none.
     anything = (inputs[0],)
-    noise = tuple([inputs[0] if mask is None else dense(mask) for mask in call.noise])
-    tensors: Arguments = (error, stored, inputs, kept or anything, noise if plan.problem.noise else anything)
+    masks = tuple([inputs[0] if mask is None else dense(mask) for mask in call.dropout_mask])
+    tensors: Arguments = (error, stored, inputs, saved or anything, masks if plan.problem.dropout_mask else anything)
     if plan.counters:
         sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
-        tensors = (counters(plan.counters, error.device), *tensors, _rooms_for_deltas(plan, error, inputs, kept), sums)
+        tensors = (counters(plan.counters, error.device), *tensors, _delta_workspace(plan, error, inputs, saved), sums)
     results = [tuple([destinations[i] for i in places]) for places in (route.weights, route.biases)]
     each = len(state) // len(destinations)
     for places in (route.weights, route.biases):
@@ -105,14 +105,14 @@ def _for_tma(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _rooms_for_deltas(
-    plan: LaunchPlan, error: Tensor, inputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]
+def _delta_workspace(
+    plan: LaunchPlan, error: Tensor, inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Memory for δ of every layer; the output layer's is the error itself, or room for a copy."""
-    rooms = tuple([torch.empty_like(h) for h in kept])
-    if len(inputs) == len(kept):
-        return rooms
-    return (*rooms, inputs[0].new_empty((error.shape[0], plan.copy_width)) if plan.copy_width else error)
+    """Workspace for δ of every layer; the output layer's is the error itself, or a copy's."""
+    workspace = tuple([torch.empty_like(h) for h in saved])
+    if len(inputs) == len(saved):
+        return workspace
+    return (*workspace, inputs[0].new_empty((error.shape[0], plan.copy_width)) if plan.copy_width else error)
 
 
 def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
@@ -144,23 +144,23 @@ def project_taps(call: TapsCall) -> list[Tensor]:
     check_device(error.device)
     if reason_taps_for_torch(call):
         return torch_backend.project_taps(call)
-    kept = [None if h is None else _ordered(h) for h in call.kept]
-    noise = [m if m is None or h is None else _like(m, h) for m, h in zip(call.noise, kept, strict=True)]
+    saved = [None if h is None else _ordered(h) for h in call.saved]
+    dropout_mask = [m if m is None or h is None else _like(m, h) for m, h in zip(call.dropout_mask, saved, strict=True)]
     results = [
         error.new_empty((error.shape[0], size)) if h is None else torch.empty_like(h)
-        for size, h in zip(call.sizes, kept, strict=True)
+        for size, h in zip(call.sizes, saved, strict=True)
     ]
     if error.shape[0] == 0:
         return results
     _, stored, feedback, sizes, _, _, activations, parameters = call
-    ordered = TapsCall(error, stored, feedback, sizes, kept, noise, activations, parameters)
+    ordered = TapsCall(error, stored, feedback, sizes, saved, dropout_mask, activations, parameters)
     plan = plan_project_taps(ordered, target_of(error.device))
     error, parts = projection_tensors(plan.problem.projected, error, stored, max(sizes))
     tensors = (
         error,
         parts,
-        tuple([error if h is None else h for h in kept]),
-        tuple([error if m is None else m for m in noise]),
+        tuple([error if h is None else h for h in saved]),
+        tuple([error if m is None else m for m in dropout_mask]),
         tuple(results),
     )
     launch(plan, error.device, tensors)
@@ -169,30 +169,30 @@ def project_taps(call: TapsCall) -> list[Tensor]:
 
 def reason_taps_for_torch(call: TapsCall) -> str:
     """Why the torch backend has to make these δ; empty if it has not."""
-    dtypes = {tensor.dtype for tensor in (*call.kept, *call.noise) if tensor is not None}
+    dtypes = {tensor.dtype for tensor in (*call.saved, *call.dropout_mask) if tensor is not None}
     return reason_for_torch(call.error.dtype, dtypes, call.error.dtype)
 
 
 def plan_project_taps(call: TapsCall, target: Target) -> LaunchPlan:
     """What will run for taps of these shapes. Reads no values, so meta tensors do."""
-    saved = [h for h in call.kept if h is not None]
+    present = [h for h in call.saved if h is not None]
     looks = looks_of_error(call.error, call.stored, call.feedback)
     problem = TapsProblem(
-        projected_for(looks, max(call.sizes), (saved or [call.error])[0].dtype),
+        projected_for(looks, max(call.sizes), (present or [call.error])[0].dtype),
         tuple(call.sizes),
-        tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in call.kept]),
+        tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in call.saved]),
         tuple(call.activations),
         tuple([float(number) for number in call.parameters]),
-        mask_of([h is not None for h in call.kept]),
-        mask_of([mask is not None for mask in call.noise]),
-        mask_of([h is not None and not h.is_contiguous() for h in call.kept]),
+        mask_of([h is not None for h in call.saved]),
+        mask_of([mask is not None for mask in call.dropout_mask]),
+        mask_of([h is not None and not h.is_contiguous() for h in call.saved]),
     )
     return planners[TapsProblem](problem, target)
 
 
-def _ordered(kept: Tensor) -> Tensor:
-    """kept, in one of the two orders the kernel knows: contiguous, or channels last."""
-    return kept if _is_channels_last(kept) else dense(kept)
+def _ordered(saved: Tensor) -> Tensor:
+    """saved, in one of the two orders the kernel knows: contiguous, or channels last."""
+    return saved if _is_channels_last(saved) else dense(saved)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -202,9 +202,9 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.movedim(1, -1).is_contiguous()
 
 
-def _like(mask: Tensor, kept: Tensor) -> Tensor:
-    """mask, in the order of kept."""
-    return mask if mask.stride() == kept.stride() else torch.empty_like(kept).copy_(mask)
+def _like(mask: Tensor, saved: Tensor) -> Tensor:
+    """mask, in the order of saved."""
+    return mask if mask.stride() == saved.stride() else torch.empty_like(saved).copy_(mask)
 
 
 def hadamard(x: Tensor, scale: float = 1.0) -> Tensor:

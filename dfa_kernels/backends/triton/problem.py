@@ -111,7 +111,7 @@ class GroupedProblem:
     activations: tuple[str, ...]
     """Of the hidden layers; one more width than these is the output layer's."""
     parameters: tuple[float, ...]
-    noise: int
+    dropout_mask: int
     weights: int
     biases: int
     """Bit i tells whether layer i has the respective tensor or wants the respective gradient."""
@@ -145,8 +145,8 @@ class TapsProblem:
     channels: tuple[int, ...]
     activations: tuple[str, ...]
     parameters: tuple[float, ...]
-    kept: int
-    noise: int
+    saved: int
+    dropout_mask: int
     channels_last: int
     """Bit i tells whether tap i has the respective tensor or order."""
 

@@ -1,6 +1,6 @@
 """Which way a call of `layer_grads` or `layer_update_` goes: from what it looks like to a launch, or to torch.
 
-In every step the looks are read and compared, nothing else: routes are kept.
+In every step the looks are read and compared, nothing else: routes are saved.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def split(call: LayerCall) -> Iterator[LayerCall]:
         here = slice(first, first + MOST_LAYERS)
         yield call._replace(
             inputs=call.inputs[here],
-            kept=call.kept[here],
-            noise=call.noise[here],
+            saved=call.saved[here],
+            dropout_mask=call.dropout_mask[here],
             activations=call.activations[here],
             parameters=call.parameters[2 * first : 2 * here.stop],
             weight_grads=call.weight_grads[here],
@@ -59,7 +59,7 @@ class Looks(NamedTuple):
 
     error: ErrorLooks
     inputs: tuple[torch.Size, ...]
-    kept: tuple[torch.Size, ...]
+    saved: tuple[torch.Size, ...]
     noisy: tuple[bool, ...]
     activation_dtypes: frozenset[torch.dtype]
     activations: tuple[str, ...]
@@ -88,13 +88,13 @@ class Route:
 
 def looks_of(call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[int, ...] = ()) -> Looks:
     """What the call looks like. Reads no values, so meta tensors do."""
-    noise = [mask for mask in call.noise if mask is not None]
+    dropout_mask = [mask for mask in call.dropout_mask if mask is not None]
     return Looks(
         looks_of_error(call.error, call.stored, call.feedback),
         tuple([x.shape for x in call.inputs]),
-        tuple([h.shape for h in call.kept]),
-        tuple([mask is not None for mask in call.noise]),
-        frozenset([tensor.dtype for tensor in (*call.inputs, *call.kept, *noise)]),
+        tuple([h.shape for h in call.saved]),
+        tuple([mask is not None for mask in call.dropout_mask]),
+        frozenset([tensor.dtype for tensor in (*call.inputs, *call.saved, *dropout_mask)]),
         tuple(call.activations),
         tuple(call.parameters),
         tuple(call.weight_grads),
@@ -108,8 +108,8 @@ def looks_of(call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[
 @lru_cache(maxsize=512)
 def route_of(looks: Looks, target: Target) -> Route:
     """The route of every call that looks like this."""
-    widths_out = [shape[1] for shape in looks.kept]
-    widths_out += [looks.error.shape[1]] * (len(looks.inputs) - len(looks.kept))
+    widths_out = [shape[1] for shape in looks.saved]
+    widths_out += [looks.error.shape[1]] * (len(looks.inputs) - len(looks.saved))
     shapes: list[tuple[int, ...]] = []
     for x, out, wants_weight, wants_bias in zip(
         looks.inputs, widths_out, looks.weight_grads, looks.bias_grads, strict=True
@@ -140,7 +140,7 @@ def _problem(
 ) -> GroupedProblem:
     rows = looks.error.shape[0]
     positions = [x[0] // rows if rows else 1 for x in looks.inputs]
-    sizes = [t * out for t, out in zip(positions, widths_out, strict=True)][: len(looks.kept)]
+    sizes = [t * out for t, out in zip(positions, widths_out, strict=True)][: len(looks.saved)]
     (dtype,) = looks.activation_dtypes
     assert looks.dtype is not None
     return GroupedProblem(

@@ -11,9 +11,9 @@ from .tiles import multiple, slope_product
 
 @triton.jit
 def write_deltas(
-    tile, error, stored, kept, noise, deltas, sums, error_size, stride_row, stride_column, key0, key1, nonzeros, widest,
-    rows, sizes, channels, scales, p, q,
-    SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
+    tile, error, stored, saved, dropout_mask, deltas, sums, error_size, stride_row, stride_column, key0, key1, nonzeros,
+    widest, rows, sizes, channels, scales, p, q,
+    SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, SAVED: tl.constexpr, DROPOUT: tl.constexpr,
     SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr,
     DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
     INDEX: tl.constexpr,
@@ -21,9 +21,9 @@ def write_deltas(
 ):  # fmt: skip
     """Writes δ at tile `tile` of the projection [widest units, rows] into every tap that reaches it.
 
-    kept, noise and deltas of tap i are [rows, sizes[i]]; in channels-last order [rows, sizes[i] / channels[i],
-    channels[i]] for taps in CHANNELS_LAST. KEPT and NOISE tell which taps have the respective tensor. Of taps in SUMS,
-    sums [taps, tiles of rows, widest] gets the sum of δ over the tile's rows, before δ is rounded to its dtype.
+    saved, dropout_mask and deltas of tap i are [rows, sizes[i]]; in channels-last order [rows, sizes[i] / channels[i],
+    channels[i]] for taps in CHANNELS_LAST. SAVED and DROPOUT tell which taps have the respective tensor. Of taps in
+    SUMS, sums [taps, tiles of rows, widest] gets the sum of δ over the tile's rows, before δ is rounded to its dtype.
     """
     row_tiles = tl.cdiv(rows, BLOCK_R)
     first_unit = ((tile // row_tiles) * BLOCK_U).to(INDEX)
@@ -44,11 +44,11 @@ def write_deltas(
                 place = unit % inner * channels[i] + unit // inner
             at = row[None, :] * size + place[:, None]
             delta = projection * scales[i]
-            if (KEPT >> i) & 1:
-                saved = tl.load(kept[i] + at, mask=inside, other=0.0).to(tl.float32)
-                delta = slope_product(delta, saved, p[i], q[i], WHICH[i], DERIVATIVES)
-            if (NOISE >> i) & 1:
-                delta *= tl.load(noise[i] + at, mask=inside, other=0.0).to(tl.float32)
+            if (SAVED >> i) & 1:
+                value = tl.load(saved[i] + at, mask=inside, other=0.0).to(tl.float32)
+                delta = slope_product(delta, value, p[i], q[i], WHICH[i], DERIVATIVES)
+            if (DROPOUT >> i) & 1:
+                delta *= tl.load(dropout_mask[i] + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(deltas[i] + at, delta.to(deltas[i].dtype.element_ty), mask=inside)
             if (SUMS >> i) & 1:
                 place = (i * row_tiles + tile % row_tiles).to(INDEX) * widest + unit

@@ -42,7 +42,7 @@ def _rotations(x, BITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "scale"])
 def hadamard_kernel(x, out, rows, n, scale, BLOCK: tl.constexpr, BITS: tl.constexpr):
-    """Rows of n <= 2^BITS numbers, filled up with zeros; the first n of the result are kept."""
+    """Rows of n <= 2^BITS numbers, filled up with zeros; the first n of the result are saved."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     row, column = tl.arange(0, BLOCK), tl.arange(0, 1 << BITS)
     at = row[:, None] * n + column[None, :]

@@ -22,10 +22,10 @@ from .tiles import locate, multiple, pick, pick_flag, slope_product
     ]
 )  # fmt: skip
 def one_phase(
-    error, stored, inputs, kept, noise, weights, biases, weight_state0, weight_state1, bias_state0, bias_state1,
+    error, stored, inputs, saved, dropout_mask, weights, biases, weight_state0, weight_state1, bias_state0, bias_state1,
     error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows, widths_in, widths_out, positions, scales,
     p, q, hyper,
-    SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, NOISE: tl.constexpr,
+    SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr,
     WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr,
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
@@ -35,16 +35,16 @@ def one_phase(
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
 
-    error [rows, error_size]; of layer i: inputs [rows · positions, widths_in], kept and noise [rows · positions,
-    widths_out]. If OUTPUT, the last layer's δ is the error; a number in it that is not finite spreads over all of that
-    layer's gradients. weights and biases are where results go.
+    error [rows, error_size]; of layer i: inputs [rows · positions, widths_in], saved and dropout_mask
+    [rows · positions, widths_out]. If OUTPUT, the last layer's δ is the error; a number in it that is not finite
+    spreads over all of that layer's weight gradients. weights and biases are where results go.
     """
     error_size, stride_row = multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR)
     layer, m, n = locate(tl.program_id(0), widths_in, widths_out, BLOCK_M, BLOCK_N, GROUP_M, WEIGHTS, BIASES)
     width_in, width_out = multiple(pick(widths_in, layer), ALIGN), pick(widths_out, layer)
-    x, h = pick(inputs, layer), pick(kept, layer)
+    x, h = pick(inputs, layer), pick(saved, layer)
     is_output = OUTPUT and layer == len(widths_in) - 1
-    # The output layer has no use for U nor for a kept tensor, and its width is rarely a multiple of anything.
+    # The output layer has no use for U nor for a saved tensor, and its width is rarely a multiple of anything.
     hidden_out = multiple(tl.where(is_output, 0, width_out), ALIGN)
     scale, own_p, own_q, which = pick(scales, layer), pick(p, layer), pick(q, layer), pick(WHICH, layer)
 
@@ -81,13 +81,13 @@ def one_phase(
                 projection = tl.dot(U, e.to(DOT), input_precision=DELTA_PRECISION)
             at = long_row[None, :] * hidden_out + out[:, None]
             inside = (out < hidden_out)[:, None] & (row < rows)[None, :]
-            saved = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-            delta = slope_product(projection * scale, saved, own_p, own_q, which, DERIVATIVES)
+            value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+            delta = slope_product(projection * scale, value, own_p, own_q, which, DERIVATIVES)
             delta = tl.where(is_output, projection, delta)
-            if NOISE:
-                noisy_out = multiple(tl.where(pick_flag(NOISE, layer), hidden_out, 0), ALIGN)
+            if DROPOUT:
+                noisy_out = multiple(tl.where(pick_flag(DROPOUT, layer), hidden_out, 0), ALIGN)
                 noisy = (out < noisy_out)[:, None] & (row < rows)[None, :]
-                delta *= tl.load(pick(noise, layer) + at, mask=noisy, other=1.0).to(tl.float32)
+                delta *= tl.load(pick(dropout_mask, layer) + at, mask=noisy, other=1.0).to(tl.float32)
             x_tile = tl.load(
                 x + long_row[:, None] * width_in + column[None, :],
                 mask=(row < rows)[:, None] & (column < width_in)[None, :], other=0.0,

@@ -14,17 +14,17 @@ from .delta import write_deltas
     ]
 )  # fmt: skip
 def project_taps_kernel(
-    error, stored, kept, noise, deltas, error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows,
-    sizes, channels, scales, p, q,
-    SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
+    error, stored, saved, dropout_mask, deltas, error_size, stride_row, stride_column, key0, key1, nonzeros, widest,
+    rows, sizes, channels, scales, p, q,
+    SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, SAVED: tl.constexpr, DROPOUT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
     ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """δ = (e Bᵀ) ⊙ f' of every tap (paper, eq. 3); arguments as for `write_deltas`."""
     write_deltas(
-        tl.program_id(0).to(INDEX), error, stored, kept, noise, deltas, error, error_size, stride_row, stride_column,
-        key0, key1, nonzeros, widest, rows, sizes, channels, scales, p, q,
-        SOURCE, DERIVATIVES, WHICH, KEPT, NOISE, 0, CHANNELS_LAST, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN,
+        tl.program_id(0).to(INDEX), error, stored, saved, dropout_mask, deltas, error, error_size, stride_row,
+        stride_column, key0, key1, nonzeros, widest, rows, sizes, channels, scales, p, q,
+        SOURCE, DERIVATIVES, WHICH, SAVED, DROPOUT, 0, CHANNELS_LAST, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN,
         ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
     )  # fmt: skip

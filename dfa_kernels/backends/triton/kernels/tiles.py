@@ -75,12 +75,12 @@ def swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def slope_product(g, kept, p, q, which, DERIVATIVES: tl.constexpr):
-    """g ⊙ f'(kept), of the activation numbered `which` in DERIVATIVES."""
+def slope_product(g, saved, p, q, which, DERIVATIVES: tl.constexpr):
+    """g ⊙ f'(saved), of the activation numbered `which` in DERIVATIVES."""
     if len(DERIVATIVES) == 1:
-        return DERIVATIVES[0](g, kept, p, q)
+        return DERIVATIVES[0](g, saved, p, q)
     product = g
     for i in tl.static_range(len(DERIVATIVES)):
         if which == i:
-            product = DERIVATIVES[i](g, kept, p, q)
+            product = DERIVATIVES[i](g, saved, p, q)
     return product

@@ -26,10 +26,10 @@ RESET_BLOCK = tl.constexpr(1024)
     ]
 )  # fmt: skip
 def two_phase(
-    counters, error, stored, inputs, kept, noise, deltas, sums, weights, biases, weight_state0, weight_state1,
+    counters, error, stored, inputs, saved, dropout_mask, deltas, sums, weights, biases, weight_state0, weight_state1,
     bias_state0, bias_state1, error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows, widths_in,
     widths_out, positions, sizes, scales, p, q, delta_width, delta_stride, copies, projections, total, hyper,
-    SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, NOISE: tl.constexpr,
+    SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr,
     WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr,
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
@@ -39,9 +39,9 @@ def two_phase(
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
 
-    counters: int32 zeros, one and one for every tile of units; zeros again afterwards. deltas: room for δ of every
+    counters: int32 zeros, one and one for every tile of units; zeros again afterwards. deltas: workspace for δ of every
     hidden layer [rows · positions, widths_out], then the output layer's δ [rows, delta_width] in rows of delta_stride:
-    the error itself or, if COPY, room for a copy of it. sums: room for the sums of δ over each tile of rows, float32
+    the error itself or, if COPY, workspace for a copy of it. sums: for the sums of δ over each tile of rows, float32
     [hidden layers, tiles of rows, widest]. The first `copies` tickets copy, the next `projections` make δ, and all up
     to `total` gradients. Otherwise as for `one_phase`.
     """
@@ -57,9 +57,9 @@ def two_phase(
             _announce(counters + 1 + unit_tiles + ticket // row_tiles, TMA)
         elif ticket < copies + projections:
             write_deltas(
-                ticket - copies, error, stored, kept, noise, deltas, sums, error_size, stride_row, stride_column, key0,
-                key1, nonzeros, widest, rows, sizes, sizes, scales, p, q,
-                SOURCE, DERIVATIVES, WHICH, (1 << HIDDEN) - 1, NOISE, BIASES, 0, ENTRY, DOT, DELTA_PRECISION, ROUND,
+                ticket - copies, error, stored, saved, dropout_mask, deltas, sums, error_size, stride_row,
+                stride_column, key0, key1, nonzeros, widest, rows, sizes, sizes, scales, p, q,
+                SOURCE, DERIVATIVES, WHICH, (1 << HIDDEN) - 1, DROPOUT, BIASES, 0, ENTRY, DOT, DELTA_PRECISION, ROUND,
                 ALIGN, ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
             )  # fmt: skip
             _announce(counters + 1 + (ticket - copies) // row_tiles, TMA)
