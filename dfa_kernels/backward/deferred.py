@@ -100,6 +100,9 @@ class DeferringNode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, None]:
         tensors = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            # Then the compiler leaves the node as it is. That of torch 2.11 ends with an error at `next_functions`.
+            raise RuntimeError("gradients cannot be deferred by a compiler")
         # torch.autograd.grad and backward(inputs=…) may pass here on their way to something else than the parameters.
         anchor_accumulates = ctx.next_functions[-1][0]
         if backward_reaches(anchor_accumulates):
