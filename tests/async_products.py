@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# More than any ring has slots, so that every slot is used again.
-TURNS = 12
+# More than any ring has slots, so that every slot is used again, and a multiple of no ring's, so that loops around such
+# a loop do not always meet its first slot.
+TURNS = 13
 PRODUCTS = re.compile(r"ttng\.(warp_group_dot|tc_gen5_mma) ")
 SAME_MEMORY = ("memdesc_trans", "memdesc_reinterpret", "memdesc_reshape", "memdesc_subslice")
 COMPARISONS = {
@@ -55,7 +56,6 @@ class Run:
     """Numbers and places by name. What is not known is absent."""
     under_way: list[Product] = field(default_factory=list)
     found: dict[str, None] = field(default_factory=dict)
-    products: int = 0
 
     def block(self, lines: Sequence[str]) -> list[str]:
         """Runs a block to its end; the operands of its last yield."""
@@ -66,6 +66,12 @@ class Run:
             if " scf.for " in line:
                 end = _closing(lines, i)
                 self.loop(line, lines[i + 1 : end])
+                i = end
+            elif "scf.while " in line:
+                # Its condition and its body, twice: what one turn leaves under way meets the copies of the next.
+                end = _closing(lines, _closing(lines, i))
+                for _ in range(2):
+                    self.block(lines[i + 1 : end])
                 i = end
             elif line.lstrip().startswith("scf.yield") and _indent(line) == _indent(lines[0]):
                 yielded = _names(line.split(" : ")[0])
@@ -144,14 +150,21 @@ class Run:
             raise ValueError(f"{index}: expected a number that is known, the slot of {ring}")
         return Place(self.values[ring].ring, number)
 
+    def factor(self, name: str, kind: str) -> list[Place]:
+        """Where a product reads this operand, of this type: nowhere, if it lies in registers or tensor memory."""
+        place = self.values.get(name)
+        if place is None and "#smem" in kind:
+            raise ValueError(f"{name}: expected memory that is known, of {kind}")
+        return [place] if isinstance(place, Place) else []
+
     def multiply(self, kind: str, operands: Sequence[str], rest: str) -> None:
-        reads = [place for name in operands[:2] if isinstance(place := self.values.get(name), Place)]
+        types = re.split(r" \* |, (?=!ttg)", rest.rpartition("} : ")[2])
+        reads = [place for name, type_ in zip(operands[:2], types, strict=False) for place in self.factor(name, type_)]
         if kind == "tc_gen5_mma":
             (barrier,) = re.findall(r"(%[\w$.#-]+)\[", rest) or [""]
             self.under_way.append(Product(reads, self.values[barrier]))
         elif "isAsync = true" in rest:
             self.under_way.append(Product(reads))
-        self.products += 1
 
     def wait_for_groups(self, pendings: int) -> None:
         """Until at most so many of Hopper's products are under way."""

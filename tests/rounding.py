@@ -61,7 +61,8 @@ def fused(kernel: Any) -> int:
 
 
 def arithmetic(*kernels: Any) -> list[str]:
-    return sorted({name for k in kernels for name in re.findall(r"\b(?:add|sub|mul|fma)\.[\w.]*f32\b", k.asm["ptx"])})
+    ptx = "".join(kernel.asm["ptx"] for kernel in kernels)
+    return sorted(set(re.findall(r"\b(?:add|sub|mul|fma|div)\.[\w.]*f32\b", ptx)))
 
 
 def main(archs: list[int]) -> None:

@@ -82,10 +82,28 @@ def test_products_that_the_program_waits_for_at_once() -> None:
     assert overwritten(loop(2, HOPPER.replace(", isAsync = true", ""), "")) == []
 
 
+def test_what_is_left_under_way_meets_the_next_turn_of_an_outer_loop() -> None:
+    """Three slots are enough within a loop, but not for the first copies of the next one."""
+    wait = "%w = ttng.warp_group_dot_wait %r, %turned {pendings = 1 : i32} : x"
+    inner = loop(3, HOPPER, wait)
+    first = inner.index("  %s0")
+    outer = inner[:first] + "  scf.while : () -> () {\n    scf.condition(%c)\n  } do {\n"
+    outer += "\n".join(f"  {line}" for line in inner[first:].splitlines()) + "\n    scf.yield\n  }\n"
+    assert overwritten(inner) == []
+    assert overwritten(outer) != []
+    waited = outer.replace(
+        "    scf.yield\n", "    %e = ttng.warp_group_dot_wait %out {pendings = 0 : i32} : x\n    scf.yield\n"
+    )
+    assert overwritten(waited) == []
+
+
 def test_what_cannot_be_followed_is_refused() -> None:
     with pytest.raises(ValueError, match="warp_specialize"):
         overwritten("    ttg.warp_specialize(%a) attributes {}")
     unknown = loop(3, HOPPER, "").replace("arith.constant -1 : i32", "tt.get_program_id x : i32")
+    hidden = loop(3, HOPPER.replace(": x", "} : !ttg.memdesc<64x128xbf16, #smem> * x").replace("%turned", "%none"), "")
+    with pytest.raises(ValueError, match="%none: expected memory that is known"):
+        overwritten(hidden)
     with pytest.raises(ValueError, match="%get3: expected a number that is known, the slot of %ring"):
         overwritten(unknown)
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -207,10 +208,12 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
     width = -(-projected.error_size // 16) * 16 if copy else projected.error_size
     copy_tiles = -(-width // config.block_u) if copy and has_output else 0
     uses_tma = can_use_tma(projected.dtype, align, target)
-    sums = problem.hidden * row_tiles * problem.widest if problem.biases else 0
+    summed = [size * (problem.biases >> i & 1) for i, size in enumerate(problem.sizes)]
+    sums = row_tiles * sum(summed)
     copies, projections = copy_tiles * row_tiles, unit_tiles * row_tiles
     total = copies + projections + _gradient_tiles(problem, config)
     arguments = _grouped_arguments(problem, projected.rows * width, sums) | dict(
+        first_sums=tuple(accumulate(summed, initial=0))[:-1] or (0,),
         delta_width=width,
         delta_stride=width if copy else projected.error_strides[0],
         copies=copies,

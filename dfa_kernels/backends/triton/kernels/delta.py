@@ -12,7 +12,7 @@ from .tiles import multiple, slope_product
 @triton.jit
 def write_deltas(
     tile, error, stored, saved, dropout_mask, deltas, sums, error_size, stride_row, stride_column, key0, key1, nonzeros,
-    widest, rows, sizes, channels, scales, p, q,
+    widest, rows, sizes, first_sums, channels, scales, p, q,
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, SAVED: tl.constexpr, DROPOUT: tl.constexpr,
     SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr,
     DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
@@ -23,7 +23,8 @@ def write_deltas(
 
     saved, dropout_mask and deltas of tap i are [rows, sizes[i]]; in channels-last order [rows, sizes[i] / channels[i],
     channels[i]] for taps in CHANNELS_LAST. SAVED and DROPOUT tell which taps have the respective tensor. Of taps in
-    SUMS, sums [taps, tiles of rows, widest] gets the sum of δ over the tile's rows, before δ is rounded to its dtype.
+    SUMS, sums gets the sums of δ over the tile's rows, before δ is rounded to its dtype: [tiles of rows, sizes[i]] from
+    tiles of rows · first_sums[i] on.
     """
     row_tiles = tl.cdiv(rows, BLOCK_R)
     first_unit = ((tile // row_tiles) * BLOCK_U).to(INDEX)
@@ -51,8 +52,9 @@ def write_deltas(
                 delta *= tl.load(dropout_mask[i] + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(deltas[i] + at, delta.to(deltas[i].dtype.element_ty), mask=inside)
             if (SUMS >> i) & 1:
-                place = (i * row_tiles + tile % row_tiles).to(INDEX) * widest + unit
-                tl.store(sums + place, tl.sum(delta, axis=1), mask=unit < size)
+                # Rows beyond the batch have an error of 0, of which every activation makes a δ of 0.
+                first = row_tiles.to(INDEX) * first_sums[i] + (tile % row_tiles).to(INDEX) * size
+                tl.store(sums + first + unit, tl.sum(delta, axis=1), mask=unit < size)
 
 
 @triton.jit

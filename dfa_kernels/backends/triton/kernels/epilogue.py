@@ -62,6 +62,7 @@ def finish(gradient, at, inside, destination, state0, state1, hyper, first, RULE
     elif RULE == "momentum":
         _momentum(gradient, at, inside, destination, state0, hyper, first)
     else:
+        tl.static_assert(RULE == "adamw")
         _adamw(gradient, at, inside, destination, state0, state1, hyper, first)
 
 

@@ -48,7 +48,7 @@ else:
         reciprocal = tl.rsqrt(x)
         near = product(x, reciprocal)
         missing = tl.fma(product(near, -1.0), near, x)
-        return tl.where(x > 0, tl.fma(missing, product(reciprocal, 0.5), near), 0.0)
+        return tl.where(x > 0, tl.fma(missing, product(reciprocal, 0.5), near), x)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from .delta import column_sums, write_deltas
 from .epilogue import finish_layer
 from .feedback_tile import error_tile
-from .tiles import locate, multiple, pick
+from .tiles import locate, multiple, pick, pick_flag
 
 RESET_BLOCK = tl.constexpr(1024)
 
@@ -28,7 +28,8 @@ RESET_BLOCK = tl.constexpr(1024)
 def two_phase(
     counters, error, stored, inputs, saved, dropout_mask, deltas, sums, weights, biases, weight_state0, weight_state1,
     bias_state0, bias_state1, error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows, widths_in,
-    widths_out, positions, sizes, scales, p, q, delta_width, delta_stride, copies, projections, total, hyper,
+    widths_out, positions, sizes, first_sums, scales, p, q, delta_width, delta_stride, copies, projections, total,
+    hyper,
     SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr,
     WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr,
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
@@ -41,9 +42,9 @@ def two_phase(
 
     counters: int32 zeros, one and one for every tile of units; zeros again afterwards. deltas: workspace for δ of every
     hidden layer [rows · positions, widths_out], then the output layer's δ [rows, delta_width] in rows of delta_stride:
-    the error itself or, if COPY, workspace for a copy of it. sums: for the sums of δ over each tile of rows, float32
-    [hidden layers, tiles of rows, widest]. The first `copies` tickets copy, the next `projections` make δ, and all up
-    to `total` gradients. Otherwise as for `one_phase`.
+    the error itself or, if COPY, workspace for a copy of it. sums: for the sums of δ over each tile of rows, as
+    `write_deltas` says. The first `copies` tickets copy, the next `projections` make δ, and all up to `total`
+    gradients. Otherwise as for `one_phase`.
     """
     HIDDEN: tl.constexpr = len(sizes)
     row_tiles, unit_tiles = tl.cdiv(rows, BLOCK_R), tl.cdiv(widest, BLOCK_U)
@@ -58,7 +59,7 @@ def two_phase(
         elif ticket < copies + projections:
             write_deltas(
                 ticket - copies, error, stored, saved, dropout_mask, deltas, sums, error_size, stride_row,
-                stride_column, key0, key1, nonzeros, widest, rows, sizes, sizes, scales, p, q,
+                stride_column, key0, key1, nonzeros, widest, rows, sizes, first_sums, sizes, scales, p, q,
                 SOURCE, DERIVATIVES, WHICH, (1 << HIDDEN) - 1, DROPOUT, BIASES, 0, ENTRY, DOT, DELTA_PRECISION, ROUND,
                 ALIGN, ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
             )  # fmt: skip
@@ -84,8 +85,8 @@ def two_phase(
             if BIASES and n == 0:
                 if is_output:
                     bias_gradient = column_sums(error, rows, stride_row, out, error_size, stride_column)
-                else:
-                    bias_gradient = _sum_over_tiles(sums, layer, out, width_out, span, row_tiles, widest)
+                elif pick_flag(BIASES, layer):
+                    bias_gradient = _sum_over_tiles(sums, pick(first_sums, layer), out, width_out, span, row_tiles)
             finish_layer(
                 gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases,
                 weight_state0, weight_state1, bias_state0, bias_state1, hyper,
@@ -181,11 +182,10 @@ def _product(
 
 
 @triton.jit
-def _sum_over_tiles(sums, layer, out, width_out, span, row_tiles, widest):
+def _sum_over_tiles(sums, first_sum, out, width_out, span, row_tiles):
     """Σ δ over all rows and positions at outputs `out` [M], from its sums over tiles of rows."""
     total = tl.zeros((out.shape[0],), tl.float32)
-    first_tile = (layer * row_tiles).to(out.dtype)
+    first = row_tiles.to(out.dtype) * first_sum
     for position in range(span):
-        first = first_tile * widest + (position * width_out).to(out.dtype)
-        total += column_sums(sums + first, row_tiles, widest, out, width_out, 1)
+        total += column_sums(sums + first + position * width_out, row_tiles, span * width_out, out, width_out, 1)
     return total
