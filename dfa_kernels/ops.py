@@ -17,6 +17,7 @@ from .backends import BACKENDS, resolve, torch_backend
 from .backends.calls import LayerCall, TapsCall
 from .feedback.spec import FeedbackSpec
 
+# What callers may have passed by these names: `kept` and `noise` are `saved` and `dropout_mask` in a call's record.
 LAYER_ARGUMENTS = (
     "Tensor error, Tensor[] stored, str feedback, Tensor[] inputs, Tensor[] kept, Tensor?[] noise, "
     "str[] activations, float[] parameters, bool[] weight_grads, bool[] bias_grads"
