@@ -59,7 +59,8 @@ def feedback_tile(
             word0, word1, word2, word3 = row_words(unit, call, GAUSSIAN, key0, key1)
             tile = normal_entries(word0, word1, word2, word3)
         else:
-            tl.static_assert(SOURCE == "uniform")
+            # Compiled for "projection" as well, though nothing runs it then.
+            tl.static_assert(SOURCE == "uniform" or SOURCE == "projection")
             word0, word1, word2, word3 = row_words(unit, call, UNIFORM, key0, key1)
             tile = uniform_entries(word0, word1, word2, word3)
     # Entries are rounded to the feedback's own precision, whatever the product is computed in.
