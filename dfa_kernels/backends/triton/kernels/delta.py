@@ -60,7 +60,7 @@ def write_deltas(
 @triton.jit
 def column_sums(matrix, rows, stride_row, column, columns, stride_column):
     """Σ over the rows of matrix [rows, columns] at `column` [M], in float32; 0 beyond the last column."""
-    BLOCK: tl.constexpr = 16
+    BLOCK: tl.constexpr = column.shape[0] // 4
     total = tl.zeros((column.shape[0],), tl.float32)
     for first in range(0, rows, BLOCK):
         row = (first + tl.arange(0, BLOCK)).to(column.dtype)
