@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 # More than any ring has slots, so that every slot is used again, and a multiple of no ring's, so that loops around such
@@ -81,12 +82,16 @@ class Run:
         return yielded
 
     def loop(self, head: str, body: Sequence[str]) -> None:
-        """As many turns as it takes to use every slot again, where it has products that are asynchronous."""
+        """Its turns, where it has products that are asynchronous: TURNS of them where their number is not known."""
+        variable, *bounds = re.findall(r"%[\w$.#-]+", head.partition("scf.for ")[2])[:4]
         carried = re.findall(r"(%[\w$.-]+) = (%[\w$.#-]+)", head.partition("iter_args(")[2])
         inputs = [self.values.get(value) for _, value in carried]
-        turns = TURNS if any(PRODUCTS.search(line) for line in body) else 1
-        for _ in range(turns):
-            for (name, _), value in zip(carried, inputs, strict=True):
+        numbers = [self.values.get(bound) for bound in bounds]
+        turns: Iterable[int | None] = range(*numbers) if None not in numbers else [None] * TURNS
+        if not any(PRODUCTS.search(line) for line in body):
+            turns = [None]
+        for turn in turns:
+            for name, value in zip([variable, *(name for name, _ in carried)], [turn, *inputs], strict=True):
                 self.set(name, value)
             inputs = [self.values.get(name) for name in self.block(body)]
         self.results(head, inputs)
@@ -141,8 +146,7 @@ class Run:
             self.wait_for_groups(int(re.search(r"pendings = (\d+)", rest)[1]))  # type: ignore[index]
             self.results(f"{name} = ", [self.values.get(operand) for operand in operands])
         elif kind == "wait_barrier":
-            barrier = self.values[operands[0]]
-            self.under_way = [p for p in self.under_way if p.barrier is None or not p.barrier.shares(barrier)]
+            self.wait_for_barrier(rest)
 
     def slot(self, ring: str, index: str) -> Place:
         number = self.values.get(index)
@@ -161,10 +165,20 @@ class Run:
         types = re.split(r" \* |, (?=!ttg)", rest.rpartition("} : ")[2])
         reads = [place for name, type_ in zip(operands[:2], types, strict=False) for place in self.factor(name, type_)]
         if kind == "tc_gen5_mma":
-            (barrier,) = re.findall(r"(%[\w$.#-]+)\[", rest) or [""]
-            self.under_way.append(Product(reads, self.values[barrier]))
+            # Without the tokens in brackets: two factors, the sum, whether to add to it, whether to multiply at all.
+            *_, condition, barrier = _names(re.sub(r"\[.*?\]", "", rest.split(" {")[0]))
+            if self.values.get(condition) != 0:
+                self.under_way.append(Product(reads, self.values[barrier]))
         elif "isAsync = true" in rest:
             self.under_way.append(Product(reads))
+
+    def wait_for_barrier(self, rest: str) -> None:
+        """Behind a barrier and its phase there may be a condition."""
+        barrier, _, *condition = _names(re.split(r" deps | : ", rest)[0])
+        if condition and self.values.get(condition[0]) == 0:
+            return
+        place = self.values[barrier]
+        self.under_way = [p for p in self.under_way if p.barrier is None or not p.barrier.shares(place)]
 
     def wait_for_groups(self, pendings: int) -> None:
         """Until at most so many of Hopper's products are under way."""
@@ -196,12 +210,14 @@ class Run:
             self.set(match[1], values[0])
 
 
-def overwritten(ttgir: str) -> list[str]:
+def overwritten(ttgir: str, arguments: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
     """A phrase for every tile of shared memory that is written while an asynchronous product may still read it.
 
-    ttgir: of one kernel. ValueError where the code is of a kind that cannot be followed.
+    ttgir: of one kernel, called with these arguments as far as they are known, by name: with the number of rows, loops
+    over them end where they do, and with them the products that are only begun for a later turn. ValueError where the
+    code is of a kind that cannot be followed.
     """
-    run = Run()
+    run = Run({f"%{name}": value for name, value in arguments.items() if isinstance(value, int)})
     run.block(list(_code(ttgir)))
     return list(run.found)
 

@@ -86,7 +86,7 @@ def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
     yield replace(one, rule="adamw", error_size=LARGEST_HELD_ERROR)
 
 
-def describe(kernel: Any) -> dict[str, Any]:
+def describe(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Instructions, registers, stack and shared memory of the machine code; what overwrites a tile that is read."""
     ptx = kernel.asm["ptx"]
     return {
@@ -95,7 +95,7 @@ def describe(kernel: Any) -> dict[str, Any]:
         "tensor_memory": kernel.metadata.tmem_size or 0,
         "instructions": [name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, ptx)],
         "plain_dots": len(re.findall(r"\btt\.dot .*-> tensor<[^>]*#blocked", kernel.asm["ttgir"])),
-        "overwritten": async_products.overwritten(kernel.asm["ttgir"]),
+        "overwritten": async_products.overwritten(kernel.asm["ttgir"], arguments),
     }
 
 
@@ -104,28 +104,31 @@ def machine_code(case: Case, arch: int, known: Path | None) -> dict[str, Any]:
     plan = planned(case, arch)
     promised = {"multiplies": case.multiplies, "tma": plan.uses_tma, "warps": plan.config.num_warps}
     promised |= {"programs": plan.config.programs, "stages": plan.config.num_stages}
-    return promised | described(source_of(plan), plan.options, arch, known)
+    return promised | described(source_of(plan), plan.options, arch, known, plan.arguments)
 
 
 def hadamard(length: int, dtype: torch.dtype, arch: int, known: Path | None) -> dict[str, Any]:
     """As `machine_code`, of the transform."""
     source, options = hadamard_source(length, dtype)
     promised = {"multiplies": False, "tma": False, "warps": options["num_warps"], "programs": 1, "stages": 1}
-    return promised | described(source, options, arch, known)
+    return promised | described(source, options, arch, known, {})
 
 
-def described(source: ASTSource, options: dict[str, Any], arch: int, known: Path | None) -> dict[str, Any]:
+def described(
+    source: ASTSource, options: dict[str, Any], arch: int, known: Path | None, arguments: dict[str, Any]
+) -> dict[str, Any]:
     """What `describe` says, or why it does not compile."""
     programs = "".join(
         Path(module).read_text() for module in (__file__, ahead.__file__, sass.__file__, async_products.__file__)
     )
-    identity = f"{triton.__version__} {arch} {sorted(options.items())} {source.hash()} {programs}"
+    numbers = {name: value for name, value in arguments.items() if not name.isupper()}
+    identity = f"{triton.__version__} {arch} {sorted(options.items())} {source.hash()} {numbers} {programs}"
     file = known / f"{hashlib.sha256(identity.encode()).hexdigest()}.json" if known else None
     if file and file.exists():
         saved: dict[str, Any] = json.loads(file.read_text())
         return saved
     try:
-        found = describe(compiled(source, options, arch))
+        found = describe(compiled(source, options, arch), arguments)
     except Exception as error:
         return {"error": _first_cause(error)}
     if file:

@@ -97,6 +97,27 @@ def test_what_is_left_under_way_meets_the_next_turn_of_an_outer_loop() -> None:
     assert overwritten(waited) == []
 
 
+def test_a_product_that_is_begun_for_a_later_turn_is_not_begun_in_the_last() -> None:
+    """Which is known where the number of turns is."""
+    code = """
+  %c0 = arith.constant 0 : i32
+  %c1 = arith.constant 1 : i32
+  %last = arith.subi %n, %c1 : i32
+  %tile = ttg.local_alloc : () -> x
+  %done = ttg.local_alloc : () -> x
+  scf.for %i = %c0 to %n step %c1  : i32 {
+    %more = arith.cmpi slt, %i, %last : i32
+    ttng.wait_barrier %done, %c0 deps %tile : x
+    ttng.tc_gen5_mma %tile, %tile, %acc[], %c0, %more, %done[%true] {is_async} : x
+  }
+  ttg.local_store %value, %tile : x
+"""
+    assert overwritten(code, {"n": 3}) == []
+    assert overwritten(code) == ["%tile is overwritten while a product reads it"]
+    assert overwritten(code.replace("%more,", "%c1,"), {"n": 3}) != []
+    assert overwritten(code.replace("%c0 deps", "%c0, %c0 deps"), {"n": 3}) != []
+
+
 def test_what_cannot_be_followed_is_refused() -> None:
     with pytest.raises(ValueError, match="warp_specialize"):
         overwritten("    ttg.warp_specialize(%a) attributes {}")
