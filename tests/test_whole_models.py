@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 import warnings
@@ -54,6 +55,14 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     policies: tuple[str, ...] = ("nonlinearity",)
 
+    def batch(self) -> tuple[nn.Module, list[Tensor]]:
+        return self.make(), [make() for make in self.inputs]
+
+    def pick(self, inputs: list[Tensor], index: Tensor) -> list[Tensor]:
+        """Some rows of the inputs; nodes take their links with them."""
+        pairs = zip(self.inputs, inputs, strict=True)
+        return [x[index][:, index] if make is adjacency else x[index] for make, x in pairs]
+
     def output(self, y: Any) -> Tensor:
         return self.options.get("output", lambda y: y)(y)
 
@@ -76,7 +85,7 @@ CASES = {
     "bert, as many positions as rows": Case(wm.Bert, (tokens(4, 4),), 2),
     "bert, pooled": Case(lambda: wm.Bert(pooled=True), (tokens(3, 4),)),
     "bert, pooled, as many positions as rows": Case(lambda: wm.Bert(pooled=True), (tokens(4, 4),)),
-    "sequence_first": Case(wm.SequenceFirst, (rows(3, 4, 6),), 2, policies=BOTH[:1]),
+    "sequence_first": Case(wm.SequenceFirst, (rows(3, 4, 6),), 2, policies=BOTH),
     "sequence_first, as many positions as rows": Case(wm.SequenceFirst, (rows(4, 4, 6),), 2),
     "sequence_first, pooled": Case(lambda: wm.SequenceFirst(pooled=True), (rows(3, 4, 6),)),
     "sequence_first, pooled, as many positions as rows": Case(lambda: wm.SequenceFirst(pooled=True), (rows(4, 4, 6),)),
@@ -86,6 +95,8 @@ CASES = {
     "bilstm_tagger, as many positions as rows": Case(wm.BiLSTMTagger, (tokens(4, 4),), 2),
     "gru_classifier": Case(wm.GRUClassifier, (rows(3, 4, 6),)),
     "gru_classifier, as many positions as rows": Case(wm.GRUClassifier, (rows(4, 4, 6),)),
+    "rnn_classifier": Case(lambda: wm.GRUClassifier(nn.RNN), (rows(3, 4, 6),)),
+    "bilstm_tagger, activated": Case(lambda: wm.BiLSTMTagger(F.relu), (tokens(3, 4),), 2, policies=BOTH),
     "attention_pooling": Case(wm.AttentionPooling, (rows(3, 4, 8),), policies=BOTH),
     "discriminator": Case(wm.Discriminator, (rows(3, 3, 8, 8),), policies=BOTH),
     "vae": Case(wm.VAE, (rows(5, 9), rows(5, 2))),
@@ -95,21 +106,17 @@ CASES = {
     "mlp_mixer": Case(wm.MLPMixer, (rows(3, 5, 6),)),
     "mlp_mixer, as many patches as rows": Case(wm.MLPMixer, (rows(5, 5, 6),)),
     "mlp_mixer, patches in the error": Case(lambda: wm.MLPMixer(dense=True), (rows(3, 5, 6),), 1, {"batch_dims": 1}),
-    "conv_tagger": Case(lambda: wm.ConvTagger(7), (tokens(3, 5),), 2, policies=BOTH[:1]),
+    "conv_tagger": Case(lambda: wm.ConvTagger(7), (tokens(3, 5),), 2, policies=BOTH),
     "conv_tagger, as many channels as positions": Case(lambda: wm.ConvTagger(5), (tokens(3, 5),), 2),
     "conv_tagger, everything as many": Case(lambda: wm.ConvTagger(5), (tokens(5, 5),), 2),
     "multi_head, one": Case(wm.MultiHead, (rows(4, 6),), 1, {"output": lambda y: y["label"]}),
     "multi_head, both": Case(wm.MultiHead, (rows(4, 6),), 1, {"output": heads}),
     "pairs": Case(wm.Pairs, (rows(4, 6), rows(4, 5))),
 }
-CASES |= {
-    f"formula, {name}": Case(lambda name=name: wm.FormulaMLP(name), (rows(4, 6),), policies=BOTH)
-    for name in wm.FORMULAS
-}
-CASES |= {
-    f"product, {name}": Case(lambda name=name: wm.ProductMLP(name), (rows(4, 6),), policies=BOTH)
-    for name in wm.PRODUCTS
-}
+for name in wm.FORMULAS:
+    CASES[f"formula, {name}"] = Case(functools.partial(wm.FormulaMLP, name), (rows(4, 6),), policies=BOTH)
+for name in wm.PRODUCTS:
+    CASES[f"product, {name}"] = Case(functools.partial(wm.ProductMLP, name), (rows(4, 6),), policies=BOTH)
 RUNS = [pytest.param(case, taps, id=f"{name}-{taps}") for name, case in CASES.items() for taps in case.policies]
 ALONE = [pytest.param(case, id=name) for name, case in CASES.items()]
 
@@ -144,7 +151,7 @@ def assert_no_words(caught: list[warnings.WarningMessage]) -> None:
 
 @pytest.mark.parametrize("case, taps", RUNS)
 def test_gradients_equal_those_of_the_network_cut_by_hand(case, taps):
-    net, inputs = case.make(), [make() for make in case.inputs]
+    net, inputs = case.batch()
     model = dfa.DFA(net, feedback(), taps=taps, **case.options)
     expected, _ = reference_gradients(net, inputs, loss, model.feedback.matrix, case.batch_dims, case.output)
     with warnings.catch_warnings(record=True) as caught:
@@ -157,11 +164,47 @@ def test_gradients_equal_those_of_the_network_cut_by_hand(case, taps):
 
 @pytest.mark.parametrize("case", ALONE)
 def test_taps_are_named_after_the_layers_that_they_teach(case):
-    net, inputs = case.make(), [make() for make in case.inputs]
+    net, inputs = case.batch()
     model = dfa.DFA(net, feedback(), **case.options)
     model(*inputs)
     _, places = reference_gradients(net, inputs, loss, model.feedback.matrix, case.batch_dims, case.output)
     assert [(tap.name, tap.shape) for tap in model.taps] == [(place.name, place.units) for place in places]
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (1, 3)], ids=["smaller", "larger"])
+@pytest.mark.parametrize("case", ALONE)
+def test_a_later_batch_of_another_size(case, sizes):
+    """One row, where every size of 1 could be its dimension, included."""
+    net, inputs = case.batch()
+    model = dfa.DFA(net, feedback(), **case.options)
+    for size in sizes:
+        some = case.pick(inputs, torch.arange(size))
+        expected, _ = reference_gradients(net, some, loss, model.feedback.matrix, case.batch_dims, case.output)
+        model.zero_grad()
+        loss(model(*some)).backward()
+        assert_gradients(net, expected)
+
+
+class Marked(nn.Module):
+    """A model with a `dfa.Tap` at each of its places."""
+
+    def __init__(self, net: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.net = net
+        self.marks = nn.ModuleDict({name.replace(".", "/"): dfa.Tap() for name in names})
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.net(*inputs, tap=lambda h, name, rows=(0,): self.marks[name.replace(".", "/")](h))
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_marks_at_the_same_places_teach_the_same(case):
+    net, inputs = case.batch()
+    matrix = feedback().matrix
+    expected, places = reference_gradients(net, inputs, loss, matrix, case.batch_dims, case.output)
+    model = dfa.DFA(Marked(net, [place.name for place in places]), feedback(), **case.options)
+    loss(model(*inputs)).backward()
+    assert_gradients(net, expected)
 
 
 # ---- the reference itself ----
@@ -170,23 +213,19 @@ def test_taps_are_named_after_the_layers_that_they_teach(case):
 @pytest.mark.parametrize("case", ALONE)
 def test_the_pieces_of_the_reference_make_up_backpropagation(case):
     """Each from its tap's true gradient: then every place cuts, and no gradient is lost or counted twice."""
-    net, inputs = case.make(), [make() for make in case.inputs]
+    net, inputs = case.batch()
     loss(case.output(net(*inputs))).backward()
     assert_gradients(net, chained_gradients(net, inputs, loss, case.output))
 
 
 @pytest.mark.parametrize("case", ALONE)
 def test_the_rows_of_the_reference_move_with_the_batch(case):
-    net, inputs = case.make(), [make() for make in case.inputs]
-    if "adjacency" in net.forward.__code__.co_varnames:
-        order = torch.randperm(inputs[0].shape[0])
-        moved = [inputs[0][order], inputs[1][order][:, order]]
-    else:
-        order = torch.randperm(inputs[0].shape[0])
-        moved = [x[order] for x in inputs]
-    places, after = ([], [])
-    for seen, x in ((places, inputs), (after, moved)):
-        seen += reference_gradients(net, x, loss, feedback().matrix, case.batch_dims, case.output)[1]
+    net, inputs = case.batch()
+    order = torch.randperm(inputs[0].shape[0])
+    moved = case.pick(inputs, order)
+    places, after = (
+        reference_gradients(net, x, loss, feedback().matrix, case.batch_dims, case.output)[1] for x in (inputs, moved)
+    )
     for place, other in zip(places, after, strict=True):
         torch.testing.assert_close(place.h.index_select(place.rows[0], order), other.h)
 
@@ -244,16 +283,10 @@ def test_embeddings_that_go_around_the_deep_part_bypass_its_first_tap():
 # ---- batch_dims and output ----
 
 
-@pytest.mark.parametrize("batch_dims", [1, 2])
-def test_segmentation_with_rows_of_pixels_as_rows(batch_dims):
-    """[b, H, W] is taken as [b, T, E] by default, and a tap whose rows of pixels were pooled has none of these."""
-    model = dfa.DFA(wm.Segmentation(), feedback(), **({"batch_dims": 1} if batch_dims == 1 else {}))
-    x = torch.randn(3, 3, 6, 6)
-    if batch_dims == 1:
-        assert model(x).shape == (3, 6, 6)
-    else:
-        with pytest.raises(ValueError, match="batch_dims"):
-            model(x)
+def test_an_image_as_output_is_taken_as_a_sequence():
+    """[b, H, W] is read as [b, T, E], and in the second tap the rows of pixels were pooled."""
+    with pytest.raises(ValueError, match="batch_dims"):
+        dfa.DFA(wm.Segmentation(), feedback())(torch.randn(3, 3, 6, 6))
 
 
 def test_a_tap_in_which_the_positions_are_mixed():
@@ -277,7 +310,7 @@ def test_batch_dims_that_the_output_does_not_have(batch_dims):
         dfa.DFA(wm.ProductMLP(), feedback(), batch_dims=batch_dims)(torch.randn(4, 6))
 
 
-def test_the_error_of_each_output_that_output_picks():
+def test_the_wrapped_model_returns_what_output_picks():
     net, x = wm.MultiHead(), torch.randn(4, 6)
     model = dfa.DFA(net, feedback(), output=lambda y: y["place"])
     y = model(x)
@@ -343,10 +376,11 @@ def test_vae(side):
 
 
 @pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("taps", BOTH)
-def test_sparse_autoencoder(taps, inside):
+def test_sparse_autoencoder(taps, inplace, inside):
     """The penalty teaches the layer that made the code, though its tap is where the code is, and none before."""
-    net, x = wm.SparseAutoencoder(inside), torch.randn(5, 9)
+    net, x = wm.SparseAutoencoder(inside, inplace), torch.randn(5, 9)
     model = dfa.DFA(net, feedback(), taps=taps)
     expected, _ = reference_gradients(net, [x], loss, model.feedback.matrix, 1, side=lambda net: wm.l1(net.h))
     without, _ = reference_gradients(net, [x], loss, model.feedback.matrix, 1)
@@ -360,15 +394,15 @@ def test_sparse_autoencoder(taps, inside):
     assert_gradients(net, expected)
 
 
-def test_a_side_loss_with_weight():
-    """It is a term like others: scaled, and alone."""
+def test_a_side_loss_alone_scaled_and_after_another_pass():
     net, x = wm.SparseAutoencoder(), torch.randn(5, 9)
     model = dfa.DFA(net, feedback())
     model(x)
-    (3 * dfa.side_loss(net.h, wm.l1)).backward()
-    h = torch.tanh(net.first(x)).detach()
-    wm_l1 = 3 * wm.l1(F.relu(net.encode(h)))
-    wanted = torch.autograd.grad(wm_l1, [net.encode.weight, net.encode.bias])
+    code = net.h
+    model(torch.randn(5, 9))
+    (3 * dfa.side_loss(code, wm.l1)).backward()
+    penalty = 3 * wm.l1(F.relu(net.encode(torch.tanh(net.first(x)))))
+    wanted = torch.autograd.grad(penalty, [net.encode.weight, net.encode.bias])
     torch.testing.assert_close((net.encode.weight.grad, net.encode.bias.grad), wanted)
     for p in (net.first.weight, net.first.bias, net.decode.weight, net.decode.bias):
         assert p.grad is None or not p.grad.any()
@@ -432,7 +466,7 @@ class HiddenProduct(torch.autograd.Function):
 
 
 class Hiding(wm.FormulaMLP):
-    """``last`` comes after two activations; ``hidden`` between them is a layer that no tap covers."""
+    """``hidden`` is a layer between two taps that has none of its own: what is seen before its tanh is no layer."""
 
     def __init__(self, mark=False):
         super().__init__()

@@ -282,24 +282,25 @@ class Segmentation(nn.Module):
 
 
 class BiLSTMTagger(nn.Module):
-    """Tokens [b, T] -> tags [b, T, 5]. The tap is where the LSTM's states enter the Linear."""
+    """Tokens [b, T] -> tags [b, T, 5]. The tap is where the LSTM's states, activated or not, enter the Linear."""
 
-    def __init__(self):
+    def __init__(self, activation=lambda h: h):
         super().__init__()
+        self.activation = activation
         self.tokens, self.last = nn.Embedding(11, 6), nn.Linear(8, 5)
         self.lstm = nn.LSTM(6, 4, batch_first=True, bidirectional=True)
 
     def forward(self, tokens, tap=untapped):
         h, _ = self.lstm(self.tokens(tokens))
-        return self.last(tap(h, "lstm", (0, 1)))
+        return self.last(tap(self.activation(h), "lstm", (0, 1)))
 
 
 class GRUClassifier(nn.Module):
-    """[b, T, 6] -> [b, 3] from the last state of two GRUs, sequence first."""
+    """[b, T, 6] -> [b, 3] from the last state of two GRUs (or RNNs), sequence first."""
 
-    def __init__(self):
+    def __init__(self, kind=nn.GRU):
         super().__init__()
-        self.first, self.second, self.last = nn.GRU(6, 5), nn.GRU(5, 4), nn.Linear(4, 3)
+        self.first, self.second, self.last = kind(6, 5), kind(5, 4), nn.Linear(4, 3)
 
     def forward(self, x, tap=untapped):
         h, _ = self.first(x.transpose(0, 1))
@@ -355,14 +356,14 @@ def l1(h: Tensor) -> Tensor:
 class SparseAutoencoder(nn.Module):
     """[b, 9] -> its reconstruction [b, 9]; keeps its code h [b, 12], and what l1 makes of it if ``inside``."""
 
-    def __init__(self, inside=False):
+    def __init__(self, inside=False, inplace=False):
         super().__init__()
-        self.inside = inside
+        self.inside, self.inplace = inside, inplace
         self.first, self.encode, self.decode = nn.Linear(9, 8), nn.Linear(8, 12), nn.Linear(12, 9)
 
     def forward(self, x, tap=untapped):
         h = tap(torch.tanh(self.first(x)), "first")
-        self.h = F.relu(self.encode(h))
+        self.h = F.relu(self.encode(h), inplace=self.inplace)
         if self.inside and tap is untapped:
             self.penalty = dfa.side_loss(self.h, l1)
         return self.decode(tap(self.h, "encode"))
