@@ -4,6 +4,7 @@ from . import functional, ops, optim
 from .alignment import Alignment, alignment
 from .feedback import Feedback
 from .feedback.memory import feedback_memory
+from .forward.side_loss import side_loss
 from .forward.taps import Tap, TapInfo
 from .wrapper import DFA
 
@@ -20,4 +21,5 @@ __all__ = [
     "functional",
     "ops",
     "optim",
+    "side_loss",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._pytree import tree_map_only
 
 
 def backward_reaches(node: Any) -> bool:
@@ -40,6 +42,11 @@ def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
 def gradient_is_awaited(parameter: Tensor) -> bool:
     """Whether a hook waits for the parameter's gradient."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The tree of lists, tuples, dicts and what else is registered as one, with every tensor changed."""
+    return tree_map_only(Tensor, change, tree)
 
 
 def module_calls_are_observed() -> bool:

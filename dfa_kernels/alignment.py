@@ -13,6 +13,7 @@ from torch import Tensor
 from .feedback import Feedback
 from .forward.record import error_shape
 from .forward.restore import restored
+from .forward.segments import Segment
 from .forward.taps import ForwardPass, TapPolicy, tap_names
 from .wrapper import DFA
 
@@ -31,14 +32,15 @@ class _ObservedPass(ForwardPass):
 
     def __init__(self, policy: TapPolicy, weight_layers: int) -> None:
         super().__init__(policy, weight_layers)
-        self.origins: list[Tensor | str] = []
-        self.tapped: list[Tensor] = []
+        self.segments: list[Segment] = []
 
-    def at_tap(self, origin: Tensor | str, z: Tensor) -> Tensor:
-        if z.requires_grad and not any(z is seen for seen in self.tapped):
-            self.origins.append(origin)
-            self.tapped.append(z)
-        return z
+    def at_tap(self, origin: Tensor | str, z: Tensor) -> tuple[Tensor, Tensor]:
+        if z.requires_grad and not any(z is segment.tap for segment in self.segments):
+            self.segments.append(Segment(origin, z, z, None, self.point, self.newest))
+        return z, z
+
+    def give_up_taps(self, points: list[int]) -> None:
+        self.segments = [segment for segment in self.segments if segment.point not in points]
 
 
 def alignment(
@@ -65,20 +67,23 @@ def alignment(
         raise TypeError(f"model: got {type(model).__name__}, expected a dfa_kernels.DFA")
     where = device if device is not None else next(model.parameters()).device
     x, y = x.to(where), y.to(where)
-    observed = _ObservedPass(model._policy, model._expected_layers((x,), {}))
+    observed = _ObservedPass(model._policy, model._surveyed((x,), {}).weight_layers)
     # Batch norm's backward pass reads the buffers of its forward pass, so they are restored after both.
     with restored(model.net), torch.enable_grad():
         with observed:
-            output = model.net(x)
-        points = [output, *observed.tapped]
+            output = model._run(x)
+        segments = observed.segments
+        points = [output, *[segment.tap for segment in segments]]
         error, *true = torch.autograd.grad(loss_fn(output, y), points, materialize_grads=True)
-    rows, error_size = error_shape(output)
-    error = error.reshape(-1, error_size)
-    names = tap_names(model.net, observed.origins)
-    return {
-        name: _align(model.feedback, error, gradient.reshape(math.prod(rows), -1))
-        for name, gradient in zip(names, true, strict=True)
-    }
+    rows, error_size = error_shape(output, model.batch_dims)
+    error = error.reshape(math.prod(rows), error_size)
+    names = tap_names(model.net, [segment.origin for segment in segments], model._called(observed.calls))
+    found = {}
+    for name, segment, gradient in zip(names, segments, true, strict=True):
+        places = model._row_dims.of(segment, rows)
+        by_rows = gradient.movedim(places, tuple(range(len(rows)))).reshape(math.prod(rows), -1)
+        found[name] = _align(model.feedback, error, by_rows)
+    return found
 
 
 def _align(feedback: Feedback, error: Tensor, true: Tensor) -> Alignment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +16,15 @@ from .backward.deferred import Ledger
 from .backward.node import attach
 from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
 from .feedback import Feedback
+from .feedback.spec import check_integer
+from .forward.reach import bypassed, warn_of_uncovered
 from .forward.record import Pass, recorded
-from .forward.segments import FusedLayer, Segment, SegmentedPass
+from .forward.rows import RowDims
+from .forward.segments import FusedLayer, SegmentedPass
 from .forward.sequence import plain_modules, run_sequence
+from .forward.survey import Survey, survey
 from .forward.taps import OutputTap, Tap, TapInfo, TapPolicy, tap_names
-from .forward.weight_layers import count_weight_layers
+from .forward.weight_layers import WeightCall
 
 if TYPE_CHECKING:
     from .optim import FusedOptimizer
@@ -33,17 +37,24 @@ class DFA(nn.Module):
     before a tap from e B_iᵀ, where e = ∂L/∂output [b, E], and of those after the last tap from the true gradient.
 
     Args:
-        net: any module that returns one tensor, [b, E] (or [b], taken as [b, 1]; or [b, T, E], where the leading
-            dimensions that a tap shares with the output are rows and its others are units). It is not copied.
+        net: any module that returns one tensor, or of whose results ``output`` picks one. It is not copied.
         feedback: the random projection shared by all taps.
-        taps: where the error is injected. "nonlinearity": after the activation that follows a weight layer (Linear or
-            Conv), except after the last one. "layer_input": at the input of each weight layer but the first, so after
-            pooling, batch norm and dropout. A list of submodule names: at their outputs. If ``net`` holds `Tap`
-            modules, those are the taps.
+        taps: where the error is injected. "nonlinearity": after the activation that follows a weight layer (a product
+            with a parameter: Linear, Conv, ``x @ self.W``, einsum, …), except after the last one; where elementwise
+            functions carry the layer's output around it (``h * sigmoid(h)``), behind them. After attention, LSTM and
+            GRU modules, which end in no activation that can be seen, at the input of the next weight layer at the
+            latest. "layer_input": at the input of each weight layer but the first, so after pooling, batch norm and
+            dropout. A list of submodule names: at their outputs. If ``net`` holds `Tap` modules, those are the taps.
         backend: "auto" or the name of one of the backends.
+        batch_dims: how many leading dimensions of the output are rows, each with an error of its own; the others are
+            the error's components, flattened. None: 2 of [b, T, E], else 1. A tap's rows are those of its dimensions,
+            wherever they are, that vary with the output's; its others are units.
+        output: picks the output tensor from what ``net`` returns, ``lambda out: out.logits`` for example; the wrapped
+            network returns that tensor.
 
     Raises:
-        ValueError: unknown taps or backend, or a network in which no tap can be placed.
+        ValueError: unknown taps or backend, a network in which no tap can be placed, or a tap whose rows
+            cannot be told.
         TypeError: ``net``, ``feedback`` or ``taps`` of the wrong type, or an output that is not one tensor.
     """
 
@@ -54,6 +65,8 @@ class DFA(nn.Module):
         *,
         taps: str | Sequence[str] = "nonlinearity",
         backend: str = "auto",
+        batch_dims: int | None = None,
+        output: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
@@ -63,8 +76,11 @@ class DFA(nn.Module):
         self.net = net
         self.feedback = Feedback() if feedback is None else feedback
         self.backend = backends.check_backend(backend)
+        self.batch_dims = None if batch_dims is None else check_integer("batch_dims", batch_dims, 1)
+        self._output = output
         self._policy = _place_marks(net, taps)
-        self._weight_layers: int | None = None
+        self._survey: Survey | None = None
+        self._row_dims = RowDims()
         self._taps: tuple[TapInfo, ...] | None = None
         self._error_size: int | None = None
         self._looks: tuple[Any, ...] | None = None
@@ -78,7 +94,7 @@ class DFA(nn.Module):
         if self._taps is None and self._can_look_for_taps():
             with torch.enable_grad():
                 return self._pass(args, kwargs).detach()
-        return _one_tensor(self.net(*args, **kwargs))
+        return self._run(*args, **kwargs)
 
     @property
     def taps(self) -> list[TapInfo]:
@@ -135,38 +151,61 @@ class DFA(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no optimizer, and has seen no pass."""
-        return {**self.__dict__, "_optimizer": None, "_looks": None, "_sketch": None}
+        return {**self.__dict__, "_optimizer": None, "_looks": None, "_sketch": None, "_survey": None}
 
     def extra_repr(self) -> str:
         return f"feedback={self.feedback!r}, backend={self.backend!r}"
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        seen = recorded(*self._run_segments(args, kwargs), self.feedback, self.backend)
+        seen = self._recorded(args, kwargs)
         if self._taps is None or not torch.compiler.is_compiling():
             self._remember(seen)
         return attach(seen, self._ledger())
 
-    def _run_segments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, list[Segment], FusedLayer | None]:
-        if self._policy.kind != "named":
-            modules = plain_modules(self.net, args, kwargs)
+    def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+        if self._policy.kind != "named" and self._output is None:
+            modules = plain_modules(self.net, self.batch_dims, args, kwargs)
             if modules is not None:
-                return run_sequence(modules, args[0], self._policy.kind == "nonlinearity")
-        segmented = SegmentedPass(self._policy, self._expected_layers(args, kwargs))
+                found = run_sequence(modules, args[0], self._policy.kind == "nonlinearity")
+                return recorded(*found, self.feedback, self.backend, self.batch_dims, None, [])
+        segmented = SegmentedPass(self._policy, self._surveyed(args, kwargs).weight_layers)
         with segmented:
-            output = _one_tensor(self.net(*args, **kwargs))
+            output = self._run(*args, **kwargs)
         last = segmented.finish(output)
         self._check_pass(segmented)
-        return output, segmented.segments, last
+        return recorded(
+            output,
+            segmented.segments,
+            last,
+            self.feedback,
+            self.backend,
+            self.batch_dims,
+            self._row_dims,
+            segmented.calls,
+        )
+
+    def _run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The network's output tensor."""
+        output = self.net(*args, **kwargs)
+        output = output if self._output is None else self._output(output)
+        if not isinstance(output, Tensor):
+            got = "what output returns" if self._output is not None else "what net returns"
+            raise TypeError(
+                f"net: {got} must be one tensor, got {type(output).__name__}; pick it, as by "
+                "DFA(net, output=lambda out: out.logits) or output=lambda out: out[0]"
+            )
+        return output
 
     def _can_look_for_taps(self) -> bool:
         return not (self._backprop or torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
 
-    def _expected_layers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        if self._policy.kind == "nonlinearity" and self._weight_layers is None:
-            self._weight_layers = count_weight_layers(self.net, args, kwargs)
-        return -1 if self._weight_layers is None else self._weight_layers
+    def _surveyed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Survey:
+        if self._survey is not None:
+            return self._survey
+        found = survey(self.net, self._run, self._policy, self.batch_dims, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self._survey, self._row_dims = found, RowDims(found.varied)
+        return found
 
     def _remember(self, seen: Pass) -> None:
         """What `taps` and `plan` tell; nothing to do as long as passes look the same."""
@@ -175,27 +214,36 @@ class DFA(nn.Module):
         looks = (units, seen.rows, seen.error_size, seen.output.dtype, seen.output.device, learning)
         if looks == self._looks:
             return
-        names = tap_names(self.net, [segment.origin for segment in seen.segments])
-        self._taps = tuple(TapInfo(n, u, math.prod(u)) for n, u in zip(names, units, strict=True))
+        names = tap_names(self.net, [segment.origin for segment in seen.segments], self._called(seen.calls))
+        around = bypassed(seen)
+        self._taps = tuple(TapInfo(n, u, math.prod(u), b) for n, u, b in zip(names, units, around, strict=True))
+        if self._looks is None and self._policy.kind != "named":
+            warn_of_uncovered(self.net, seen, names)
         self._looks, self._error_size = looks, seen.error_size
         if not torch.compiler.is_compiling():
             self._sketch = sketch(seen)
+
+    def _called(self, calls: list[WeightCall]) -> list[tuple[WeightCall, str]]:
+        """A pass's weight layers, each with the module that calls it, as far as a survey has told."""
+        names = () if self._survey is None else self._survey.names
+        return list(zip(calls, names, strict=False))
 
     def _check_pass(self, segmented: SegmentedPass) -> None:
         if self._policy.kind == "named":
             _check_names(self._policy, segmented)
         elif segmented.weight_layers_seen < 2:
             raise ValueError(
-                f"net: it has {segmented.weight_layers_seen} weight layer(s) (Linear, Conv), so none before the last; "
-                "DFA needs at least one"
+                f"net: it has {segmented.weight_layers_seen} weight layer(s) (products with a parameter), so none "
+                "before the last; DFA needs at least one. Layers that are hidden from it (custom autograd functions, "
+                "scripted modules) are taught through dfa_kernels.Tap() modules behind them"
             )
         elif self._policy.kind == "nonlinearity":
             self._check_activations(segmented)
 
     def _check_activations(self, segmented: SegmentedPass) -> None:
-        expected = self._weight_layers
+        expected = segmented.weight_layers
         if segmented.weight_layers_seen != expected:
-            self._weight_layers = None
+            self._survey = None
             raise RuntimeError(
                 f"net: {segmented.weight_layers_seen} weight layers ran in this pass, expected {expected}; after a "
                 'change of the network run the pass again; for one whose depth varies use taps="layer_input"; before '
@@ -229,12 +277,6 @@ def _check_names(policy: TapPolicy, segmented: SegmentedPass) -> None:
     missed = sorted(policy.names - segmented.names_seen)
     if missed:
         raise ValueError(f"taps: {missed} did not run in this pass, so nothing learns from the error there")
-
-
-def _one_tensor(output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise TypeError(f"net: the output must be one tensor, got {type(output).__name__}")
-    return output
 
 
 def _place_marks(net: nn.Module, taps: str | Sequence[str]) -> TapPolicy:

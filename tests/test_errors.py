@@ -181,12 +181,6 @@ class TestRows:
         with raises(ValueError, "taps", "[4, 6]", "rows", "[12]"):
             model(X)
 
-    def test_a_tap_of_a_transposed_sequence(self):
-        net = Body(lambda x, a, b: b(a(x).relu()).transpose(0, 1))
-        model = dfa.DFA(net)
-        with raises(ValueError, "taps", "[4, 2, 6]", "rows", "[2, 4]"):
-            model(torch.ones(4, 2, 5))
-
     def test_a_later_pass_with_other_rows(self):
         net = Body(lambda x, a, b: b(a(x).relu()).flatten(0, -2))
         model = dfa.DFA(net)

@@ -455,9 +455,9 @@ def test_one_dimensional_and_transposed_convolutions():
 
 def test_transformer_layer():
     torch.manual_seed(16)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=nn.GELU(), batch_first=True)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=nn.GELU(), batch_first=True, norm_first=True)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), layer, Call(lambda h: h.mean(1)), nn.Linear(8, 3))
-    check_cut(net, ["1", "2.activation"], torch.randn(6, 4, 5))
+    check_cut(net, ["1", "2.norm2", "2.activation"], torch.randn(6, 4, 5))
 
 
 class Functional(nn.Module):

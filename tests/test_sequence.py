@@ -53,7 +53,7 @@ def output_and_gradients(net: nn.Module, taps: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_equals_the_observed_pass(activation, dropout, taps):
     net = network(activation, dropout)
-    assert plain_modules(net, batch()[:1], {}) is not None
+    assert plain_modules(net, None, batch()[:1], {}) is not None
     found = output_and_gradients(copy.deepcopy(net), taps)
     expected = output_and_gradients(Opaque(copy.deepcopy(net)), taps)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -133,19 +133,19 @@ def plain(*layers: nn.Module) -> nn.Sequential:
     ],
 )
 def test_leaves_other_networks_to_the_observed_pass(net):
-    assert plain_modules(net, (torch.zeros(2, 8),), {}) is None
+    assert plain_modules(net, None, (torch.zeros(2, 8),), {}) is None
 
 
 def test_leaves_other_calls_to_the_observed_pass():
     net, x = plain(nn.Linear(8, 3)), torch.zeros(2, 8)
-    assert plain_modules(net, (x,), {}) is not None
-    assert plain_modules(net, (x,), {"mask": None}) is None
-    assert plain_modules(net, (x, x), {}) is None
-    assert plain_modules(net, (x.clone().requires_grad_(),), {}) is None
-    assert plain_modules(net, (x.to("meta"),), {}) is None
+    assert plain_modules(net, None, (x,), {}) is not None
+    assert plain_modules(net, None, (x,), {"mask": None}) is None
+    assert plain_modules(net, None, (x, x), {}) is None
+    assert plain_modules(net, None, (x.clone().requires_grad_(),), {}) is None
+    assert plain_modules(net, None, (x.to("meta"),), {}) is None
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
-        assert plain_modules(net, (x,), {}) is None
+        assert plain_modules(net, None, (x,), {}) is None
     finally:
         handle.remove()
 

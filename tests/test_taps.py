@@ -136,12 +136,6 @@ def test_complex_outputs_are_refused():
         dfa.DFA(net)(batch()[0].to(torch.cfloat))
 
 
-def test_images_as_output_are_refused():
-    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
-    with pytest.raises(ValueError, match="flatten"):
-        dfa.DFA(net)(torch.randn(2, 3, 8, 8))
-
-
 def test_an_input_without_a_batch_is_refused():
     net = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="batch"):

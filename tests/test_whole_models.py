@@ -258,8 +258,8 @@ def test_the_reference_equals_the_formulas_of_a_network_with_one_hidden_layer():
     "case, expected",
     [
         ("gpt", [True, True]),
-        ("bert", [True, True]),
-        ("mlp_mixer", [True, True]),
+        ("bert", [True, False, True, False]),
+        ("mlp_mixer", [False, True]),
         ("resnet", [False] * 5),
         ("nerf", [False] * 4),
         ("squared_relu", [False, False]),
@@ -457,7 +457,8 @@ class HiddenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W):
         ctx.save_for_backward(x, W)
-        return x @ W
+        # Not by a function that is known as a product.
+        return torch.ops.aten.mm(x, W)
 
     @staticmethod
     def backward(ctx, gradient):

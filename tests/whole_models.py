@@ -206,11 +206,12 @@ class GPT(nn.Module):
 
 
 class EncoderLayer(nn.TransformerEncoderLayer):
-    """PyTorch's own, with a place for the callback where its feed-forward part has its activation."""
+    """PyTorch's own, with places for the callback behind its attention and its feed-forward part's activation."""
 
     name, tap, tap_rows = "", staticmethod(untapped), (1,)
 
     def _ff_block(self, x):
+        x = self.tap(x, f"{self.name}.self_attn", self.tap_rows)
         h = self.tap(self.activation(self.linear1(x)), f"{self.name}.linear1", self.tap_rows)
         return self.dropout2(self.linear2(h))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._torch_internals import backward_reaches
 from ..backends.calls import LayerCall
-from ..feedback.spec import FeedbackSpec
+from ..forward.record import Pass
 from ..forward.segments import FusedLayer
 from .node_plan import as_error, as_rows
 
@@ -26,6 +26,8 @@ class DeferredCall:
     weights: list[nn.Parameter]
     """What the gradients belong to, in the order of `layer_grads`' result."""
     backend: str
+    batch_dims: int
+    """How many leading dimensions of the output are rows."""
     tensors: Sequence[Tensor]
     """The layers' inputs, then what f' is computed from, the dropout masks that there are; once known, the error."""
     versions: tuple[int, ...] = ()
@@ -43,7 +45,7 @@ class DeferredCall:
     def completed(self, *tensors: Tensor) -> DeferredCall:
         """The call of one backward pass. Several may come from one forward pass."""
         versions = tuple([tensor._version for tensor in tensors])
-        return DeferredCall(self.call, self.has_noise, self.weights, self.backend, tensors, versions)
+        return DeferredCall(self.call, self.has_noise, self.weights, self.backend, self.batch_dims, tensors, versions)
 
     def check_versions(self) -> None:
         """RuntimeError if a tensor that the call needs was overwritten since its backward pass."""
@@ -59,10 +61,9 @@ Ledger = list[DeferredCall]
 """Where the backward passes since the last step leave their calls."""
 
 
-def deferred_call(
-    hidden: list[FusedLayer], output: FusedLayer | None, stored: list[Tensor], feedback: FeedbackSpec, backend: str
-) -> DeferredCall:
-    """The call for these layers, complete but for the error."""
+def deferred_call(hidden: list[FusedLayer], output: FusedLayer | None, seen: Pass) -> DeferredCall:
+    """The call for these layers of a pass, complete but for the error."""
+    stored, feedback = seen.stored, seen.feedback
     layers = hidden if output is None else [*hidden, output]
     dropout_mask = [layer.dropout_mask for layer in hidden]
     tensors = [layer.x for layer in layers] + [layer.saved for layer in hidden]
@@ -77,7 +78,8 @@ def deferred_call(
         ),
         [mask is not None for mask in dropout_mask],
         [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad],
-        backend,
+        seen.backend,
+        len(seen.rows),
         [as_rows(tensor) for tensor in (*tensors, *[mask for mask in dropout_mask if mask is not None])],
     )
 
@@ -106,5 +108,5 @@ class DeferringNode(torch.autograd.Function):
         # torch.autograd.grad and backward(inputs=…) may pass here on their way to something else than the parameters.
         anchor_accumulates = ctx.next_functions[-1][0]
         if backward_reaches(anchor_accumulates):
-            ctx.ledger.append(ctx.call.completed(*tensors, as_error(gradient)))
+            ctx.ledger.append(ctx.call.completed(*tensors, as_error(gradient, ctx.call.batch_dims)))
         return None, None, gradient, None

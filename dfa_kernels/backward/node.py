@@ -18,7 +18,7 @@ from .. import backends
 from .._torch_internals import gradient_is_awaited
 from ..autocast import without_autocast
 from ..backends.calls import LayerCall, TapsCall
-from ..forward.record import Pass, error_shape
+from ..forward.record import Pass
 from ..forward.segments import FusedLayer
 from .deferred import DeferredCall, DeferringNode, Ledger, deferred_call
 from .node_plan import LayerSlot, NodePlan, TensorTable, as_error, as_rows, grouped_dtype, make_plan, shares_launch
@@ -52,7 +52,7 @@ def _defer(seen: Pass) -> tuple[Pass, DeferredCall | None]:
     output = None if seen.last is None or _has_hooks(seen.last) else seen.last
     if not hidden and output is None:
         return seen, None
-    call = deferred_call(hidden, output, seen.stored, seen.feedback, seen.backend)
+    call = deferred_call(hidden, output, seen)
     return replace(seen, segments=remaining, last=None if output is seen.last else seen.last), call
 
 
@@ -98,9 +98,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     tensors = dict(zip(plan.saved, ctx.saved_tensors, strict=True))
     wanted = ctx.needs_input_grad[2:]
     grads: list[Tensor | None] = [None] * len(wanted)
-    error = as_error(gradient)
+    error = as_error(gradient, plan.batch_dims)
     if plan.roots or plan.convolutions:
-        _finish_taps(plan, tensors, error, error_shape(gradient)[0], wanted, grads)
+        _finish_taps(plan, tensors, error, tuple(gradient.shape[: plan.batch_dims]), wanted, grads)
     if plan.linears:
         _linear_grads(plan, tensors, error, wanted, grads)
     return (None, gradient, *grads)
@@ -118,7 +118,8 @@ def _finish_taps(
     deltas = backends.BACKENDS[plan.backend].project_taps(taps_call(plan, tensors, error))
     free = len(plan.roots)
     for root, delta in zip(plan.roots, deltas[:free], strict=True):
-        _add(grads, root.root, delta.reshape(rows + root.units))
+        delta = delta.reshape(rows + root.units)
+        _add(grads, root.root, delta.movedim(tuple(range(len(rows))), root.rows))
     for slot, delta in zip(plan.convolutions, deltas[free:], strict=True):
         _convolution_grads(slot, tensors, delta, wanted, grads)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..feedback.spec import FeedbackSpec
-from ..forward.record import Pass, error_shape
+from ..forward.record import Pass
 from ..forward.segments import Convolution, FusedLayer
 
 
@@ -35,6 +35,8 @@ class RootSlot:
 
     root: int
     units: tuple[int, ...]
+    rows: tuple[int, ...]
+    """Which of the tap's dimensions are rows."""
 
 
 @dataclass(slots=True)
@@ -49,14 +51,16 @@ class NodePlan:
     dtype: torch.dtype
     feedback: FeedbackSpec
     backend: str
+    batch_dims: int
+    """How many leading dimensions of the output are rows."""
 
 
-def as_error(gradient: Tensor) -> Tensor:
-    """∂L/∂output as e [R, E]."""
-    if gradient.dim() == 2:
+def as_error(gradient: Tensor, batch_dims: int) -> Tensor:
+    """∂L/∂output, of whose dimensions so many are rows, as e [R, E]."""
+    if gradient.dim() == 2 and batch_dims == 1:
         return gradient
-    rows, error_size = error_shape(gradient)
-    return gradient.reshape(math.prod(rows), error_size)
+    shape = tuple(gradient.shape)
+    return gradient.reshape(math.prod(shape[:batch_dims]), math.prod(shape[batch_dims:]))
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ def make_plan(table: TensorTable, seen: Pass) -> NodePlan:
     for segment in seen.segments:
         units, layer = segment.units, segment.layer
         if layer is None or (layer.convolution is None and not shares_launch(layer, dtype)):
-            roots.append(RootSlot(table.index(segment.root), units))
+            roots.append(RootSlot(table.index(segment.root), units, segment.rows))
         elif layer.convolution is None:
             linears.append(_layer_slot(table, layer, units, is_output=False))
         else:
@@ -115,6 +119,7 @@ def make_plan(table: TensorTable, seen: Pass) -> NodePlan:
         dtype=dtype,
         feedback=seen.feedback,
         backend=seen.backend,
+        batch_dims=len(seen.rows),
     )
 
 

@@ -10,7 +10,10 @@ from torch import Tensor
 from .. import backends
 from ..feedback import Feedback
 from ..feedback.spec import FeedbackSpec
+from .rows import RowDims
 from .segments import FusedLayer, Segment
+from .survey import row_count
+from .weight_layers import WeightCall
 
 
 @dataclass(slots=True)
@@ -19,7 +22,7 @@ class Pass:
 
     output: Tensor
     rows: tuple[int, ...]
-    """The output's leading dimensions that a tap shares with it."""
+    """The output's leading dimensions that are rows."""
     error_size: int
     segments: list[Segment]
     last: FusedLayer | None
@@ -28,58 +31,65 @@ class Pass:
     """What the feedback keeps for the widest tap."""
     feedback: FeedbackSpec
     backend: str
+    calls: list[WeightCall]
+    """All its weight layers, as far as somebody watched."""
 
 
 def recorded(
-    output: Tensor, segments: list[Segment], last: FusedLayer | None, feedback: Feedback, backend: str
+    output: Tensor,
+    segments: list[Segment],
+    last: FusedLayer | None,
+    feedback: Feedback,
+    backend: str,
+    batch_dims: int | None,
+    row_dims: RowDims | None,
+    calls: list[WeightCall],
 ) -> Pass:
-    """The pass that gave this output [..., E]; its segments learn what of their taps are units."""
-    rows, error_size = error_shape(output)
+    """The pass that gave this output; its segments learn what of their taps are rows.
+
+    row_dims: tells them; None if they are the leading ones of every tap.
+    """
+    rows, error_size = error_shape(output, batch_dims)
     for segment in segments:
-        segment.units = _tap_units(segment, rows)
-    _check_units(segments, last, rows)
+        _split(segment, rows, tuple(range(len(rows))) if row_dims is None else row_dims.of(segment, rows))
+    _check_inputs([last, *[segment.layer for segment in segments]])
+    if last is not None and len(rows) != output.dim() - 1:
+        # Its rows are not the error's.
+        last = None
     sizes = [math.prod(segment.units) for segment in segments]
     stored = feedback.stored(max(sizes), error_size, output.device) if sizes else []
     backend = backends.resolve(backend, output.device)
-    return Pass(output, rows, error_size, segments, last, stored, feedback.spec, backend)
+    return Pass(output, rows, error_size, segments, last, stored, feedback.spec, backend, calls)
 
 
-def error_shape(output: Tensor) -> tuple[tuple[int, ...], int]:
-    """(leading dimensions that are rows, number of error components) of an output [..., E] or [b]."""
-    if output.dim() == 0:
+def error_shape(output: Tensor, batch_dims: int | None) -> tuple[tuple[int, ...], int]:
+    """(sizes of the leading dimensions that are rows, number of error components) of an output."""
+    shape = tuple(output.shape)
+    if not shape:
         raise ValueError("net: the output must be [b, E] or [b], got a scalar; compute the loss outside the network")
     if not output.is_floating_point():
         raise TypeError(f"net: the output must be real and floating, got {output.dtype}")
-    if output.dim() > 3:
-        raise ValueError(
-            f"net: the output must be [b, E], [b] or [b, T, E], got shape {list(output.shape)}; flatten it to [b, E]"
-        )
-    if output.dim() == 1:
-        return tuple(output.shape), 1
-    return tuple(output.shape[:-1]), output.shape[-1]
+    if batch_dims is not None and batch_dims > len(shape):
+        raise ValueError(f"batch_dims: got {batch_dims} for an output of shape {list(shape)}")
+    rows = shape[: row_count(len(shape), batch_dims)]
+    return rows, math.prod(shape[len(rows) :])
 
 
-def _tap_units(segment: Segment, rows: tuple[int, ...]) -> tuple[int, ...]:
-    """The tap's shape without the rows that it shares with the error."""
+def _split(segment: Segment, rows: tuple[int, ...], places: tuple[int, ...]) -> None:
+    """Into rows and units. A fused layer's rows lead; a convolution's are its batch."""
     shape = tuple(segment.tap.shape)
-    if shape[: len(rows)] != rows:
-        raise ValueError(
-            f"taps: a tap of shape {list(shape)} must begin with the output's rows {list(rows)}; flatten the output "
-            "to [b, E], or choose other taps"
-        )
-    return shape[len(rows) :]
+    segment.rows, segment.units = places, shape[len(rows) :]
+    if places == tuple(range(len(rows))):
+        if segment.layer is None or segment.layer.convolution is None or len(rows) == 1:
+            return
+    else:
+        segment.units = tuple([size for i, size in enumerate(shape) if i not in places])
+    segment.layer = None
 
 
-def _check_units(segments: list[Segment], last: FusedLayer | None, rows: tuple[int, ...]) -> None:
-    """Refuses shapes in which rows and units cannot be told apart."""
-    layers = [last, *[segment.layer for segment in segments]]
+def _check_inputs(layers: list[FusedLayer | None]) -> None:
     for layer in layers:
         if layer is not None and layer.x.dim() < 2:
             raise ValueError(
                 f"x: a weight layer got an input of shape {list(layer.x.shape)}, without a batch dimension"
-            )
-        if layer is not None and layer.convolution is not None and len(rows) > 1:
-            raise ValueError(
-                f"net: the output's leading dimensions {list(rows)} would be rows of a convolution, whose channels are "
-                "units; flatten the output to [b, E]"
             )

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS, FUSED_CALLS, Activation, call_parameters, is_inplace
-from .taps import CONVOLUTIONS, LINEAR, Args, Call, ForwardPass, Kwargs, TapPolicy
+from .side_loss import Uncut, remember_whole
+from .taps import ForwardPass, TapPolicy
+from .weight_layers import CONVOLUTIONS, LINEAR, Args, Call, Kwargs, WeightCall
 
 T: Any = torch.Tensor
 
@@ -95,8 +97,14 @@ class Segment:
     tap: Tensor
     root: Tensor
     layer: FusedLayer | None
+    point: int = 0
+    """The tap's number in its pass."""
+    newest: WeightCall | None = None
+    """The newest weight layer before the tap."""
+    rows: tuple[int, ...] = ()
+    """Which of the tap's dimensions are the output's rows, in their order; known once the output is."""
     units: tuple[int, ...] = ()
-    """The tap's shape without the rows that it shares with the error; known once the output is."""
+    """The sizes of the others."""
 
 
 class SegmentedPass(ForwardPass):
@@ -106,21 +114,27 @@ class SegmentedPass(ForwardPass):
         super().__init__(policy, weight_layers)
         self.segments: list[Segment] = []
         self._chain: Chain | None = None
-        self._cuts: list[tuple[Tensor, Tensor]] = []
+        self._cuts: list[tuple[Tensor, Segment]] = []
         self._overwritten: Tensor | None = None  # the newest result of an in-place activation
         self._versions: list[tuple[Tensor, int]] = []
 
-    def at_tap(self, origin: Tensor | str, z: Tensor) -> Tensor:
-        for seen, cut in self._cuts:
+    def at_tap(self, origin: Tensor | str, z: Tensor) -> tuple[Tensor, Tensor]:
+        for seen, segment in self._cuts:
             if seen is z:
-                return cut
+                return segment.root, segment.tap
         if not z.requires_grad:
-            return z
+            return z, z
         root, cut = self._cut(z)
+        remember_whole(cut, root)
         layer = self._finish_chain(z, cut)
-        self.segments.append(Segment(origin, cut, root, layer))
-        self._cuts.append((z, cut))
-        return cut
+        segment = Segment(origin, cut, root, layer, self.point, self.newest)
+        self.segments.append(segment)
+        self._cuts.append((z, segment))
+        return root, cut
+
+    def give_up_taps(self, points: list[int]) -> None:
+        self.segments = [segment for segment in self.segments if segment.point not in points]
+        self._cuts = [entry for entry in self._cuts if entry[1].point not in points]
 
     def _cut(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z with its graph, z without). An in-place activation's caller may go on with z itself, so z is cut too.
@@ -129,7 +143,7 @@ class SegmentedPass(ForwardPass):
         """
         if z is not self._overwritten or z._is_view():
             return z, z.detach()
-        root = z.view_as(z)
+        root = z.view_as(z) if torch.compiler.is_compiling() else Uncut.apply(z)
         return root, z.detach_()
 
     def finish(self, output: Tensor) -> FusedLayer | None:
@@ -145,8 +159,8 @@ class SegmentedPass(ForwardPass):
             return None
         return self._finish_chain(output, output.detach())
 
-    def weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
-        value = cast(Tensor, func(*args, **kwargs))
+    def weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
+        value = func(*args, **kwargs)
         self._chain = _start_chain(func, args, kwargs, value)
         if self._chain is not None:
             self._watch(self._chain.x)
@@ -154,7 +168,8 @@ class SegmentedPass(ForwardPass):
 
     def activation(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
         h = self._activate(func, args, kwargs)
-        self._overwritten = h if h is args[0] else None
+        # Elsewhere the network goes on with what the tap gives it.
+        self._overwritten = h if h is args[0] and self.policy.kind == "nonlinearity" else None
         return h
 
     def _activate(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:

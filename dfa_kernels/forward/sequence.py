@@ -18,6 +18,7 @@ from .._torch_internals import calls_are_observed, module_calls_are_observed
 from ..activations import ACTIVATIONS, Activation, module_parameters
 from ..autocast import WithoutGraph
 from .segments import FusedLayer, Segment
+from .survey import row_count
 
 _ROW_OF_MODULE: dict[type[nn.Module], Activation] = {m: row for row in ACTIVATIONS.values() for m in row.modules}
 _CODE: dict[type[nn.Module], str] = {
@@ -32,7 +33,9 @@ _FORWARDS: dict[type[nn.Module], Any] = {kind: getattr(kind, "forward") for kind
 _PLAIN = re.compile("[FD]*(?:LD?AD?)+L")
 
 
-def plain_modules(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[nn.Module] | None:
+def plain_modules(
+    net: nn.Module, batch_dims: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[nn.Module] | None:
     """The leaves of ``net`` if `run_sequence` may run them on ``args``, else None."""
     if type(net) is not nn.Sequential or kwargs or len(args) != 1 or torch.compiler.is_compiling():
         return None
@@ -41,6 +44,9 @@ def plain_modules(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     x = args[0]
     if not isinstance(x, Tensor) or x.requires_grad or not _unhooked(net, modules):
+        return None
+    dims = x.dim() - sum(_dims_less(module, x.dim()) for module in modules if type(module) is nn.Flatten)
+    if dims < 2 or row_count(dims, batch_dims) != dims - 1:
         return None
     layers = [module for module in modules if type(module) is nn.Linear]
     first = layers[0].weight
@@ -102,6 +108,11 @@ class _Run:
         assert self.layer is not None
         self.segments.append(Segment(self.layer.weight, h, h, self.layer))
         self.layer = None
+
+
+def _dims_less(module: Any, dims: int) -> int:
+    """How many dimensions fewer it leaves of so many."""
+    return int(module.end_dim % dims - module.start_dim % dims)
 
 
 _STEPS = {"F": _Run.flatten, "L": _Run.linear, "A": _Run.activation, "D": _Run.dropout}

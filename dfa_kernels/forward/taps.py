@@ -7,16 +7,17 @@ included. `ForwardPass` decides only *where* a tap is; what happens there is up 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..activations import FUSED_CALLS, UNFUSED_CALLS
+from .layer_outputs import Layer, LayerOutputs, Tapped
+from .weight_layers import LAYERS, WEIGHT_CALLS, Args, Call, Kwargs, WeightCall, Weights, input_first, replaced
 
 _library = torch.library.Library("dfa_kernels", "FRAGMENT")
 _library.define("tap(Tensor(a) x, str name) -> Tensor(a)")
@@ -25,14 +26,6 @@ _library.impl("tap", lambda x, name: x, "CompositeImplicitAutograd")
 TAP: Callable[[Tensor, str], Tensor] = torch.ops.dfa_kernels.tap
 """The identity, to everything but a `ForwardPass`, which sees the call as a place for a tap."""
 
-Call = Callable[..., Any]
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-
-LINEAR = F.linear
-CONVOLUTIONS: frozenset[Call] = frozenset({F.conv1d, F.conv2d, F.conv3d})
-TRANSPOSED: frozenset[Call] = frozenset({F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d})
-WEIGHT_LAYERS: frozenset[Call] = frozenset({LINEAR}) | CONVOLUTIONS | TRANSPOSED
 ACTIVATION_CALLS = frozenset(FUSED_CALLS) | UNFUSED_CALLS
 
 
@@ -52,11 +45,13 @@ class Tap(nn.Module):
 
 @dataclass(frozen=True)
 class TapInfo:
-    """A tap as the network met it: its name, its shape without the batch's rows, and its number of units."""
+    """A tap as the network met it: its name, its shape without the rows, and its number of units."""
 
     name: str
     shape: tuple[int, ...]
     size: int
+    bypassed: bool = False
+    """Whether a path goes around it (a residual stream): its layers then learn by a chain past it as well."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,8 @@ class OutputTap:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"taps: the output of submodule {self.name!r} must be one tensor, got {type(output).__name__}"
+                f"taps: the output of submodule {self.name!r} must be one tensor, got {type(output).__name__}; put a "
+                "dfa_kernels.Tap() behind the one of its tensors that the network goes on with"
             )
         return TAP(output, self.name)
 
@@ -86,10 +82,11 @@ class OutputTap:
 class ForwardPass(TorchFunctionMode):
     """Runs beside one forward pass and finds its taps.
 
-    Subclasses override `at_tap`, called with the tensor at a tap and returning what the network goes on with; its
-    ``origin`` is what the tap is named after: the weight of the layer it teaches, or the name given to the place.
-    ``weight_layers`` is the number of weight-layer calls of a whole pass. Only the "nonlinearity" policy must know it
-    ahead: an activation after the last of them belongs to the output.
+    Subclasses override `at_tap`, called with the tensor at a tap and returning it with its graph, and what the network
+    goes on with; its ``origin`` is what the tap is named after: the weight of the layer it teaches, or the name given
+    to the place. Taps are numbered: ``point`` is the newest one's number. ``weight_layers`` is the number of
+    weight-layer calls of a whole pass. Only the "nonlinearity" policy must know it ahead: an activation after the last
+    of them belongs to the output.
     """
 
     def __init__(self, policy: TapPolicy, weight_layers: int = -1) -> None:
@@ -97,17 +94,24 @@ class ForwardPass(TorchFunctionMode):
         self.policy = policy
         self.weight_layers = weight_layers
         self.weight_layers_seen = 0
+        self.point = -1
+        self.shapes: dict[int, tuple[int, ...]] = {}
         self.points_seen = 0
         self.points_without_grad = 0
         self.names_seen: set[str] = set()
-        self._newest: Tensor | None = None  # weight of the newest layer
-        self._untapped: list[tuple[Tensor, Tensor]] = []  # (weight, result) of layers that no activation followed yet
+        self.newest: WeightCall | None = None
+        self.calls: list[WeightCall] = []
+        self._weights = Weights()
+        self._outputs = LayerOutputs()
 
-    def at_tap(self, origin: Tensor | str, z: Tensor) -> Tensor:
-        return z
+    def at_tap(self, origin: Tensor | str, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z, z
 
-    def weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
-        return cast(Tensor, func(*args, **kwargs))
+    def give_up_taps(self, points: list[int]) -> None:
+        """These taps are none: the path that they were to cut goes around them."""
+
+    def weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
+        return func(*args, **kwargs)
 
     def activation(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
         return cast(Tensor, func(*args, **kwargs))
@@ -117,58 +121,98 @@ class ForwardPass(TorchFunctionMode):
 
     def __torch_function__(self, func: Call, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in WEIGHT_LAYERS:
-            return self._on_weight_layer(func, *_input_first(args, kwargs))
-        if func in ACTIVATION_CALLS:
-            return self._on_activation(func, *_input_first(args, kwargs))
+        if func in WEIGHT_CALLS:
+            if func in LAYERS:
+                args, kwargs = input_first(args, kwargs)
+            call = self._weights.bind(func, args, kwargs)
+            if call is not None:
+                return self._on_weight_layer(call, func, args, kwargs)
         if func is TAP:
             return self._on_mark(*args)
-        return self.other(func, args, kwargs)
-
-    def _on_weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
-        x, *rest = args
-        weight = rest[0] if rest else kwargs["weight"]
-        _check_same_device(x, weight)
-        if self.policy.kind == "layer_input" and self._newest is not None:
-            x = self.at_tap(self._newest, x)
-        self.weight_layers_seen += 1
-        result = self.weight_layer(func, (x, *rest), kwargs)
-        self._newest = weight
+        if func in ACTIVATION_CALLS:
+            args, kwargs = input_first(args, kwargs)
         if self.policy.kind == "nonlinearity":
-            self._untapped.append((weight, result))
+            return self._on_path(func, args, kwargs)
+        return self._run(func, args, kwargs)
+
+    def _run(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
+        result = (self.activation if func in ACTIVATION_CALLS else self.other)(func, args, kwargs)
+        self._weights.follow(func, args, kwargs, result)
         return result
 
-    def _on_activation(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
-        h = self.activation(func, args, kwargs)
-        if self.policy.kind != "nonlinearity" or not self._untapped or self._past_last_layer():
-            return h
+    def _on_weight_layer(self, call: WeightCall, func: Call, args: Args, kwargs: Kwargs) -> Any:
+        _check_same_device(call.inputs[0], call.weights[0])
+        if self.policy.kind != "named":
+            args, kwargs = self._cut_inputs(call.inputs, args, kwargs)
+        self.weight_layers_seen += 1
+        result = self.weight_layer(func, args, kwargs)
+        self.newest = call
+        self.calls.append(call)
+        if self.policy.kind == "nonlinearity":
+            self._outputs.made(call, result)
+        return result
+
+    def _cut_inputs(self, inputs: tuple[Tensor, ...], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        for i, x in enumerate(inputs):
+            if not any(x is earlier for earlier in inputs[:i]):
+                cut = self._at_input(x)
+                if cut is not x:
+                    args, kwargs = _with(args, kwargs, x, cut)
+        return args, kwargs
+
+    def _at_input(self, x: Tensor) -> Tensor:
+        """What a weight layer gets as its input."""
+        if self.policy.kind == "layer_input":
+            return x if self.newest is None else self._tap(self.newest.weights[0], x)[1]
+        # What is behind such a layer ends in a product of its own, or in an activation that nobody saw.
+        layers = self._outputs.opaque(x)
+        return self._tap_behind(layers, x) if layers else x
+
+    def _on_path(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
+        """Any call but a weight layer's, under the "nonlinearity" policy."""
+        around = self._outputs.around(func, args, kwargs)
+        if around:
+            return self._move(around, func, args, kwargs)
+        layers = self._outputs.awaiting(args[0]) if func in ACTIVATION_CALLS else []
+        result = self._run(func, args, kwargs)
+        if layers and self.weight_layers_seen < self.weight_layers:
+            return self._tap_behind(layers, result)
+        self._outputs.follow(func, args, kwargs, result)
+        return result
+
+    def _tap_behind(self, layers: list[Layer], z: Tensor) -> Tensor:
+        whole, cut = self._tap(layers[-1].call.weights[0], z)
+        self._outputs.tapped(self.point, layers, whole, cut)
+        return cut
+
+    def _move(self, taps: list[Tapped], func: Call, args: Args, kwargs: Kwargs) -> Tensor:
+        """The taps become one, at the result of this call."""
+        args, kwargs = replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
+        self.give_up_taps([tap.point for tap in taps])
+        layers = [layer for tap in taps for layer in tap.layers]
+        return self._tap_behind(layers, func(*args, **kwargs))
+
+    def _tap(self, origin: Tensor | str, z: Tensor) -> tuple[Tensor, Tensor]:
+        self.point += 1
+        self.shapes[self.point] = tuple(z.shape)
         self.points_seen += 1
         self.points_without_grad += not torch.is_grad_enabled()
-        return self.at_tap(self._take_followed(args[0]), h)
-
-    def _take_followed(self, z: Tensor) -> Tensor:
-        """The weight of the layer that an activation of z follows: the one that made z, or all up to the newest."""
-        for i, (weight, result) in enumerate(self._untapped):
-            if result is z:
-                del self._untapped[i]
-                return weight
-        weight = self._untapped[-1][0]
-        self._untapped.clear()
-        return weight
+        return self.at_tap(origin, z)
 
     def _on_mark(self, x: Tensor, name: str) -> Tensor:
         if self.policy.kind != "named" or name not in self.policy.names:
             return x
         self.names_seen.add(name)
-        return self.at_tap(name, x)
-
-    def _past_last_layer(self) -> bool:
-        return self.weight_layers_seen >= self.weight_layers
+        return self._tap(name, x)[1]
 
 
-def tap_names(net: nn.Module, origins: list[Tensor | str]) -> list[str]:
-    """Names of the taps of one pass: the taught layer's, or the place's own; a repeated one gets "#2", "#3" …"""
-    layers = {id(p): name.rpartition(".")[0] for name, p in net.named_parameters(remove_duplicate=False)}
+def tap_names(net: nn.Module, origins: list[Tensor | str], called: Sequence[tuple[WeightCall, str]]) -> list[str]:
+    """Names of the taps of one pass: the taught layer's, or the place's own; a repeated one gets "#2", "#3" …
+
+    called: the pass's weight layers, with the modules that call them; for weights that are no parameters of ``net``.
+    """
+    layers = {id(call.weights[0]): name for call, name in called if name}
+    layers |= {id(p): _layer_of(name) for name, p in net.named_parameters(remove_duplicate=False)}
     names: list[str] = []
     for i, origin in enumerate(origins):
         name = origin if isinstance(origin, str) else layers.get(id(origin), f"tap{i}")
@@ -177,11 +221,14 @@ def tap_names(net: nn.Module, origins: list[Tensor | str]) -> list[str]:
     return names
 
 
-def _input_first(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    if args:
-        return args, kwargs
-    rest = dict(kwargs)
-    return (rest.pop("input"),), rest
+def _layer_of(parameter: str) -> str:
+    """The name of the module that has a parameter, or is parametrized by it; of the network's own, their own."""
+    layer, parametrized, _ = parameter.partition(".parametrizations.")
+    return layer if parametrized else parameter.rpartition(".")[0] or parameter
+
+
+def _with(args: Args, kwargs: Kwargs, x: Tensor, cut: Tensor) -> tuple[Args, Kwargs]:
+    return replaced(args, kwargs, lambda y: cut if y is x else y)
 
 
 def _check_same_device(x: Tensor, weight: Tensor) -> None:

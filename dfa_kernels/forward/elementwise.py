@@ -1,0 +1,37 @@
+"""Torch functions that make each element of their result from the same element of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import FUSED_CALLS, UNFUSED_CALLS
+
+_NAMES = (
+    "add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "pow", "square", "sqrt",
+    "rsqrt", "neg", "negative", "positive", "abs", "exp", "expm1", "log", "log1p", "erf", "erfc", "sin", "cos", "tanh",
+    "sigmoid", "reciprocal", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "lerp", "addcmul",
+    "addcdiv", "where", "clone", "masked_fill", "float", "half", "bfloat16", "double", "to",
+)  # fmt: skip
+_OPERATORS = (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "neg", "pos", "abs"
+)  # fmt: skip
+
+
+def _functions() -> Iterator[Callable[..., Any]]:
+    for owner in (torch, Tensor, torch.special, F):
+        for name in _NAMES:
+            for spelling in (name, f"{name}_"):
+                if hasattr(owner, spelling):
+                    yield getattr(owner, spelling)
+    for name in _OPERATORS:
+        yield getattr(Tensor, f"__{name}__")
+    yield F.dropout
+
+
+# F.glu is none: it halves the units.
+ELEMENTWISE: frozenset[Callable[..., Any]] = frozenset(_functions()) | frozenset(FUSED_CALLS) | UNFUSED_CALLS - {F.glu}
