@@ -70,10 +70,11 @@ def through_torch_save(state):
 
 
 def average(state):
-    """An exponential one of three equal states, in float32."""
+    """An exponential one of equal states, in float32: some bytes come out a little too small."""
     total = {key: value.float() for key, value in state.items()}
-    for _ in range(2):
-        total = {key: 0.999 * total[key] + 0.001 * value for key, value in state.items()}
+    for _ in range(9):
+        total = {key: 0.9 * total[key] + 0.1 * value for key, value in state.items()}
+    assert (total["_extra_state"] < state["_extra_state"]).any()
     return total
 
 
@@ -236,8 +237,6 @@ class TestDamaged:
             lambda state: state * 2,
             lambda state: state.float() / 0.0,
             lambda state: state > 0,
-            # What truncates an average instead of rounding it.
-            lambda state: (0.999 * state + 0.0009 * state).byte(),
             torch.zeros_like,
         ],
     )

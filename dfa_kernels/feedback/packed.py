@@ -38,7 +38,7 @@ def unpack(packed: Tensor) -> dict[str, Any]:
     start, matrix = content[:HEADER].numpy().tobytes(), content[HEADER:]
     checksum, header = start[:CHECKSUM], start[CHECKSUM:]
     computed = zlib.crc32(matrix.numpy().data, zlib.crc32(header)).to_bytes(CHECKSUM, "little")
-    if len(start) < HEADER or checksum != computed:
+    if checksum != computed:
         raise ValueError(
             f"state: {content.numel()} bytes whose checksum is wrong, expected those of DFA.get_extra_state(), or an "
             "average of equal ones; leave _extra_state out of the state dict to keep the model's own feedback"
