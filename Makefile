@@ -9,14 +9,17 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 OLDEST_TESTS = $(shell grep -LE '^(from|import) (bench|test_compile_ahead)\b' tests/test_*.py)
 
+# The same with trainers that others wrote.
+INTEGRATIONS := .venv-integrations
+
 # Where `make gpu` writes.
 OUT ?= runs/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest lint bench gpu clean
+.PHONY: help setup demo test test-oldest test-integrations lint bench gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## create .venv with the pinned requirements and this package
 
@@ -28,6 +31,9 @@ test: $(READY) ## run the tests; pass pytest options as ARGS="..."
 
 test-oldest: $(OLDEST)/.ready ## the package's tests with the oldest torch it accepts, several GB in .venv-oldest
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(ARGS)
+
+test-integrations: $(INTEGRATIONS)/.ready ## runs of Lightning and Hugging Face's Trainer, 2 GB or more in .venv-integrations
+	$(INTEGRATIONS)/bin/python -m pytest tests/integrations $(ARGS)
 
 lint: $(READY) ## check style, format and types
 	$(BIN) -m ruff check .
@@ -46,7 +52,7 @@ gpu: $(if $(GPU_PYTHON),,$(READY)) ## tests, checks and times on the GPU here, i
 	$(or $(GPU_PYTHON),$(BIN)) -m bench.gpu $(OUT) $(ARGS)
 
 clean: ## remove the environments, caches and build products; data/ and runs/ stay
-	rm -rf $(foreach folder,$(VENV) $(OLDEST),$(folder) $(folder)-unfinished)
+	rm -rf $(foreach folder,$(VENV) $(OLDEST) $(INTEGRATIONS),$(folder) $(folder)-unfinished)
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find bench csrc dfa_kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
@@ -76,3 +82,7 @@ $(READY): requirements.txt requirements-triton.txt pyproject.toml setup.py
 $(OLDEST)/.ready: requirements-oldest.txt pyproject.toml setup.py
 	$(call install,$(OLDEST),requirements-oldest.txt)
 	mv $(OLDEST)-unfinished $@
+
+$(INTEGRATIONS)/.ready: requirements-integrations.txt pyproject.toml setup.py
+	$(call install,$(INTEGRATIONS),requirements-integrations.txt)
+	mv $(INTEGRATIONS)-unfinished $@

@@ -16,6 +16,7 @@ from .backward.deferred import Ledger
 from .backward.node import attach
 from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
 from .feedback import Feedback
+from .feedback.packed import pack, unpack
 from .feedback.spec import check_integer
 from .forward.reach import bypassed, warn_of_uncovered
 from .forward.record import Pass, recorded
@@ -142,12 +143,33 @@ class DFA(nn.Module):
         if optimizer is not None:
             optimizer.drop_deferred()
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"feedback": self.feedback.state_dict()}
+    def get_extra_state(self) -> Tensor:
+        """The feedback as uint8 [bytes], so that `state_dict()` holds nothing but tensors."""
+        return pack(self.feedback.state_dict())
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.feedback = Feedback.from_state_dict(state["feedback"], device=self.feedback.device)
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """Takes the feedback of ``state`` to where this model's is.
+
+        Args:
+            state: what `get_extra_state` gave, in any numeric dtype and on any device; of older checkpoints the dict
+                {"feedback": `Feedback.state_dict()`}.
+
+        Raises:
+            ValueError: damaged bytes.
+            TypeError: neither a tensor nor such a dict.
+        """
+        found = _feedback_state(state)
+        own = self.feedback
+        if "matrix" in found and own._given is not None:
+            found["matrix"] = found["matrix"].to(own._given.device)
+        self.feedback = Feedback.from_state_dict(found, device=own.device)
         self._looks = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A checkpoint without feedback, of the plain network say, leaves the model its own."""
+        _, _, missing_keys, _, _ = rest
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        missing_keys[:] = [key for key in missing_keys if key != f"{prefix}_extra_state"]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no optimizer, and has seen no pass."""
@@ -263,6 +285,14 @@ class DFA(nn.Module):
     def _ledger(self) -> Ledger | None:
         optimizer = None if self._optimizer is None else self._optimizer()
         return None if optimizer is None else optimizer.ledger_for_pass()
+
+
+def _feedback_state(state: object) -> dict[str, Any]:
+    if isinstance(state, Tensor):
+        return unpack(state)
+    if isinstance(state, dict) and isinstance(state.get("feedback"), dict):
+        return dict(state["feedback"])
+    raise TypeError(f"state: got {state!r}, expected the uint8 tensor of DFA.get_extra_state()")
 
 
 def _learning(layer: FusedLayer | None) -> tuple[Any, ...] | None:
