@@ -126,6 +126,7 @@ def check_fully_sharded(rank):
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
     assert_close_steps(train(sharded, sgd(sharded), rank), train(expected, sgd(expected)))
     assert_close(sharded.parameters(), expected.parameters())
+    assert sharded.taps == expected.taps
     full = StateDictOptions(full_state_dict=True)
     state = get_model_state_dict(sharded, options=full)
     assert_loads(state, expected)

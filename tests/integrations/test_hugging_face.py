@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from training import BATCH, EPOCHS, MAX_NORM, assert_same, examples, model, train_by_hand
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+import dfa_kernels as dfa
 
 
 class Config(PretrainedConfig):
@@ -104,3 +113,24 @@ def test_from_pretrained(tmp_path):
     train("within", 0, tmp_path)
     _, last = sorted(tmp_path.glob("checkpoint-*"))
     assert_same(Classifier.from_pretrained(last).model, by_hand())
+
+
+def gpt2(activation):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=8, activation_function=activation,
+        bos_token_id=None, eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return dfa.DFA(GPT2LMHeadModel(config), output=lambda returned: returned.logits)
+
+
+@pytest.mark.parametrize("rows", [3, 7], ids=["fewer rows than positions", "as many"])
+def test_gpt2_has_a_tap_in_every_block(rows):
+    """Its layers are products by addmm, and its activation a formula: gradients are those with PyTorch's own."""
+    formula, own = gpt2("gelu_new"), gpt2("gelu_pytorch_tanh")
+    tokens = torch.randint(50, (rows, 7), generator=torch.Generator().manual_seed(1))
+    for model_ in (formula, own):
+        F.cross_entropy(model_(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    assert [(tap.name, tap.shape) for tap in formula.taps] == [(f"transformer.h.{i}.mlp.c_fc", (64,)) for i in (0, 1)]
+    for p, q in zip(formula.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
