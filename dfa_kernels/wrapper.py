@@ -125,7 +125,8 @@ class DFA(nn.Module):
         if self._sketch is None:
             raise RuntimeError("plan: it follows from a forward pass, and there has been none yet")
         optimizer = None if self._optimizer is None else self._optimizer()
-        return step_plan(self._sketch, None if optimizer is None else optimizer.rule)
+        around = [tap.name for tap in self.taps if tap.bypassed]
+        return step_plan(self._sketch, None if optimizer is None else optimizer.rule, around)
 
     @contextlib.contextmanager
     def backprop(self) -> Iterator[None]:

@@ -272,6 +272,9 @@ def test_bypassed_taps(case, expected):
     model = dfa.DFA(case.make(), feedback(), **case.options)
     model(*[make() for make in case.inputs])
     assert [tap.bypassed for tap in model.taps] == expected
+    around = ", ".join(tap.name for tap in model.taps if tap.bypassed)
+    said = f"reached by a chain past their tap, too: what is taught at {around}"
+    assert (said in model.plan().lines) == any(expected)
 
 
 def test_embeddings_that_go_around_the_deep_part_bypass_its_first_tap():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,8 +58,11 @@ def _without_values(tensor: Tensor, device: torch.device) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def step_plan(seen: Sketch, rule: str | None) -> StepPlan:
-    """What the backward pass of such a pass runs; rule: of the fused optimizer that finishes it, if there is one."""
+def step_plan(seen: Sketch, rule: str | None, bypassed: Sequence[str]) -> StepPlan:
+    """What the backward pass of such a pass runs.
+
+    rule: of the fused optimizer that finishes it, if there is one; bypassed: the names of taps that paths go around.
+    """
     plan, backend = seen.plan, backends.BACKENDS[seen.plan.backend]
     lines = [f"backend {plan.backend} on {seen.device}"]
     if plan.linears:
@@ -74,4 +78,6 @@ def step_plan(seen: Sketch, rule: str | None) -> StepPlan:
     if plan.roots or plan.convolutions:
         taps = taps_call(plan, seen.tensors, seen.error)
         lines.append(f"δ of these taps: {backend.describe_taps(taps, seen.device)}")
+    if bypassed:
+        lines.append(f"reached by a chain past their tap, too: what is taught at {', '.join(bypassed)}")
     return StepPlan(tuple(lines))
