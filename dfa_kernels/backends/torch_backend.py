@@ -27,10 +27,12 @@ def project_taps(call: TapsCall) -> list[Tensor]:
     error, saved, dropout_mask, activations = call.error, call.saved, call.dropout_mask, call.activations
     shared = shared_projection(error, call.stored, call.feedback, max(call.sizes))
     numbers = [call.parameters[2 * i : 2 * i + 2] for i in range(len(call.sizes))]
-    return [
-        _delta(shared, size, error.dtype, saved[i], dropout_mask[i], activations[i], *numbers[i])
-        for i, size in enumerate(call.sizes)
-    ]
+    deltas: list[Tensor] = []
+    for i, size in enumerate(call.sizes):
+        delta = _delta(shared, size, error.dtype, saved[i], dropout_mask[i], activations[i], *numbers[i])
+        # A projection that needs no scaling is handed out as it is, but once.
+        deltas.append(delta.clone() if any(delta is earlier for earlier in deltas) else delta)
+    return deltas
 
 
 def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
@@ -117,7 +119,7 @@ def _delta(
 ) -> Tensor:
     values, ratio = shared.for_size(size)
     if saved is None:
-        return (values * ratio).to(dtype)
+        return (values if values is shared.values else values * ratio).to(dtype)
     wide = saved if saved.dtype == values.dtype else saved.to(values.dtype)
     values = values if values.shape == saved.shape else values.reshape(saved.shape)
     delta = ACTIVATIONS[activation].gradient(values, wide, p, q)

@@ -116,11 +116,11 @@ def _finish_taps(
 ) -> None:
     """δ for every root, for autograd to go on with, and the gradients of the fused convolutions."""
     deltas = backends.BACKENDS[plan.backend].project_taps(taps_call(plan, tensors, error))
-    free = len(plan.roots)
-    for root, delta in zip(plan.roots, deltas[:free], strict=True):
-        delta = delta.reshape(rows + root.units)
+    sizes = plan.root_sizes
+    for root in plan.roots:
+        delta = deltas[sizes.index(math.prod(root.units))].reshape(rows + root.units)
         _add(grads, root.root, delta.movedim(tuple(range(len(rows))), root.rows))
-    for slot, delta in zip(plan.convolutions, deltas[free:], strict=True):
+    for slot, delta in zip(plan.convolutions, deltas[len(sizes) :], strict=True):
         _convolution_grads(slot, tensors, delta, wanted, grads)
 
 
@@ -164,18 +164,25 @@ def _linear_grads(
 
 
 def taps_call(plan: NodePlan, tensors: dict[int, Tensor], error: Tensor) -> TapsCall:
-    """The taps: the roots, then the convolutions."""
-    taps: list[tuple[Any, ...]] = [(slot.units, None, None, "identity", 0.0, 0.0) for slot in plan.roots]
+    """The taps: the roots, of those with as many units one, then the convolutions."""
+    taps: list[tuple[Any, ...]] = [(size, None, None, "identity", 0.0, 0.0) for size in plan.root_sizes]
     for slot in plan.convolutions:
         taps.append(
-            (slot.units, _get(tensors, slot.saved), _get(tensors, slot.dropout_mask), slot.activation, slot.p, slot.q)
+            (
+                math.prod(slot.units),
+                _get(tensors, slot.saved),
+                _get(tensors, slot.dropout_mask),
+                slot.activation,
+                slot.p,
+                slot.q,
+            )
         )
-    units, saved, dropout_mask, activations, p, q = zip(*taps, strict=True)
+    sizes, saved, dropout_mask, activations, p, q = zip(*taps, strict=True)
     return TapsCall(
         error,
         [tensors[i] for i in plan.stored],
         plan.feedback,
-        [math.prod(u) for u in units],
+        sizes,
         saved,
         dropout_mask,
         activations,

@@ -31,7 +31,10 @@ class LayerSlot:
 
 @dataclass(slots=True)
 class RootSlot:
-    """Where a root stands among the node's tensors, and the shape of its tap without the rows."""
+    """Where a root stands among the node's tensors, and the shape of its tap without the rows.
+
+    Roots with as many units have the same δ.
+    """
 
     root: int
     units: tuple[int, ...]
@@ -53,6 +56,11 @@ class NodePlan:
     backend: str
     batch_dims: int
     """How many leading dimensions of the output are rows."""
+
+    @property
+    def root_sizes(self) -> list[int]:
+        """The numbers of units of the roots, each once."""
+        return list(dict.fromkeys([math.prod(root.units) for root in self.roots]))
 
 
 def as_error(gradient: Tensor, batch_dims: int) -> Tensor:
