@@ -140,3 +140,29 @@ def test_an_input_without_a_batch_is_refused():
     net = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="batch"):
         dfa.DFA(net)(torch.randn(8))
+
+
+class Stateful(nn.Module):
+    """Keeps its last hidden state, and a list of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.state = None
+        self.states: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = x.new_zeros(len(x), 6) if self.state is None else self.state
+        self.state = torch.tanh(self.first(x) + self.second(before)).detach_()
+        self.states.append(self.state)
+        return self.last(self.state)
+
+
+def test_looking_for_taps_leaves_what_a_network_remembers_alone():
+    torch.manual_seed(0)
+    x, _ = batch()
+    model, plain = dfa.DFA(Stateful(), taps="layer_input"), Stateful()
+    plain.load_state_dict(model.net.state_dict())
+    for _ in range(2):
+        torch.testing.assert_close(model(x), plain(x))
+    assert len(model.net.states) == 2
