@@ -125,7 +125,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     def _with_gradient(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """The parameters that hold a gradient, it, their group. A gradient deferred to another optimizer is left to it."""
+        """Every parameter with a gradient, it, and the group. What is deferred to another optimizer is left to that."""
         for group in self.param_groups:
             for p in group["params"]:
                 gradient = p.grad

@@ -80,7 +80,7 @@ class Ledger:
             self.make()
         call.stand_ins = [self._stand_in(p) for p in call.weights]
         self.calls.append(call)
-        if self._closed or not self._all_stand():
+        if self._closed or any(stand_in is None for stand_in in call.stand_ins):
             self.make()
 
     @torch.no_grad()
@@ -118,13 +118,14 @@ class Ledger:
         self.clear()
 
     def _stand_in(self, p: nn.Parameter) -> LazyGradient | None:
-        if p.grad is not None:
-            return self._stand_ins.get(p)
+        """What stands in ``.grad`` from now on, if it is the ledger's."""
+        if (held := p.grad) is not None:
+            return held if isinstance(held, LazyGradient) and held is self._stand_ins.get(p) else None
         # One that somebody kept from an earlier pass must not turn into the gradient of this one.
         if sys.getrefcount(self._stand_ins.get(p)) != _REFERENCES_OF_THE_DICTIONARY:
             self._stand_ins[p] = LazyGradient(p, self.make)
-        p.grad = self._stand_ins[p]
-        return self._stand_ins[p]
+        stand_in = p.grad = self._stand_ins[p]
+        return stand_in
 
     def _all_stand(self) -> bool:
         return all(

@@ -35,8 +35,8 @@ class LazyGradient(Tensor):
             self._make()
         if self.made is None:
             raise RuntimeError(
-                ".grad: it was deferred to a fused optimizer, which used or dropped it before anybody looked; clone() it "
-                "before step() and zero_grad()"
+                ".grad: it was deferred to a fused optimizer, which used or dropped it before anybody looked; "
+                "clone() it before step() and zero_grad()"
             )
         return self.made
 
