@@ -44,9 +44,9 @@ def gradient_is_awaited(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
-def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
-    """The tree of lists, tuples, dicts and what else is registered as one, with every tensor changed."""
-    return tree_map_only(Tensor, change, tree)
+def map_tensors(change: Callable[[Any], Any], tree: Any, kind: type[Tensor] = Tensor) -> Any:
+    """The tree of lists, tuples, dicts and what else is registered as one, with every tensor of that kind changed."""
+    return tree_map_only(kind, change, tree)
 
 
 def module_calls_are_observed() -> bool:

@@ -3,12 +3,15 @@
 While such an optimizer is alive, `loss.backward()` leaves a fused layer's call (the error and the saved activations)
 in the optimizer's ledger instead of writing ``.grad``; `step()` runs the calls and the update together. Parameters
 that autograd finishes (batch norm, convolutions …) hold a ``.grad`` as usual and are updated by the same rule.
+
+What stands in ``.grad`` of a fused layer meanwhile computes the gradient as soon as anybody uses it (clipping, a
+GradScaler, a print); the step then goes on from the gradients, as after any backward pass.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from . import backends
 from ._torch_internals import is_inside_ddp, step_is_observed
 from .autocast import without_autocast
 from .backward.deferred import DeferredCall, Ledger
+from .backward.lazy_gradient import LazyGradient
 from .updates import RULES
 from .wrapper import DFA
 
@@ -27,22 +31,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     """What `SGD` and `AdamW` share. Subclasses name their rule and the numbers of an update."""
 
     rule: str
-    # Set by torch.amp.GradScaler before it calls step().
-    grad_scale: Tensor
-    found_inf: Tensor
-    # Lets torch.amp.GradScaler call step() at all, so that step() can refuse it with a message.
-    _step_supports_amp_scaling = True
 
-    def __init__(self, model: DFA, defaults: dict[str, Any]) -> None:
+    def __init__(self, model: DFA, defaults: dict[str, Any], max_norm: float | None) -> None:
         if isinstance(model, DistributedDataParallel):
             raise TypeError(f"model: got DistributedDataParallel; {_NO_REDUCTION}")
         if not isinstance(model, DFA):
             raise TypeError(f"model: got {type(model).__name__}, expected a dfa_kernels.DFA")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm: got {max_norm}, expected a positive number or None")
         super().__init__(model.parameters(), defaults)
-        self._ledger: Ledger = []
-        self._stale: set[int] = set()
-        self._model = weakref.ref(model)
+        # No option of a group: the norm is that of all groups. Nor a state: torch's optimizers have none to load.
+        self.max_norm = max_norm
+        self._ledger = Ledger()
         model._optimizer = weakref.ref(self)
+        weakref.finalize(self, self._ledger.close)
 
     def ledger_for_pass(self) -> Ledger:
         """The ledger, for the backward pass that belongs to a forward pass of the model."""
@@ -53,8 +55,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"model: torch.compile cannot defer gradients to {type(self).__name__}; use torch.optim with a "
                 "compiled model, or this optimizer with the uncompiled one"
             )
-        if not self._ledger:
-            self._stale = {id(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
         return self._ledger
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Computes the deferred gradients and updates every parameter. Then no gradient is left, deferred or not.
 
         Raises:
-            RuntimeError: under GradScaler, or if a parameter with a deferred gradient held a ``.grad`` before.
+            RuntimeError: if a tensor that a deferred gradient needs was modified since the backward pass.
         """
         return self._observed_step(closure) if step_is_observed(self) else self._step(closure)
 
@@ -108,40 +108,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        calls = self._take_calls()
-        # The gradients' products belong to the backward pass, which autocast does not reach either.
-        if calls:
-            with without_autocast(calls[0].weights[0].device):
-                self._run(calls)
-        self._update_from_grads()
-        return loss
-
-    def _run(self, calls: list[DeferredCall]) -> None:
-        if len(calls) == 1 and _is_whole_gradient(calls[0]):
-            self._update_fused(calls[0])
+        call = self._ledger.take_whole() if self.max_norm is None else None
+        if call is None:
+            self._ledger.make()
         else:
-            _accumulate(calls)
+            # The gradients' products belong to the backward pass, which autocast does not reach either.
+            with without_autocast(call.weights[0].device):
+                self._update_fused(call)
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_([p for p, _, _ in self._with_gradient()], self.max_norm)
+        for p, gradient, group in self._with_gradient():
+            RULES[self.rule].apply_(p, self._own_state(p), self._hyper(group, p), gradient)
+            p.grad = None
+        return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
-    def _take_calls(self) -> list[DeferredCall]:
-        """The deferred calls, once nothing speaks against running them."""
-        calls = list(self._ledger)
-        self._refuse_scaler()
-        self._refuse_grads(calls)
-        for call in calls:
-            call.check_versions()
-        self._ledger.clear()
-        return calls
-
-    def _update_from_grads(self) -> None:
-        rule = RULES[self.rule]
+    def _with_gradient(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """Every parameter with a gradient, it, and the group. What is deferred to another optimizer is left to that."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    _refuse_sparse(p.grad)
-                    rule.apply_(p, self._own_state(p), self._hyper(group, p), p.grad)
-                    p.grad = None
+                gradient = p.grad
+                if gradient is not None and type(gradient) is not LazyGradient:
+                    _refuse_sparse(gradient)
+                    yield p, gradient, group
 
     def _update_fused(self, call: DeferredCall) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -170,24 +160,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [state[name] for name in names]
 
-    def _refuse_scaler(self) -> None:
-        if hasattr(self, "grad_scale"):
-            del self.grad_scale, self.found_inf
-            raise RuntimeError(
-                f"GradScaler: {type(self).__name__} never holds the gradients that it would check and unscale; use "
-                "torch.optim, or bfloat16, which needs no scaler"
-            )
-
-    def _refuse_grads(self, calls: list[DeferredCall]) -> None:
-        held = {id(p) for call in calls for p in call.weights if p.grad is not None and id(p) in self._stale}
-        if held:
-            model = self._model()
-            names = [] if model is None else [n for n, p in model.named_parameters() if id(p) in held]
-            raise RuntimeError(
-                f"parameters {names} hold a .grad beside their deferred gradient, from a pass before this optimizer or "
-                "under backprop(); call zero_grad() first"
-            )
-
 
 _NO_REDUCTION = (
     "a fused optimizer keeps no gradients that could be reduced over processes; use torch.optim with "
@@ -198,25 +170,11 @@ _NO_REDUCTION = (
 _OPTIONS_LACKING = ("maximize", "dampening", "amsgrad")
 
 
-def _is_whole_gradient(call: DeferredCall) -> bool:
-    """Whether each of the call's parameters gets all of its gradient from it, and once."""
-    return len(set(call.weights)) == len(call.weights) and all(p.grad is None for p in call.weights)
-
-
 def _refuse_sparse(gradient: Tensor) -> None:
     if gradient.is_sparse:
         raise RuntimeError(
             f"step: a parameter of shape {tuple(gradient.shape)} has a sparse gradient, expected a dense one"
         )
-
-
-def _accumulate(calls: list[DeferredCall]) -> None:
-    """Adds the calls' gradients to ``.grad``, for a rule that needs the sum of several."""
-    for call in calls:
-        dtype = call.weights[0].dtype
-        grads = backends.BACKENDS[call.backend].layer_grads(call.layers(), dtype)
-        for p, grad in zip(call.weights, grads, strict=True):
-            p.grad = grad if p.grad is None else p.grad + grad
 
 
 class SGD(FusedOptimizer):
@@ -226,19 +184,28 @@ class SGD(FusedOptimizer):
         model: the `DFA` module whose parameters it updates.
         lr: learning rate; may be changed in ``param_groups``, by a scheduler for example.
         momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
+        max_norm: the most that the norm of all gradients together may be; a step scales them down to it, as
+            `torch.nn.utils.clip_grad_norm_` does. It needs all gradients before the first update, so they get buffers
+            for that step. `state_dict()` does not hold it; it may be changed as an attribute. None: no limit.
     """
 
     rule = "sgd"
 
     def __init__(
-        self, model: DFA, lr: float, momentum: float = 0, weight_decay: float = 0, nesterov: bool = False
+        self,
+        model: DFA,
+        lr: float,
+        momentum: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        max_norm: float | None = None,
     ) -> None:
         _check_at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and momentum == 0:
             raise ValueError("nesterov: got True with momentum 0, expected a positive momentum")
         # torch.optim.SGD expects the key dampening in a state that it loads.
         defaults = dict(lr=lr, momentum=momentum, dampening=0, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(model, defaults)
+        super().__init__(model, defaults, max_norm)
 
     def _state_names(self) -> tuple[str, ...]:
         return RULES["momentum"].state if any(group["momentum"] for group in self.param_groups) else ()
@@ -253,6 +220,7 @@ class AdamW(FusedOptimizer):
     Args:
         model: the `DFA` module whose parameters it updates.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        max_norm: as in `SGD`.
     """
 
     rule = "adamw"
@@ -264,12 +232,13 @@ class AdamW(FusedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        max_norm: float | None = None,
     ) -> None:
         _check_at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         for beta in betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas: got {betas}, expected two numbers in [0, 1)")
-        super().__init__(model, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(model, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), max_norm)
 
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
         if p.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -139,10 +139,10 @@ class DFA(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.nn.Module; what a fused optimizer has deferred is dropped as well."""
-        super().zero_grad(set_to_none)
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is not None:
             optimizer.drop_deferred()
+        super().zero_grad(set_to_none)
 
     def get_extra_state(self) -> Tensor:
         """The feedback as uint8 [bytes], so that `state_dict()` holds nothing but tensors."""

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import io
 import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_a_second_backward_pass_needs_retain_graph():
     output.backward()
     with pytest.raises(RuntimeError, match="second time"):
         output.backward()
-    assert len(dfa_optimizer._ledger) == 1
+    assert len(dfa_optimizer._ledger.calls) == 1
 
 
 @pytest.mark.parametrize("convolution", [False, True])
@@ -179,3 +181,273 @@ def test_a_step_inside_autocast_computes_in_full_precision():
     with torch.autocast("cpu", torch.bfloat16):
         optimizers[1].step()
     assert all(torch.equal(a, b) for a, b in zip(weights(models[0]), weights(models[1]), strict=True))
+
+
+def learning(dtype: torch.dtype = torch.float32) -> tuple[dfa.DFA, torch.optim.Optimizer]:
+    model = dfa.DFA(network().to(dtype))
+    return model, dfa.optim.SGD(model, 0.1)
+
+
+def teach(model: nn.Module, scale: float = 1.0) -> None:
+    x, y = batch()
+    F.cross_entropy(model(scale * x.to(next(model.parameters()).dtype)), y).backward()
+
+
+def gradients(*scales: float, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Those that the passes leave where no optimizer defers them."""
+    model = dfa.DFA(network().to(dtype))
+    for scale in scales:
+        teach(model, scale)
+    return [p.grad for p in model.parameters()]
+
+
+def clip_value(parameters: list[nn.Parameter]) -> None:
+    nn.utils.clip_grad_value_(parameters, 0.01)
+
+
+def clip_norm(parameters: list[nn.Parameter]) -> None:
+    nn.utils.clip_grad_norm_(parameters, 0.1)
+
+
+def clip_norm_foreach(parameters: list[nn.Parameter]) -> None:
+    nn.utils.clip_grad_norm_(parameters, 0.1, foreach=True)
+
+
+def clip_total_norm(parameters: list[nn.Parameter]) -> None:
+    total = nn.utils.get_total_norm([p.grad for p in parameters])
+    nn.utils.clip_grads_with_norm_(parameters, 0.1, total)
+
+
+def multiply(parameters: list[nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad.mul_(2).add_(1e-3)
+
+
+def replace(parameters: list[nn.Parameter]) -> None:
+    parameters[1].grad = parameters[1].grad * 3
+
+
+def drop_one(parameters: list[nn.Parameter]) -> None:
+    parameters[2].grad = None
+
+
+def unscale_foreach(parameters: list[nn.Parameter]) -> None:
+    torch._foreach_mul_([p.grad for p in parameters], 0.5)
+
+
+CHANGES = [clip_value, clip_norm, clip_norm_foreach, clip_total_norm, multiply, replace, drop_one, unscale_foreach]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_gradients_are_those_of_the_step(change: Callable[[list[nn.Parameter]], None], dtype: torch.dtype):
+    (ours, optimizer), torchs = learning(dtype), dfa.DFA(network().to(dtype))
+    other = torch.optim.SGD(torchs.parameters(), 0.1)
+    start = weights(ours)
+    for _ in range(2):
+        for model, stepping in ((ours, optimizer), (torchs, other)):
+            stepping.zero_grad()
+            teach(model)
+            change(list(model.parameters()))
+            stepping.step()
+    torch.testing.assert_close(weights(ours), weights(torchs))
+    assert all(p.grad is None for p in ours.parameters())
+    assert not torch.equal(weights(ours)[0], start[0])
+
+
+def saved(tensor: torch.Tensor) -> torch.Tensor:
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    buffer.seek(0)
+    return torch.load(buffer)
+
+
+LOOKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "clone": torch.clone,
+    "norm": lambda g: g * (g.norm() / g.norm()),
+    "numpy": lambda g: torch.from_numpy(g.numpy().copy()),
+    "list": lambda g: torch.tensor(g.tolist()),
+    "data": lambda g: g.data,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda g: pickle.loads(pickle.dumps(g)),
+    "save": saved,
+    "out": lambda g: torch.add(g, 0, out=torch.empty(g.shape)),
+    "autograd": lambda g: torch.autograd.functional.jvp(lambda x: x * g, torch.ones(g.shape), torch.ones(g.shape))[1],
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_look_sees_the_gradient(look: Callable[[torch.Tensor], torch.Tensor]):
+    for i, expected in enumerate(gradients(1.0)):
+        model, optimizer = learning()
+        teach(model)
+        seen = look(list(model.parameters())[i].grad)
+        assert type(seen) is torch.Tensor
+        torch.testing.assert_close(seen, expected)
+        del optimizer
+
+
+def test_a_printed_gradient_shows_numbers():
+    model, optimizer = learning()
+    teach(model)
+    assert repr(model.net[4].bias.grad) == repr(gradients(1.0)[-1])
+    del optimizer
+
+
+@pytest.mark.parametrize("looks", ["after", "between", "both"])
+def test_a_look_at_the_sum_of_two_passes(looks: str):
+    model, optimizer = learning()
+    before = weights(model)
+    teach(model)
+    if looks != "after":
+        torch.testing.assert_close([p.grad.clone() for p in model.parameters()], gradients(1.0))
+    teach(model, 2.0)
+    if looks != "between":
+        torch.testing.assert_close([p.grad.clone() for p in model.parameters()], gradients(1.0, 2.0))
+    optimizer.step()
+    for now, then, gradient in zip(weights(model), before, gradients(1.0, 2.0), strict=True):
+        torch.testing.assert_close(now, then - 0.1 * gradient)
+
+
+def test_gradients_that_were_dropped_by_hand_are_not_owed():
+    """By the wrapped network's zero_grad, which knows of no optimizer."""
+    model, optimizer = learning()
+    before = weights(model)
+    teach(model)
+    model.net[2:].zero_grad()
+    teach(model, 2.0)
+    optimizer.step()
+    expected = gradients(1.0, 2.0)[:2] + gradients(2.0)[2:]
+    for now, then, gradient in zip(weights(model), before, expected, strict=True):
+        torch.testing.assert_close(now, then - 0.1 * gradient)
+
+
+@pytest.mark.parametrize("zero", ["optimizer", "model", "network"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroed_gradients(zero: str, set_to_none: bool):
+    """The network does not know that its gradients are deferred: torch's zero_ makes zeros of them."""
+    model, optimizer = learning()
+    teach(model)
+    {"optimizer": optimizer, "model": model, "network": model.net}[zero].zero_grad(set_to_none=set_to_none)
+    for p in model.parameters():
+        assert p.grad is None if set_to_none or zero != "network" else torch.equal(p.grad, torch.zeros_like(p))
+
+
+def test_a_look_at_what_was_overwritten_raises():
+    model, optimizer = learning()
+    x, y = batch()
+    F.cross_entropy(model(x), y).backward()
+    x.zero_()
+    with pytest.raises(RuntimeError, match="in-place operation before the step"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(RuntimeError, match="in-place operation before the step"):
+        optimizer.step()
+
+
+def test_another_optimizer_beside_it_steps_too():
+    (ours, kept), torchs = learning(), dfa.DFA(network())
+    for model in (ours, torchs):
+        teach(model)
+        torch.optim.AdamW(model.parameters()).step()
+    torch.testing.assert_close(weights(ours), weights(torchs))
+    del kept
+
+
+def test_a_gradient_that_is_gone_says_so():
+    model, optimizer = learning()
+    teach(model)
+    kept = model.net[0].weight.grad
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"\.grad.*before anybody looked.*clone\(\)"):
+        kept.norm()
+    teach(model)
+    assert model.net[0].weight.grad is not kept
+    with pytest.raises(RuntimeError, match="before anybody looked"):
+        kept.norm()
+
+
+def test_a_gradient_that_was_seen_stays_what_it_was():
+    model, optimizer = learning()
+    teach(model)
+    kept = model.net[0].weight.grad
+    kept.norm()
+    optimizer.step()
+    teach(model, 2.0)
+    torch.testing.assert_close(kept.clone(), gradients(1.0)[0])
+
+
+def test_what_nobody_kept_serves_again():
+    """Making one takes longer than all else about it."""
+    model, optimizer = learning()
+    teach(model)
+    first = [id(p.grad) for p in model.parameters()]
+    optimizer.step()
+    teach(model)
+    assert [id(p.grad) for p in model.parameters()] == first
+
+
+def test_a_pass_that_outlives_its_optimizer_writes_gradients():
+    model, optimizer = learning()
+    x, y = batch()
+    loss = F.cross_entropy(model(x), y)
+    del optimizer
+    loss.backward()
+    assert type(model.net[0].weight.grad) is torch.Tensor
+    torch.testing.assert_close([p.grad for p in model.parameters()], gradients(1.0))
+
+
+def test_optimizer_and_model_that_hold_each_other_are_freed():
+    model, optimizer = learning()
+    teach(model)
+    model.optimizer, parts = optimizer, [weakref.ref(p) for p in model.parameters()]
+    del model, optimizer
+    gc.collect()
+    gc.collect()
+    assert [part() for part in parts] == [None] * 6
+
+
+def test_gradients_follow_their_parameters_to_another_dtype():
+    model, optimizer = learning()
+    teach(model)
+    model.double()
+    torch.testing.assert_close([p.grad for p in model.parameters()], [g.double() for g in gradients(1.0)])
+    del optimizer
+
+
+def test_a_partly_deferred_gradient_is_seen_whole():
+    """The rest of it comes from autograd, in the same pass."""
+    x, y = batch()
+    ours, plain = dfa.DFA(Swish()), dfa.DFA(Swish())
+    optimizer = dfa.optim.SGD(ours, 0.1)
+    for model in (ours, plain):
+        F.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close([p.grad.clone() for p in ours.parameters()], [p.grad for p in plain.parameters()])
+    del optimizer
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_gradient_penalty_is_refused(fused: bool, layer_norm: bool):
+    net = network()
+    if layer_norm:
+        net.insert(1, nn.LayerNorm(16))
+    model = dfa.DFA(net)
+    optimizer = dfa.optim.SGD(model, 0.1) if fused else None
+    x, message = batch()[0], r"(?s)create_graph: got True.*backprop\(\)"
+    with pytest.raises(RuntimeError, match=message):
+        model(x).square().sum().backward(create_graph=True)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    del optimizer
+
+
+def test_a_gradient_penalty_by_backpropagation():
+    model, plain, x = dfa.DFA(network()), network(), batch()[0].requires_grad_()
+    with model.backprop():
+        output = model(x)
+    for values, net in ((output, model), (plain(x), plain)):
+        (slope,) = torch.autograd.grad(values.square().sum(), x, create_graph=True)
+        slope.square().sum().backward(inputs=list(net.parameters()))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)

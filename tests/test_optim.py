@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -17,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import dfa_kernels as dfa
 from dfa_kernels import updates
+from dfa_kernels.backward.lazy_gradient import LazyGradient
 
 FUSED = {"sgd": dfa.optim.SGD, "adamw": dfa.optim.AdamW}
 PLAIN = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
@@ -365,7 +367,7 @@ def test_no_gradient_buffer_exists(make, width):
     for parameter_name, p in model.net.named_parameters():
         layer = int(parameter_name.partition(".")[0])
         if layer in fused_layers.get(name, {0, 2, 4}):
-            assert p.grad is None, parameter_name
+            assert not p.requires_grad or p.grad.made is None, parameter_name
     optimizer.step()
     optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())
@@ -443,30 +445,29 @@ def test_own_state_continues_bit_for_bit(rule, options):
     assert_equal(model, other)
 
 
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("make, width", NETS.values(), ids=NETS)
 @two_rules
-def test_grad_scaler_is_refused(rule, options):
-    model = dfa.DFA(mlp())
-    optimizer = fused(rule, options)(model)
-    before = copy.deepcopy(model)
-    scaler = torch.amp.GradScaler("cpu")
-    x, y = data()
-    scaler.scale(F.cross_entropy(model(x), y)).backward()
-    with pytest.raises(RuntimeError, match="GradScaler"):
-        scaler.step(optimizer)
-    assert_equal(model, before)
+def test_grad_scaler(rule, options, make, width, clip):
+    """It skips the step whose gradients are not finite; clipping comes after its unscale_()."""
+    scalers = {}
 
+    def prepare(model, optimizer):
+        scalers[optimizer] = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 
-def test_after_a_refused_grad_scaler_the_optimizer_still_works():
-    model = dfa.DFA(mlp())
-    optimizer = dfa.optim.SGD(model, 0.1)
-    scaler = torch.amp.GradScaler("cpu")
-    x, y = data()
-    scaler.scale(F.cross_entropy(model(x), y)).backward()
-    with pytest.raises(RuntimeError, match="GradScaler"):
+    def step(model, optimizer, i, width):
+        scaler = scalers[optimizer]
+        optimizer.zero_grad()
+        x, y = data(i, width=width)
+        loss = F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y)
+        scaler.scale(loss * float("inf") if i == 2 else loss).backward()
+        if clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
         scaler.step(optimizer)
-    for i in range(3):
-        usual_step(model, optimizer, i, 5)
-    assert_equal(model, train(mlp(), fused("sgd", {"lr": 0.1}), steps=3))
+        scaler.update()
+
+    check(make, rule, options, width=width, step=step, prepare=prepare)
 
 
 @pytest.fixture
@@ -501,19 +502,30 @@ def test_something_else_is_refused(rule, model):
 
 
 @two_rules
-def test_parameters_that_hold_a_gradient_are_refused(rule, options):
-    """A gradient from before the optimizer, beside the deferred one."""
-    model = dfa.DFA(mlp())
-    backward(model)
-    optimizer = fused(rule, options)(model)
-    before = copy.deepcopy(model)
-    backward(model)
-    with pytest.raises(RuntimeError, match=r"(?s)net\.0\.weight.*net\.4\.bias.*\.grad.*zero_grad"):
+def test_gradients_from_before_the_optimizer_are_added(rule, options):
+    def prepare(model, optimizer):
+        with model.backprop():
+            backward(model)
+
+    def step(model, optimizer, i, width):
+        backward(model, i, width)
         optimizer.step()
-    assert_equal(model, before)
-    for i in range(3):
-        usual_step(model, optimizer, i, 5)
-    assert_equal(model, train(mlp(), fused(rule, options), steps=3))
+        optimizer.zero_grad()
+
+    check(mixed_mlp, rule, options, prepare=prepare, step=step)
+
+
+@pytest.mark.parametrize("first", ["dfa", "backprop"])
+@two_rules
+def test_passes_of_both_kinds_before_a_step(rule, options, first):
+    def step(model, optimizer, i, width):
+        for kind in ("dfa", "backprop") if first == "dfa" else ("backprop", "dfa"):
+            with model.backprop() if kind == "backprop" else contextlib.nullcontext():
+                backward(model, i, width)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    check(mixed_mlp, rule, options, step=step)
 
 
 @two_rules
@@ -587,9 +599,10 @@ def test_a_deleted_optimizer_lets_the_model_write_gradients_again():
     model = dfa.DFA(mlp())
     optimizer = dfa.optim.SGD(model, 0.1)
     backward(model)
-    assert all(p.grad is None for p in model.parameters())
+    assert all(type(p.grad) is LazyGradient for p in model.parameters())
     del optimizer
     gc.collect()
+    assert all(p.grad is None for p in model.parameters())
     backward(model)
     expected = dfa.DFA(mlp())
     backward(expected)
@@ -632,6 +645,110 @@ def test_input_buffer_that_is_filled_anew(when):
         optimizer.step()
 
     assert_equal(model, train(mlp(), fused("sgd", {"lr": 0.1}), steps=1, step=step))
+
+
+# Norms of the networks' gradients lie between 0.3 and 3.
+every_max_norm = pytest.mark.parametrize("max_norm", [0.1, 1.0, 100.0])
+
+
+def clipping(rule, options, max_norm):
+    return lambda model: FUSED[rule](model, **options, max_norm=max_norm)
+
+
+def check_clipped(make, rule, options, max_norm, plain_step, step, **how):
+    ref = train(make(), plain(rule, options), dtype=torch.float64, step=plain_step, **how)
+    same = train(make(), plain(rule, options), step=plain_step, **how)
+    out = train(make(), clipping(rule, options, max_norm), step=step, **how)
+    assert_close(out, ref, same)
+    return out
+
+
+def clipped_step(max_norm, backwards=backward):
+    """torch's way of a step with clipping."""
+
+    def step(model, optimizer, i, width):
+        optimizer.zero_grad()
+        backwards(model, i, width)
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+
+    return step
+
+
+@every_max_norm
+@every_rule
+@pytest.mark.parametrize("make, width", NETS.values(), ids=NETS)
+def test_max_norm(make, width, rule, options, max_norm):
+    out = check_clipped(make, rule, options, max_norm, clipped_step(max_norm), usual_step, width=width)
+    without = train(make(), fused(rule, options), width=width)
+    clipped = not torch.equal(out.net[-1].weight, without.net[-1].weight)
+    if make is not frozen_mlp and max_norm != 1.0:
+        assert clipped == (max_norm < 1)
+
+
+@every_max_norm
+@two_rules
+@pytest.mark.parametrize("make, width", NETS.values(), ids=NETS)
+def test_clipping_by_torch(make, width, rule, options, max_norm):
+    check_clipped(make, rule, options, None, clipped_step(max_norm), clipped_step(max_norm), width=width)
+
+
+def twice(model, i, width):
+    backward(model, i, width)
+    backward(model, i + 100, width)
+
+
+@two_rules
+def test_max_norm_of_two_backward_passes(rule, options):
+    def step(model, optimizer, i, width):
+        optimizer.zero_grad()
+        twice(model, i, width)
+        optimizer.step()
+
+    check_clipped(mixed_mlp, rule, options, 0.3, clipped_step(0.3, twice), step)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1, 100.0])
+@two_rules
+@pytest.mark.parametrize("make, width", NETS.values(), ids=NETS)
+def test_lightnings_order(make, width, rule, options, max_norm):
+    """Forward, zero_grad, backward and clipping, all within the closure of the step."""
+    norms = []
+
+    def step(model, optimizer, i, width):
+        def closure():
+            x, y = data(i, width=width)
+            loss = F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y)
+            optimizer.zero_grad()
+            loss.backward()
+            if max_norm is not None:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                norms.append(nn.utils.clip_grad_norm_(parameters, max_norm))
+            return loss
+
+        optimizer.step(closure)
+
+    check(make, rule, options, width=width, step=step)
+    assert max_norm is None or min(norms) > 0.1
+
+
+@two_rules
+def test_max_norm_is_no_state(rule, options):
+    """A state of torch's optimizer has none; the constructor's stays."""
+    model = dfa.DFA(mlp())
+    other = plain(rule, options)(model)
+    usual_step(model, other, 0, 5)
+    optimizer = clipping(rule, options, 0.5)(model)
+    optimizer.load_state_dict(other.state_dict())
+    assert optimizer.max_norm == 0.5
+    assert "max_norm" not in str(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("rule", FUSED)
+@pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
+def test_bad_max_norm(rule, max_norm):
+    with pytest.raises(ValueError, match=rf"max_norm: got {max_norm}, expected a positive number or None"):
+        FUSED[rule](dfa.DFA(mlp()), lr=0.1, max_norm=max_norm)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])

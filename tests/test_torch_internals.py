@@ -116,3 +116,15 @@ def test_calls_are_observed(kind):
     assert not _torch_internals.calls_are_observed(module)
     getattr(module, f"register_{kind}")(nothing)
     assert _torch_internals.calls_are_observed(module)
+
+
+def test_map_tensors():
+    """Else a network whose inputs are in dicts or named tuples would not be run on a batch of another size."""
+    packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
+    tree = ([torch.ones(2)], {"mask": (torch.ones(3), None, "text")}, packed)
+    (first,), named, again = _torch_internals.map_tensors(lambda x: x * 2, tree)
+    assert first.tolist() == [2, 2]
+    assert named["mask"][0].tolist() == [2, 2, 2]
+    assert named["mask"][1:] == (None, "text")
+    assert again.data.tolist() == [2, 2, 2]
+    assert _torch_internals.map_tensors(len, [torch.ones(2), nn.Parameter(torch.ones(3))], nn.Parameter)[1] == 3

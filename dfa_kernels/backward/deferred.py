@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from .._torch_internals import backward_reaches
+from ..autocast import without_autocast
 from ..backends.calls import LayerCall
 from ..forward.record import Pass
 from ..forward.segments import FusedLayer
+from .first_order import refuse_second_order
+from .lazy_gradient import LazyGradient
 from .node_plan import as_error, as_rows
 
 
@@ -32,6 +37,8 @@ class DeferredCall:
     """The layers' inputs, then what f' is computed from, the dropout masks that there are; once known, the error."""
     versions: tuple[int, ...] = ()
     """Version counters of the tensors after the backward pass."""
+    stand_ins: list[LazyGradient | None] = field(default_factory=list)
+    """What the ledger put into ``.grad`` of the weights; None where somebody else's gradient was."""
 
     def layers(self) -> LayerCall:
         """The call, once the error is known."""
@@ -57,8 +64,97 @@ class DeferredCall:
                 )
 
 
-Ledger = list[DeferredCall]
-"""Where the backward passes since the last step leave their calls."""
+class Ledger:
+    """The calls of the backward passes since the last step, and what stands in ``.grad`` for their gradients.
+
+    A gradient whose stand-in somebody took out of ``.grad`` is not owed any more. One that finds another in ``.grad``
+    is added to it at once, since nobody could see that it is missing there.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[DeferredCall] = []
+        self._stand_ins: dict[nn.Parameter, LazyGradient] = {}
+        self._closed = False
+
+    def add(self, call: DeferredCall) -> None:
+        """Enters the call of a backward pass that is running."""
+        if not self._all_stand():
+            self.make()
+        call.stand_ins = [self._stand_in(p) for p in call.weights]
+        self.calls.append(call)
+        if self._closed or any(stand_in is None for stand_in in call.stand_ins):
+            self.make()
+
+    @torch.no_grad()
+    def make(self) -> None:
+        """Computes the gradients that are owed, into ``.grad``."""
+        for call in self.calls:
+            call.check_versions()
+        while self.calls:
+            if any(p.grad is not None for p in self.calls[0].weights):
+                self._make(self.calls[0])
+            del self.calls[0]
+
+    def take_whole(self) -> DeferredCall | None:
+        """The only call, if it is all of its parameters' gradients, and each one's once; then none is owed any more."""
+        if len(self.calls) != 1 or not self._all_stand():
+            return None
+        (call,) = self.calls
+        if len(set(call.weights)) < len(call.weights):
+            return None
+        call.check_versions()
+        self.clear()
+        return call
+
+    def clear(self) -> None:
+        """Drops the calls."""
+        for call in self.calls:
+            for p, stand_in in zip(call.weights, call.stand_ins, strict=True):
+                if stand_in is not None and p.grad is stand_in:
+                    p.grad = None
+        self.calls.clear()
+
+    def close(self) -> None:
+        """Nobody will step any more: drops the calls, and those to come are made at once."""
+        self._closed = True
+        self.clear()
+
+    def _stand_in(self, p: nn.Parameter) -> LazyGradient | None:
+        """What stands in ``.grad`` from now on, if it is the ledger's."""
+        if (held := p.grad) is not None:
+            return held if isinstance(held, LazyGradient) and held is self._stand_ins.get(p) else None
+        # One that somebody kept from an earlier pass must not turn into the gradient of this one.
+        if sys.getrefcount(self._stand_ins.get(p)) != _REFERENCES_OF_THE_DICTIONARY:
+            self._stand_ins[p] = LazyGradient(p, self.make)
+        stand_in = p.grad = self._stand_ins[p]
+        return stand_in
+
+    def _all_stand(self) -> bool:
+        return all(
+            p.grad is stand_in for call in self.calls for p, stand_in in zip(call.weights, call.stand_ins, strict=True)
+        )
+
+    def _make(self, call: DeferredCall) -> None:
+        # The products belong to the backward pass, which autocast does not reach.
+        with without_autocast(call.weights[0].device):
+            grads = backends.BACKENDS[call.backend].layer_grads(call.layers(), call.weights[0].dtype)
+        for p, stand_in, grad in zip(call.weights, call.stand_ins, grads, strict=True):
+            if p.grad is None:
+                continue
+            if stand_in is not None and p.grad is stand_in:
+                p.grad = stand_in.made = grad.to(p)
+                del self._stand_ins[p]
+            else:
+                p.grad.add_(grad)
+
+
+def _references_of_a_dictionary() -> int:
+    """What sys.getrefcount says of a value that nothing but a dictionary holds."""
+    only = {0: object()}
+    return sys.getrefcount(only.get(0))
+
+
+_REFERENCES_OF_THE_DICTIONARY = _references_of_a_dictionary()
 
 
 def deferred_call(hidden: list[FusedLayer], output: FusedLayer | None, seen: Pass) -> DeferredCall:
@@ -99,8 +195,8 @@ class DeferringNode(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, None]:
+        refuse_second_order()
         tensors = ctx.saved_tensors
         if torch.compiler.is_compiling():
             # Then the compiler leaves the node as it is. That of torch 2.11 ends with an error at `next_functions`.
@@ -108,5 +204,5 @@ class DeferringNode(torch.autograd.Function):
         # torch.autograd.grad and backward(inputs=…) may pass here on their way to something else than the parameters.
         anchor_accumulates = ctx.next_functions[-1][0]
         if backward_reaches(anchor_accumulates):
-            ctx.ledger.append(ctx.call.completed(*tensors, as_error(gradient, ctx.call.batch_dims)))
+            ctx.ledger.add(ctx.call.completed(*tensors, as_error(gradient, ctx.call.batch_dims)))
         return None, None, gradient, None

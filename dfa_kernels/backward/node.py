@@ -21,6 +21,7 @@ from ..backends.calls import LayerCall, TapsCall
 from ..forward.record import Pass
 from ..forward.segments import FusedLayer
 from .deferred import DeferredCall, DeferringNode, Ledger, deferred_call
+from .first_order import refuse_second_order
 from .node_plan import LayerSlot, NodePlan, TensorTable, as_error, as_rows, grouped_dtype, make_plan, shares_launch
 
 
@@ -77,8 +78,8 @@ class DFANode(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         with without_autocast(gradient.device):
             return _backward(ctx, gradient)
 
@@ -93,6 +94,7 @@ def _meet_numbers(plan: NodePlan) -> float:
     return units + sum(layer.p + layer.q for layer in layers) + plan.feedback.gain
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     plan: NodePlan = ctx.plan
     tensors = dict(zip(plan.saved, ctx.saved_tensors, strict=True))
