@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from training import BATCH, EPOCHS, MAX_NORM, assert_same, examples, model, train_by_hand
 
-# For each, what makes it of a model for Lightning, and for the loop by hand.
+import dfa_kernels as dfa
+
 OPTIMIZERS = {
-    name: (make, make)
-    for name, make in {
-        "SGD": lambda own: torch.optim.SGD(own.parameters(), lr=0.5, momentum=0.9),
-        "AdamW": lambda own: torch.optim.AdamW(own.parameters(), lr=0.01),
-    }.items()
+    "SGD": lambda own: torch.optim.SGD(own.parameters(), lr=0.5, momentum=0.9),
+    "AdamW": lambda own: torch.optim.AdamW(own.parameters(), lr=0.01),
+    "fused SGD": lambda own: dfa.optim.SGD(own, lr=0.5, momentum=0.9),
+    "fused AdamW": lambda own: dfa.optim.AdamW(own, lr=0.01),
 }
 
 
@@ -29,7 +29,7 @@ class Classifier(lightning.LightningModule):
         return F.cross_entropy(self.model(x), y)
 
     def configure_optimizers(self):
-        return OPTIMIZERS[self.optimizer][0](self.model)
+        return OPTIMIZERS[self.optimizer](self.model)
 
 
 def fit(module, folder, epochs=EPOCHS, **options):
@@ -53,7 +53,7 @@ def test_a_clipped_run(optimizer, tmp_path):
     module = Classifier(0, optimizer)
     fit(module, tmp_path)
     own = model()
-    assert_same(module.model, train_by_hand(own, OPTIMIZERS[optimizer][1](own)))
+    assert_same(module.model, train_by_hand(own, OPTIMIZERS[optimizer](own)))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -62,4 +62,4 @@ def test_a_resumed_run(optimizer, tmp_path):
     module = Classifier(1, optimizer)
     fit(module, tmp_path, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     own = model()
-    assert_same(module.model, train_by_hand(own, OPTIMIZERS[optimizer][1](own)))
+    assert_same(module.model, train_by_hand(own, OPTIMIZERS[optimizer](own)))
