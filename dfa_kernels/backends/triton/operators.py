@@ -92,11 +92,11 @@ def _launch(
     if plan.counters:
         sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
         tensors = (counters(plan.counters, error.device), *tensors, _delta_workspace(plan, error, inputs, saved), sums)
-    results = [tuple([destinations[i] for i in places]) for places in (route.weights, route.biases)]
+    results = [tuple([destinations[i] for i in slots]) for slots in (route.weights, route.biases)]
     each = len(state) // len(destinations)
-    for places in (route.weights, route.biases):
+    for slots in (route.weights, route.biases):
         for which in range(2):
-            results.append(tuple([state[i * each + which] for i in places]) if which < each else anything)
+            results.append(tuple([state[i * each + which] for i in slots]) if which < each else anything)
     launch(plan, error.device, (*tensors, *results), (numbers,))
 
 
@@ -127,12 +127,12 @@ def _numbers_and_sets(rule: str, hyper: Sequence[float], parameters: int) -> tup
     each, hyper, numbers_of = len(hyper) // parameters, list(map(float, hyper)), RULES[rule].tile_numbers
     if hyper == hyper[:each] * parameters:
         return numbers_of(*hyper[:each]), ()
-    places: dict[tuple[float, ...], int] = {}
+    firsts: dict[tuple[float, ...], int] = {}
     sets = []
     for first in range(0, len(hyper), each):
         numbers = numbers_of(*hyper[first : first + each])
-        sets.append(places.setdefault(numbers, len(places) * len(numbers)))
-    return tuple([number for numbers in places for number in numbers]), tuple(sets)
+        sets.append(firsts.setdefault(numbers, len(firsts) * len(numbers)))
+    return tuple([number for numbers in firsts for number in numbers]), tuple(sets)
 
 
 def project_taps(call: TapsCall) -> list[Tensor]:

@@ -115,7 +115,7 @@ def route_of(looks: Looks, target: Target) -> Route:
         looks.inputs, widths_out, looks.weight_grads, looks.bias_grads, strict=True
     ):
         shapes += [(out, x[1])] * wants_weight + [(out,)] * wants_bias
-    weights, biases = _places(looks.weight_grads, looks.bias_grads)
+    weights, biases = _slots(looks.weight_grads, looks.bias_grads)
     reason = reason_for_torch(looks.error.dtype, looks.activation_dtypes, looks.dtype)
     plan = None
     if shapes and not reason:
@@ -123,7 +123,7 @@ def route_of(looks: Looks, target: Target) -> Route:
     return Route(plan, reason, tuple(shapes), weights, biases)
 
 
-def _places(weight_grads: Sequence[bool], bias_grads: Sequence[bool]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _slots(weight_grads: Sequence[bool], bias_grads: Sequence[bool]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Where each layer's weight and bias stand in the order of the operators; 0 if they do not."""
     counts = [sum(pair) for pair in zip(weight_grads, bias_grads, strict=True)]
     firsts = list(accumulate(counts, initial=0))[:-1]
