@@ -59,3 +59,8 @@ def calls_are_observed(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def is_under_functorch() -> bool:
+    """Whether a transform of torch.func (grad, vmap, …) runs what is called here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
