@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from ._torch_internals import is_under_functorch
+from ._torch_internals import is_compiled, is_traced, is_under_functorch
 
 Result = TypeVar("Result")
 
@@ -17,12 +19,13 @@ def whole(run: Callable[..., Result], *args: Any) -> Result:
     """``run(*args)`` by the compiler that compiles its caller, without a gap, or else by none.
 
     A compiler that meets a part of a pass on its own, since the network is compiled inside `DFA` or cannot be compiled
-    in one piece, moves what the pass observes to the part's end: by then saved tensors have other versions, or are gone.
+    in one piece, moves what the pass observes to the part's end: then saved tensors have other versions, or are gone.
     """
     if torch.compiler.is_compiling():
         with _InOnePiece():
             return run(*args)
-    return _without_compiler()(run, *args)
+    result: Result = _without_compiler()(run, *args)
+    return result
 
 
 class _InOnePiece:
@@ -38,25 +41,36 @@ class _InOnePiece:
 @cache
 def _without_compiler() -> Callable[..., Any]:
     # Made at its first use: it imports the compiler, which takes seconds.
-    @torch.compiler.disable
     def call(run: Callable[..., Any], *args: Any) -> Any:
         # What is compiled on its own would call its compiler again.
         with torch.compiler.set_stance("force_eager"):
             return run(*args)
 
-    return call
+    disabled: Callable[..., Any] = torch.compiler.disable(call)
+    return disabled
+
+
+def warn_of_compiled(net: nn.Module) -> None:
+    """Warns of modules that are compiled inside `DFA`, and run uncompiled there."""
+    names = [name or type(net).__name__ for name, module in net.named_modules() if is_compiled(module)]
+    if names:
+        warnings.warn(
+            f"net: {names} are compiled, but a pass that learns runs uncompiled what is compiled inside DFA; use "
+            "torch.compile(dfa_kernels.DFA(net)) with a net that is not compiled",
+            stacklevel=3,
+        )
 
 
 def is_recorded() -> bool:
     """Whether torch.jit.trace or a transform of torch.func is at work, which cannot handle a learning pass."""
-    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or is_under_functorch())
+    return not torch.compiler.is_compiling() and (is_traced() or is_under_functorch())
 
 
 def check_not_recorded() -> None:
     """RuntimeError where a learning pass would be recorded or transformed."""
     if not is_recorded():
         return
-    if torch.jit.is_tracing():
+    if is_traced():
         raise RuntimeError(
             "torch.jit.trace cannot record a pass that learns by DFA; trace model.net, or the model under "
             "torch.no_grad()"

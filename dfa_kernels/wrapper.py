@@ -15,7 +15,7 @@ from . import backends
 from .backward.deferred import Ledger
 from .backward.node import attach
 from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
-from .compilers import check_not_recorded, is_recorded, whole
+from .compilers import check_not_recorded, is_recorded, warn_of_compiled, whole
 from .feedback import Feedback
 from .feedback.packed import pack, unpack
 from .feedback.spec import check_integer
@@ -80,6 +80,7 @@ class DFA(nn.Module):
         self.backend = backends.check_backend(backend)
         self.batch_dims = None if batch_dims is None else check_integer("batch_dims", batch_dims, 1)
         self._output = output
+        warn_of_compiled(net)
         self._policy = _place_marks(net, taps)
         self._survey: Survey | None = None
         self._row_dims = RowDims()
@@ -106,7 +107,10 @@ class DFA(nn.Module):
             RuntimeError: before the first forward pass, which finds them.
         """
         if self._taps is None:
-            raise RuntimeError("taps: they are found by the first forward pass, and there has been none yet")
+            raise RuntimeError(
+                "taps: they are found by the first forward pass, and there has been none yet; run one, before "
+                "torch.jit.trace too, which reads all properties"
+            )
         return list(self._taps)
 
     def feedback_matrix(self, name: str) -> Tensor:
