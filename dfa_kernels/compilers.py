@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +23,7 @@ def whole(run: Callable[..., Result], *args: Any) -> Result:
     if torch.compiler.is_compiling():
         with _InOnePiece():
             return run(*args)
-    result: Result = _without_compiler()(run, *args)
+    result: Result = _uncompiled(run, *args)
     return result
 
 
@@ -38,16 +37,11 @@ class _InOnePiece:
         pass
 
 
-@cache
-def _without_compiler() -> Callable[..., Any]:
-    # Made at its first use: it imports the compiler, which takes seconds.
-    def call(run: Callable[..., Any], *args: Any) -> Any:
-        # What is compiled on its own would call its compiler again.
-        with torch.compiler.set_stance("force_eager"):
-            return run(*args)
-
-    disabled: Callable[..., Any] = torch.compiler.disable(call)
-    return disabled
+@torch.compiler.disable
+def _uncompiled(run: Callable[..., Any], *args: Any) -> Any:
+    # What is compiled on its own would call its compiler again.
+    with torch.compiler.set_stance("force_eager"):
+        return run(*args)
 
 
 def warn_of_compiled(net: nn.Module) -> None:
