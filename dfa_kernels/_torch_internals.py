@@ -59,3 +59,18 @@ def calls_are_observed(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def is_under_functorch() -> bool:
+    """Whether a transform of torch.func (grad, vmap, …) runs what is called here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile or its own `compile` has made the module's calls compiled ones."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace records what is called here."""
+    return torch._C._get_tracing_state() is not None

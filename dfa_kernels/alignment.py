@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compilers import whole
 from .feedback import Feedback
 from .forward.record import error_shape
 from .forward.restore import restored
@@ -67,11 +68,11 @@ def alignment(
         raise TypeError(f"model: got {type(model).__name__}, expected a dfa_kernels.DFA")
     where = device if device is not None else next(model.parameters()).device
     x, y = x.to(where), y.to(where)
-    observed = _ObservedPass(model._policy, model._surveyed((x,), {}).weight_layers)
+    observed = _ObservedPass(model._policy, whole(model._surveyed, (x,), {}).weight_layers)
     # Batch norm's backward pass reads the buffers of its forward pass, so they are restored after both.
     with restored(model.net), torch.enable_grad():
         with observed:
-            output = model._run(x)
+            output = whole(model._run, x)
         segments = observed.segments
         points = [output, *[segment.tap for segment in segments]]
         error, *true = torch.autograd.grad(loss_fn(output, y), points, materialize_grads=True)

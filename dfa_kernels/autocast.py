@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -22,12 +23,16 @@ def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-class WithoutGraph(torch.no_grad):
-    """torch.no_grad(), with whose end autocast forgets the weights that it has cast.
+# Autocast of torch 2.10 keeps a weight's cast as it was made, without a graph under torch.no_grad(). A pass that needs
+# one would get it, and its gradients would end there. That of 2.13 makes each with its graph, so they are the caller's
+# to keep; versions between count as old, since a cast too many changes no result.
+CASTS_LACK_GRAPHS = TorchVersion(torch.__version__) < "2.13"
 
-    In torch 2.10 a pass that needs a graph would get these casts, too, and its gradients would end at them.
-    """
+
+class WithoutGraph(torch.no_grad):
+    """torch.no_grad(), after which no weight that autocast has cast inside lacks its graph."""
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        torch.clear_autocast_cache()
+        if CASTS_LACK_GRAPHS:
+            torch.clear_autocast_cache()

@@ -15,6 +15,7 @@ from . import backends
 from .backward.deferred import Ledger
 from .backward.node import attach
 from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
+from .compilers import check_not_recorded, is_recorded, warn_of_compiled, whole
 from .feedback import Feedback
 from .feedback.packed import pack, unpack
 from .feedback.spec import check_integer
@@ -79,6 +80,7 @@ class DFA(nn.Module):
         self.backend = backends.check_backend(backend)
         self.batch_dims = None if batch_dims is None else check_integer("batch_dims", batch_dims, 1)
         self._output = output
+        warn_of_compiled(net)
         self._policy = _place_marks(net, taps)
         self._survey: Survey | None = None
         self._row_dims = RowDims()
@@ -105,7 +107,10 @@ class DFA(nn.Module):
             RuntimeError: before the first forward pass, which finds them.
         """
         if self._taps is None:
-            raise RuntimeError("taps: they are found by the first forward pass, and there has been none yet")
+            raise RuntimeError(
+                "taps: they are found by the first forward pass, and there has been none yet; run one, before "
+                "torch.jit.trace too, which reads all properties"
+            )
         return list(self._taps)
 
     def feedback_matrix(self, name: str) -> Tensor:
@@ -180,6 +185,7 @@ class DFA(nn.Module):
         return f"feedback={self.feedback!r}, backend={self.backend!r}"
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        check_not_recorded()
         seen = self._recorded(args, kwargs)
         if self._taps is None or not torch.compiler.is_compiling():
             self._remember(seen)
@@ -191,6 +197,9 @@ class DFA(nn.Module):
             if modules is not None:
                 found = run_sequence(modules, args[0], self._policy.kind == "nonlinearity")
                 return recorded(*found, self.feedback, self.backend, self.batch_dims, None, [])
+        return whole(self._observed, args, kwargs)
+
+    def _observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
         segmented = SegmentedPass(self._policy, self._surveyed(args, kwargs).weight_layers)
         with segmented:
             output = self._run(*args, **kwargs)
@@ -220,7 +229,9 @@ class DFA(nn.Module):
         return output
 
     def _can_look_for_taps(self) -> bool:
-        return not (self._backprop or torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
+        return not (
+            self._backprop or torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or is_recorded()
+        )
 
     def _surveyed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Survey:
         if self._survey is not None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfa_kernels as dfa
+from dfa_kernels.autocast import CASTS_LACK_GRAPHS
 from dfa_kernels.forward.sequence import plain_modules
 
 ACTIVATIONS = [
@@ -80,6 +82,28 @@ def test_autocast_keeps_no_weight_without_its_graph(kind):
     with torch.autocast("cpu", torch.bfloat16):
         F.cross_entropy(net(x), y).backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(found, net.parameters(), strict=True))
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of one tensor."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.tensor, self.count = tensor, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0] is self.tensor
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(CASTS_LACK_GRAPHS, reason="this torch keeps casts that a pass with a graph must not get")
+def test_autocast_keeps_the_casts_of_its_caller():
+    model, weight = dfa.DFA(network(nn.Tanh())), nn.Parameter(torch.ones(3, 6))
+    with torch.autocast("cpu", torch.bfloat16), Casts(weight) as casts:
+        for _ in range(2):
+            F.linear(torch.ones(2, 6), weight)
+            model(batch()[0])
+    assert casts.count == 1
 
 
 def test_dropout_does_nothing_in_eval_mode():

@@ -128,3 +128,43 @@ def test_map_tensors():
     assert named["mask"][1:] == (None, "text")
     assert again.data.tolist() == [2, 2, 2]
     assert _torch_internals.map_tensors(len, [torch.ones(2), nn.Parameter(torch.ones(3))], nn.Parameter)[1] == 3
+
+
+def test_is_under_functorch():
+    """Else a transform of torch.func would end in an error that names no way out."""
+    seen = []
+
+    def f(x):
+        seen.append(_torch_internals.is_under_functorch())
+        return x.sum()
+
+    x = torch.ones(2)
+    f(x)
+    torch.func.grad(f)(x)
+    torch.func.vmap(f)(x[None])
+    torch.func.functional_call(nn.Linear(2, 2), {}, (x,))
+    f(x)
+    assert seen == [False, True, True, False]
+
+
+def test_is_compiled():
+    """Else nobody would be told that what is compiled inside DFA runs uncompiled."""
+    inside, outside = nn.Linear(1, 1), nn.Linear(1, 1)
+    assert not _torch_internals.is_compiled(inside)
+    inside.compile()
+    assert _torch_internals.is_compiled(inside)
+    assert _torch_internals.is_compiled(torch.compile(outside))
+    assert not _torch_internals.is_compiled(outside)
+
+
+def test_is_traced():
+    """Else torch.jit.trace would end in an error that names no way out."""
+    seen = []
+
+    def f(x):
+        seen.append(_torch_internals.is_traced())
+        return x + 1
+
+    torch.jit.trace(f, torch.ones(1), check_trace=False)
+    f(torch.ones(1))
+    assert seen == [True, False]

@@ -141,7 +141,7 @@ class SegmentedPass(ForwardPass):
 
         A view cannot be cut in place. Its callers are taken to go on with what the activation returned.
         """
-        if z is not self._overwritten or z._is_view():
+        if z is not self._overwritten or z._base is not None:
             return z, z.detach()
         root = z.view_as(z) if torch.compiler.is_compiling() else Uncut.apply(z)
         return root, z.detach_()

@@ -6,6 +6,7 @@ output: those that change with the output's when the batch does.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,9 @@ def survey(net: nn.Module, run: Run, policy: TapPolicy, batch_dims: int | None, 
     """
     if torch.compiler.is_compiling():
         return Survey(sum(isinstance(module, MODULES) for module in _call_order(net)))
-    with restored(net), WithoutGraph(), _Count(net) as count:
+    with restored(net), WithoutGraph(), warnings.catch_warnings(), _Count(net) as count:
+        # A module that torch.compile made runs uncompiled here; its warning is of hooks that meet it compiled.
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
         shape = tuple(run(*args, **kwargs).shape)
     rows = range(len(shape))[: row_count(len(shape), batch_dims)]
     taken = tuple([_varied(net, run, policy, count.weight_layers_seen, k, shape[k], args, kwargs) for k in rows])

@@ -1,0 +1,75 @@
+"""What a compiler or a tracer around a pass may do: compile it whole or not at all, and record or transform none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ._torch_internals import is_compiled, is_traced, is_under_functorch
+
+Result = TypeVar("Result")
+
+
+def whole(run: Callable[..., Result], *args: Any) -> Result:
+    """``run(*args)`` by the compiler that compiles its caller, without a gap, or else by none.
+
+    A compiler that meets a part of a pass on its own, since the network is compiled inside `DFA` or cannot be compiled
+    in one piece, moves what the pass observes to the part's end: then saved tensors have other versions, or are gone.
+    """
+    if torch.compiler.is_compiling():
+        with _InOnePiece():
+            return run(*args)
+    result: Result = _uncompiled(run, *args)
+    return result
+
+
+class _InOnePiece:
+    """Compilers give up a function rather than leave such a block in its middle; then it runs as it is."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: Any) -> None:
+        pass
+
+
+@torch.compiler.disable
+def _uncompiled(run: Callable[..., Any], *args: Any) -> Any:
+    # What is compiled on its own would call its compiler again.
+    with torch.compiler.set_stance("force_eager"):
+        return run(*args)
+
+
+def warn_of_compiled(net: nn.Module) -> None:
+    """Warns of modules that are compiled inside `DFA`, and run uncompiled there."""
+    names = [name or type(net).__name__ for name, module in net.named_modules() if is_compiled(module)]
+    if names:
+        warnings.warn(
+            f"net: {names} are compiled, but a pass that learns runs uncompiled what is compiled inside DFA; use "
+            "torch.compile(dfa_kernels.DFA(net)) with a net that is not compiled",
+            stacklevel=3,
+        )
+
+
+def is_recorded() -> bool:
+    """Whether torch.jit.trace or a transform of torch.func is at work, which cannot handle a learning pass."""
+    return not torch.compiler.is_compiling() and (is_traced() or is_under_functorch())
+
+
+def check_not_recorded() -> None:
+    """RuntimeError where a learning pass would be recorded or transformed."""
+    if not is_recorded():
+        return
+    if is_traced():
+        raise RuntimeError(
+            "torch.jit.trace cannot record a pass that learns by DFA; trace model.net, or the model under "
+            "torch.no_grad()"
+        )
+    raise RuntimeError(
+        "torch.func (grad, vmap, jacrev, …) cannot transform a pass that learns by DFA; for exact gradients call the "
+        "model within `with model.backprop():`, or transform model.net; for DFA's own use loss.backward()"
+    )
