@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import tree_map_only
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def backward_reaches(node: Any) -> bool:
@@ -74,3 +77,14 @@ def is_compiled(module: nn.Module) -> bool:
 def is_traced() -> bool:
     """Whether torch.jit.trace records what is called here."""
     return torch._C._get_tracing_state() is not None
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anybody can have compiled anything."""
+    return "torch._dynamo" in sys.modules
+
+
+def constant_when_compiled(function: F) -> F:
+    """What torch.compiler.assume_constant_result does, which loads the compiler to do it, and that takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

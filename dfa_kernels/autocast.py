@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
+# Asked once: the compilers of torch 2.10 and 2.11 cannot look into the question. Some devices, meta among them, have no
+# autocast and raise when asked for its state.
+AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia") if torch.amp.is_autocast_available(kind)
+)
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Keeps autocast from rounding the operands of the products inside."""
-    # Some devices, meta among them, have none and raise when asked for its state.
-    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-# The compilers of torch 2.10 and 2.11 cannot look into torch.amp.is_autocast_available.
-@torch.compiler.assume_constant_result
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
 
 
 # Autocast of torch 2.10 keeps a weight's cast as it was made, without a graph under torch.no_grad(). A pass that needs

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ._torch_internals import is_compiled, is_traced, is_under_functorch
+from ._torch_internals import compiler_is_loaded, is_compiled, is_traced, is_under_functorch
 
 Result = TypeVar("Result")
 
@@ -23,7 +24,9 @@ def whole(run: Callable[..., Result], *args: Any) -> Result:
     if torch.compiler.is_compiling():
         with _InOnePiece():
             return run(*args)
-    result: Result = _uncompiled(run, *args)
+    if not compiler_is_loaded():
+        return run(*args)
+    result: Result = _uncompiled()(run, *args)
     return result
 
 
@@ -37,11 +40,16 @@ class _InOnePiece:
         pass
 
 
-@torch.compiler.disable
-def _uncompiled(run: Callable[..., Any], *args: Any) -> Any:
-    # What is compiled on its own would call its compiler again.
-    with torch.compiler.set_stance("force_eager"):
-        return run(*args)
+@cache
+def _uncompiled() -> Callable[..., Any]:
+    def call(run: Callable[..., Any], *args: Any) -> Any:
+        # What is compiled on its own would call its compiler again.
+        with torch.compiler.set_stance("force_eager"):
+            return run(*args)
+
+    # Not as a decorator: it loads the compiler, which takes longer than all the rest of this package.
+    disabled: Callable[..., Any] = torch.compiler.disable(call)
+    return disabled
 
 
 def warn_of_compiled(net: nn.Module) -> None:

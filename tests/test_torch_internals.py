@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -168,3 +171,31 @@ def test_is_traced():
     torch.jit.trace(f, torch.ones(1), check_trace=False)
     f(torch.ones(1))
     assert seen == [True, False]
+
+
+def test_compiler_is_loaded():
+    """Else a network that is compiled inside `DFA` would be, or importing the package would load the compiler."""
+    program = """
+import torch, dfa_kernels
+from dfa_kernels._torch_internals import compiler_is_loaded
+before = compiler_is_loaded()
+torch.compile(torch.sin, backend="eager")(torch.ones(1))
+print(before, compiler_is_loaded())
+"""
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["False", "True"]
+
+
+def test_constant_when_compiled():
+    """Else the choice of a backend, which reads what a compiler cannot, would break a whole graph."""
+
+    @_torch_internals.constant_when_compiled
+    def number():
+        time.sleep(0)
+        return 3
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def f(x):
+        return x * number()
+
+    assert f(torch.ones(1)).item() == 3

@@ -7,6 +7,7 @@ import logging
 
 import torch
 
+from .._torch_internals import constant_when_compiled
 from . import torch_backend
 from .calls import Backend
 
@@ -45,7 +46,7 @@ def resolve(backend: str, device: torch.device) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _automatic(device_type: str, index: int | None) -> str:
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     chosen, reason = automatic_choice(device)
