@@ -1,5 +1,7 @@
 """Where the taps of less regular networks are."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,26 +145,117 @@ def test_an_input_without_a_batch_is_refused():
 
 
 class Stateful(nn.Module):
-    """Keeps its last hidden state, and a list of all."""
+    """Keeps its last hidden state, in every way that a module can keep something."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.last = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.norm = nn.BatchNorm1d(6)
         self.state = None
+        self.passes = 0
+        self.mean = torch.zeros(6)
+        self.register_buffer("maximum", None)
         self.states: list[torch.Tensor] = []
+        self.by_name: dict[str, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(0.5)
         before = x.new_zeros(len(x), 6) if self.state is None else self.state
-        self.state = torch.tanh(self.first(x) + self.second(before)).detach_()
+        state = torch.tanh(self.norm(self.first(x)) + self.second(before))
+        self.state = state.detach()
+        self.passes += 1
+        self.mean.mul_(0.9).add_(self.state.mean(0))
+        self.maximum = self.state.amax(0) if self.maximum is None else torch.maximum(self.maximum, self.state.amax(0))
         self.states.append(self.state)
-        return self.last(self.state)
+        self.by_name[f"state {len(self.by_name)}"] = self.state
+        return self.last(state + self.mean + self.maximum) * self.passes * len(self.by_name) + random.random()
 
 
 def test_looking_for_taps_leaves_what_a_network_remembers_alone():
     torch.manual_seed(0)
-    x, _ = batch()
     model, plain = dfa.DFA(Stateful(), taps="layer_input"), Stateful()
     plain.load_state_dict(model.net.state_dict())
-    for _ in range(2):
-        torch.testing.assert_close(model(x), plain(x))
-    assert len(model.net.states) == 2
+    outputs = []
+    for network in (model, plain):
+        random.seed(1)
+        x, _ = batch()
+        outputs.append([network(x).detach() for _ in range(2)])
+        assert len(getattr(network, "net", network).states) == 2
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+class Gated(nn.Module):
+    """Its gates are activations of parameters, which follow no layer."""
+
+    def __init__(self, gate_first: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.gate = nn.Linear(8, 6), nn.Linear(6, 4), nn.Parameter(torch.rand(6))
+        self.gate_first = gate_first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_first:
+            gate = torch.sigmoid(self.gate)
+            return self.last(torch.relu(self.first(x) * gate))
+        a = self.first(x)
+        return self.last(torch.relu(a * torch.sigmoid(self.gate)))
+
+
+def test_an_activation_of_a_parameter_follows_no_layer():
+    torch.manual_seed(0)
+    models = [dfa.DFA(Gated(gate_first)) for gate_first in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    expected, found = map(trained_by, models)
+    torch.testing.assert_close(found, expected)
+    assert [tap.name for tap in models[1].taps] == ["first"]
+
+
+def test_a_tap_whose_tensor_has_gone_elsewhere_stays():
+    """The mean has what the tap cut; were the tap moved, nothing would teach that path."""
+
+    def forward(x, a, b):
+        z = a(x)
+        h = torch.relu(z)
+        return b(h.mean(1, keepdim=True) + h + z)
+
+    torch.manual_seed(0)
+    model = dfa.DFA(Net(forward, nn.Linear(8, 5), nn.Linear(5, 4)))
+    trained_by(model)
+    assert [(tap.name, tap.bypassed) for tap in model.taps] == [("layers.0", True)]
+
+
+def test_what_was_made_without_a_graph_stays_so_when_a_tap_moves():
+    def forward(x, a, b):
+        z = a(x)
+        s = torch.sigmoid(z)
+        with torch.no_grad():
+            gate = s * 2
+        return b(z * gate)
+
+    torch.manual_seed(0)
+    model = dfa.DFA(Net(forward, nn.Linear(8, 5), nn.Linear(5, 4)))
+    gradients = trained_by(model)
+    x, y = batch()
+    a, _ = model.net.layers
+    z = a(x).detach()
+    output = model(x).detach().requires_grad_()
+    (error,) = torch.autograd.grad(F.cross_entropy(output, y), output)
+    delta = (error @ model.feedback_matrix("layers.0").T) * z.sigmoid() * 2
+    torch.testing.assert_close(gradients[0], delta.T @ x, rtol=1e-5, atol=1e-7)
+
+
+def test_rows_of_two_inputs_of_one_size_are_not_confused():
+    """As many prototypes as queries: the prototypes have no row of the output."""
+
+    class Prototypes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 6), nn.Linear(6, 5)
+
+        def forward(self, queries: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+            q, p = (self.last(torch.relu(self.first(x))) for x in (queries, prototypes))
+            return q @ p.T
+
+    model = dfa.DFA(Prototypes())
+    for n in (3, 4):
+        with pytest.raises(ValueError, match="taps"):
+            model(torch.rand(4, 8), torch.rand(n, 8))

@@ -124,7 +124,7 @@ class Ledger:
         if (held := p.grad) is not None:
             return held if isinstance(held, LazyGradient) and held is self._stand_ins.get(p) else None
         # One that somebody kept from an earlier pass must not turn into the gradient of this one.
-        if sys.getrefcount(self._stand_ins.get(p)) != _REFERENCES_OF_THE_DICTIONARY:
+        if sys.getrefcount(self._stand_ins.get(p)) != _REFERENCES_OF_THE_DICTIONARY or not self._stand_ins[p].suits(p):
             self._stand_ins[p] = LazyGradient(p, self.make)
         stand_in = p.grad = self._stand_ins[p]
         return stand_in

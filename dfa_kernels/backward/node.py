@@ -118,9 +118,10 @@ def _finish_taps(
 ) -> None:
     """δ for every root, for autograd to go on with, and the gradients of the fused convolutions."""
     deltas = backends.BACKENDS[plan.backend].project_taps(taps_call(plan, tensors, error))
-    sizes = plan.root_sizes
+    sizes = plan.root_sizes(tensors)
     for root in plan.roots:
-        delta = deltas[sizes.index(math.prod(root.units))].reshape(rows + root.units)
+        units = root.sizes(tensors)
+        delta = deltas[sizes.index(math.prod(units))].reshape(rows + units)
         _add(grads, root.root, delta.movedim(tuple(range(len(rows))), root.rows))
     for slot, delta in zip(plan.convolutions, deltas[len(sizes) :], strict=True):
         _convolution_grads(slot, tensors, delta, wanted, grads)
@@ -167,18 +168,12 @@ def _linear_grads(
 
 def taps_call(plan: NodePlan, tensors: dict[int, Tensor], error: Tensor) -> TapsCall:
     """The taps: the roots, of those with as many units one, then the convolutions."""
-    taps: list[tuple[Any, ...]] = [(size, None, None, "identity", 0.0, 0.0) for size in plan.root_sizes]
+    taps: list[tuple[Any, ...]] = [(size, None, None, "identity", 0.0, 0.0) for size in plan.root_sizes(tensors)]
     for slot in plan.convolutions:
-        taps.append(
-            (
-                math.prod(slot.units),
-                _get(tensors, slot.saved),
-                _get(tensors, slot.dropout_mask),
-                slot.activation,
-                slot.p,
-                slot.q,
-            )
-        )
+        assert slot.saved is not None
+        h = tensors[slot.saved]
+        mask = _get(tensors, slot.dropout_mask)
+        taps.append((math.prod(h.shape[1:]), h, mask, slot.activation, slot.p, slot.q))
     sizes, saved, dropout_mask, activations, p, q = zip(*taps, strict=True)
     return TapsCall(
         error,

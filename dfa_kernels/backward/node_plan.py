@@ -40,6 +40,14 @@ class RootSlot:
     units: tuple[int, ...]
     rows: tuple[int, ...]
     """Which of the tap's dimensions are rows."""
+    tap: int | None
+    """Where the tap stands, for its shape: compilers may lose a plan's numbers on their way to the backward pass."""
+
+    def sizes(self, tensors: dict[int, Tensor]) -> tuple[int, ...]:
+        """The tap's shape without the rows, in the backward pass."""
+        if self.tap is None:
+            return self.units
+        return tuple([size for i, size in enumerate(tensors[self.tap].shape) if i not in self.rows])
 
 
 @dataclass(slots=True)
@@ -57,10 +65,9 @@ class NodePlan:
     batch_dims: int
     """How many leading dimensions of the output are rows."""
 
-    @property
-    def root_sizes(self) -> list[int]:
+    def root_sizes(self, tensors: dict[int, Tensor]) -> list[int]:
         """The numbers of units of the roots, each once."""
-        return list(dict.fromkeys([math.prod(root.units) for root in self.roots]))
+        return list(dict.fromkeys([math.prod(root.sizes(tensors)) for root in self.roots]))
 
 
 def as_error(gradient: Tensor, batch_dims: int) -> Tensor:
@@ -80,11 +87,12 @@ class TensorTable:
     """The node's tensors, none of them twice: a layer's output is the next one's input."""
 
     def __init__(self) -> None:
+        self._is_traced = torch.compiler.is_compiling()
         self.tensors: list[Tensor] = []
         self._numbers: dict[int, int] = {}
 
     def index(self, tensor: Tensor) -> int:
-        if torch.compiler.is_compiling():
+        if self._is_traced:
             return self._search(tensor)
         number = self._numbers.setdefault(id(tensor), len(self.tensors))
         if number == len(self.tensors):
@@ -109,7 +117,8 @@ def make_plan(table: TensorTable, seen: Pass) -> NodePlan:
     for segment in seen.segments:
         units, layer = segment.units, segment.layer
         if layer is None or (layer.convolution is None and not shares_launch(layer, dtype)):
-            roots.append(RootSlot(table.index(segment.root), units, segment.rows))
+            tap = table.index(segment.tap) if torch.compiler.is_compiling() else None
+            roots.append(RootSlot(table.index(segment.root), units, segment.rows, tap))
         elif layer.convolution is None:
             linears.append(_layer_slot(table, layer, units, is_output=False))
         else:
@@ -117,6 +126,7 @@ def make_plan(table: TensorTable, seen: Pass) -> NodePlan:
     if seen.last is not None:
         linears.append(_layer_slot(table, seen.last, (), is_output=True))
     saved = [i for slot in (*linears, *convolutions) for i in (slot.x, slot.saved, slot.dropout_mask) if i is not None]
+    saved += [root.tap for root in roots if root.tap is not None]
     stored_at = tuple(table.index(u) for u in seen.stored)
     return NodePlan(
         roots=tuple(roots),

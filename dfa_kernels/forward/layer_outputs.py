@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .elementwise import ELEMENTWISE
 from .tensor_map import TensorMap
@@ -35,6 +36,8 @@ class Tapped:
     point: int
     layers: list[Layer]
     whole: Tensor
+    used: bool = False
+    """Whether something has used the cut tensor that cannot be made again without the cut."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,13 +48,15 @@ class Past:
     func: Call | None = None
     args: Args = ()
     kwargs: Kwargs | None = None
+    with_graph: bool = True
 
     def again(self, whole: Callable[[Tensor], Tensor]) -> Tensor:
         """The tensor once more, without the cut."""
         if self.func is None:
             return self.taps[0].whole
         args, kwargs = replaced(self.args, self.kwargs or {}, whole)
-        result: Tensor = self.func(*args, **kwargs)
+        with torch.set_grad_enabled(self.with_graph):
+            result: Tensor = self.func(*args, **kwargs)
         return result
 
 
@@ -63,6 +68,7 @@ class LayerOutputs:
         self._open: list[Layer] = []
         self._carried: TensorMap[list[Layer]] = TensorMap()
         self._past: TensorMap[Past] = TensorMap()
+        self._apart: TensorMap[bool] = TensorMap()
 
     def made(self, call: WeightCall, result: Any) -> None:
         """A weight layer ran: what its inputs carried has arrived."""
@@ -81,7 +87,7 @@ class LayerOutputs:
         Where z comes from a function that nobody saw, that is every layer without an activation.
         """
         layers = self._carried.get(z)
-        if layers is None and z.requires_grad and self._past.get(z) is None:
+        if layers is None and self._past.get(z) is None and not self._is_apart(z):
             return list(self._open)
         return layers or []
 
@@ -108,7 +114,8 @@ class LayerOutputs:
         return [
             tap
             for tap in taps
-            if any(
+            if not tap.used
+            and any(
                 layer in beside or any(layer in other.layers for other in taps if other is not tap)
                 for layer in tap.layers
             )
@@ -138,12 +145,26 @@ class LayerOutputs:
         if layers:
             for x in tensors_in((result,), {}):
                 self._carried.set(x, sorted(layers, key=lambda layer: layer.number))
-        taps = self._taps_of(tensors)
-        if not taps or not isinstance(result, Tensor):
+        if not isinstance(result, Tensor):
             return
+        taps = self._taps_of(tensors)
+        if taps:
+            self._follow_past(taps, tensors, func, args, kwargs, result)
+        elif not layers and result.requires_grad and all(map(self._is_apart, tensors)):
+            self._apart.set(result, True)
+
+    def _follow_past(
+        self, taps: list[Tapped], tensors: list[Tensor], func: Call, args: Args, kwargs: Kwargs, result: Tensor
+    ) -> None:
         overwrites = any(x is result for x in tensors)
         if func in ELEMENTWISE and not overwrites:
-            self._past.set(result, Past(taps, func, args, kwargs))
-        elif overwrites:
-            # Overwritten: it cannot be made again.
+            self._past.set(result, Past(taps, func, args, kwargs, torch.is_grad_enabled()))
+            return
+        if overwrites:
             self._past.discard(result)
+        for tap in taps:
+            tap.used = True
+
+    def _is_apart(self, x: Tensor) -> bool:
+        """Whether x is made without any layer's output, of inputs and parameters alone, as far as was seen."""
+        return not x.requires_grad or isinstance(x, nn.Parameter) or self._apart.get(x) is not None

@@ -159,6 +159,9 @@ class SegmentedPass(ForwardPass):
             return None
         return self._finish_chain(output, output.detach())
 
+    def overwritten(self, z: Tensor) -> None:
+        self._overwritten = z
+
     def weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
         value = func(*args, **kwargs)
         self._chain = _start_chain(func, args, kwargs, value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from .weight_layers import MODULES, Args, Call, Kwargs
 
 Run = Callable[..., Tensor]
 """The network, or whatever else makes one tensor of its arguments."""
+
+Change = Callable[[Tensor, int, tuple[int, ...]], Tensor]
+"""(x, size, dims) → x with another size in these of its dimensions."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,15 @@ def survey(net: nn.Module, run: Run, policy: TapPolicy, batch_dims: int | None, 
     """
     if torch.compiler.is_compiling():
         return Survey(sum(isinstance(module, MODULES) for module in _call_order(net)))
-    with restored(net), WithoutGraph(), warnings.catch_warnings(), _Count(net) as count:
+    with restored(net), WithoutGraph(), warnings.catch_warnings(), _Count(net) as counted:
         # A module that torch.compile made runs uncompiled here; its warning is of hooks that meet it compiled.
         warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
-        shape = tuple(run(*args, **kwargs).shape)
+        # Copies, since a network may overwrite what it is given.
+        copied_args, copied_kwargs = map_tensors(torch.clone, (args, kwargs))
+        shape = tuple(run(*copied_args, **copied_kwargs).shape)
     rows = range(len(shape))[: row_count(len(shape), batch_dims)]
-    taken = tuple([_varied(net, run, policy, count.weight_layers_seen, k, shape[k], args, kwargs) for k in rows])
-    return Survey(count.weight_layers_seen, tuple(count.names), shape, taken)
+    taken = tuple([_varied(net, run, policy, counted.weight_layers_seen, k, shape[k], args, kwargs) for k in rows])
+    return Survey(counted.weight_layers_seen, tuple(counted.names), shape, taken)
 
 
 def row_count(dims: int, batch_dims: int | None) -> int:
@@ -106,9 +111,9 @@ def _varied(
     net: nn.Module, run: Run, policy: TapPolicy, weight_layers: int, k: int, size: int, args: Args, kwargs: Kwargs
 ) -> Varied | None:
     """A pass in which dimension k of the output, now of that size, has another."""
-    for dims in _candidates(size, args, kwargs):
-        change = _one_more if k == 0 or size == 1 else _one_less
-        changed_args, changed_kwargs = map_tensors(partial(change, size=size, dims=dims), (args, kwargs))
+    change = _one_more if k == 0 or size == 1 else _one_less
+    for chosen in _candidates(size, args, kwargs):
+        changed_args, changed_kwargs = map_tensors(_Changed(change, size, chosen), (args, kwargs))
         watched = SegmentedPass(policy, weight_layers)
         try:
             with restored(net), torch.enable_grad(), watched:
@@ -120,27 +125,46 @@ def _varied(
     return None
 
 
-def _candidates(size: int, args: Args, kwargs: Kwargs) -> Iterator[tuple[int, ...]]:
-    """Dimensions of the network's inputs to change: the first of that size, the second, …, then all of that size."""
-    found: set[int] = set()
-    map_tensors(lambda x: found.update(i for i, n in enumerate(x.shape) if n == size), (args, kwargs))
-    yield from ((i,) for i in sorted(found))
-    if len(found) > 1:
-        yield tuple(sorted(found))
+class _Changed:
+    """A function of the input tensors, called with one after the other: ``change`` of those chosen."""
+
+    def __init__(self, change: Change, size: int, chosen: dict[int, tuple[int, ...]]) -> None:
+        self._change, self._size, self._chosen, self._numbers = change, size, chosen, count()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._change(x, self._size, self._chosen.get(next(self._numbers), ()))
+
+
+def _candidates(size: int, args: Args, kwargs: Kwargs) -> Iterator[dict[int, tuple[int, ...]]]:
+    """Dimensions of that size to change, by the numbers of the network's input tensors.
+
+    One tensor by itself, since what does not change with it is not its rows; then all, first in one dimension and in
+    the end in every. A single row would be broadcast to others, so there it is all at once.
+    """
+    shapes: list[tuple[int, ...]] = []
+    map_tensors(lambda x: shapes.append(tuple(x.shape)), (args, kwargs))
+    fitting = {n: tuple(i for i, length in enumerate(shape) if length == size) for n, shape in enumerate(shapes)}
+    places = sorted({i for dims in fitting.values() for i in dims})
+    tried: list[dict[int, tuple[int, ...]]] = []
+    if size > 1:
+        tried += [{n: (i,)} for i in places for n, dims in fitting.items() if i in dims]
+    tried += [{n: (i,) for n, dims in fitting.items() if i in dims} for i in places]
+    tried.append({n: dims for n, dims in fitting.items() if dims})
+    yield from (chosen for i, chosen in enumerate(tried) if chosen and chosen not in tried[:i])
 
 
 def _one_more(x: Tensor, size: int, dims: tuple[int, ...]) -> Tensor:
     for i in dims:
         if i < x.dim() and x.shape[i] == size and size > 0:
             x = torch.cat([x, x.narrow(i, 0, 1)], i)
-    return x
+    return x.clone()
 
 
 def _one_less(x: Tensor, size: int, dims: tuple[int, ...]) -> Tensor:
     for i in dims:
         if i < x.dim() and x.shape[i] == size:
             x = x.narrow(i, 0, size - 1)
-    return x
+    return x.clone()
 
 
 def _call_order(net: nn.Module) -> Iterator[nn.Module]:

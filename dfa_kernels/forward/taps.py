@@ -110,6 +110,9 @@ class ForwardPass(TorchFunctionMode):
     def give_up_taps(self, points: list[int]) -> None:
         """These taps are none: the path that they were to cut goes around them."""
 
+    def overwritten(self, z: Tensor) -> None:
+        """z, where a tap is to be, has overwritten what was there: the network may go on with z itself."""
+
     def weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
         return func(*args, **kwargs)
 
@@ -190,7 +193,10 @@ class ForwardPass(TorchFunctionMode):
         args, kwargs = replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
         self.give_up_taps([tap.point for tap in taps])
         layers = [layer for tap in taps for layer in tap.layers]
-        return self._tap_behind(layers, func(*args, **kwargs))
+        z = func(*args, **kwargs)
+        if any(z is x for x in args):
+            self.overwritten(z)
+        return self._tap_behind(layers, z)
 
     def _tap(self, origin: Tensor | str, z: Tensor) -> tuple[Tensor, Tensor]:
         self.point += 1

@@ -15,6 +15,8 @@ class TensorMap(Generic[V]):
     """What is known of tensors; it keeps none of them alive, but for as long as a compiler traces a pass."""
 
     def __init__(self) -> None:
+        # A tensor that is being traced has no id, nor weak references.
+        self._is_traced = torch.compiler.is_compiling()
         self._known: dict[int, tuple[Any, V]] = {}
         self._traced: list[tuple[Tensor, V]] = []
 
@@ -23,13 +25,12 @@ class TensorMap(Generic[V]):
 
     def get(self, key: Any) -> V | None:
         """What is known of ``key``, which may be no tensor at all."""
-        if self._traced:
+        if self._is_traced:
             return self._search(key)
         entry = self._known.get(id(key))
         return entry[1] if entry is not None and entry[0]() is key else None
 
     def _search(self, key: Any) -> V | None:
-        """A tensor that is still being traced has no id."""
         if isinstance(key, Tensor):
             for known, value in self._traced:
                 if known is key:
@@ -37,14 +38,16 @@ class TensorMap(Generic[V]):
         return None
 
     def set(self, key: Tensor, value: V) -> None:
-        if torch.compiler.is_compiling():
+        if self._is_traced:
             self._traced = [(known, v) for known, v in self._traced if known is not key] + [(key, value)]
         else:
             self._known[id(key)] = weakref.ref(key), value
 
     def discard(self, key: Tensor) -> None:
-        self._known.pop(id(key), None)
-        self._traced = [(known, v) for known, v in self._traced if known is not key]
+        if self._is_traced:
+            self._traced = [(known, v) for known, v in self._traced if known is not key]
+        else:
+            self._known.pop(id(key), None)
 
     def keep(self, wanted: Any) -> None:
         """Forgets the tensors of whose values ``wanted`` is not true."""
