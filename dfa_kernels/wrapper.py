@@ -84,6 +84,7 @@ class DFA(nn.Module):
         self._policy = _place_marks(net, taps)
         self._survey: Survey | None = None
         self._row_dims = RowDims()
+        self._points: int | None = None
         self._taps: tuple[TapInfo, ...] | None = None
         self._error_size: int | None = None
         self._looks: tuple[Any, ...] | None = None
@@ -283,6 +284,7 @@ class DFA(nn.Module):
                 'change of the network run the pass again; for one whose depth varies use taps="layer_input"; before '
                 "torch.compile run one pass without it"
             )
+        self._check_points(segmented.points_seen)
         if segmented.points_seen == 0:
             raise ValueError(
                 'net: no activation was found between its weight layers; use taps="layer_input", a list of submodule '
@@ -292,6 +294,16 @@ class DFA(nn.Module):
             raise ValueError(
                 "net: every tap lies where gradients are off: under torch.no_grad() or in a checkpoint with "
                 "use_reentrant=True; use use_reentrant=False"
+            )
+
+    def _check_points(self, seen: int) -> None:
+        """Compilers hide some functions; a pass without one tells whether this network has any of these."""
+        if not torch.compiler.is_compiling():
+            self._points = seen
+        elif self._points is not None and seen != self._points:
+            raise RuntimeError(
+                f"net: torch.compile shows {seen} of its {self._points} activations; it hides F.tanh, F.sigmoid and "
+                "in-place functions such as F.relu_, so use torch.tanh, torch.sigmoid, F.relu(x, inplace=True)"
             )
 
     def _ledger(self) -> Ledger | None:

@@ -220,3 +220,20 @@ def test_vmap_without_gradients():
         torch.func.vmap(model)(x[:, None])
     with torch.no_grad():
         torch.testing.assert_close(torch.func.vmap(model)(x[:, None])[:, 0], mlp()(x))
+
+
+def test_activations_that_compilers_hide_are_refused_after_a_pass_without_one():
+    """There F.relu_ was no activation, and its layer learned by a chain, silently."""
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 4)
+
+        def forward(self, x):
+            return self.c(torch.tanh(self.b(F.relu_(self.a(x)))))
+
+    model = dfa.DFA(Hidden())
+    model(torch.randn(5, 6))
+    with pytest.raises(Exception, match="compile shows 1 of its 2 activations"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(5, 6))

@@ -259,3 +259,31 @@ def test_rows_of_two_inputs_of_one_size_are_not_confused():
     for n in (3, 4):
         with pytest.raises(ValueError, match="taps"):
             model(torch.rand(4, 8), torch.rand(n, 8))
+
+
+@pytest.mark.parametrize("taps", ["nonlinearity", "layer_input"])
+def test_a_checkpoint_across_a_tap_is_refused(taps):
+    """Computed again without cuts it gave wrong gradients where shapes happened to fit."""
+
+    def forward(x, a, b, c):
+        return c(checkpoint(lambda x: F.mish(b(F.mish(a(x)))), x, use_reentrant=False))
+
+    layers = [nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 4)]
+    with pytest.raises(RuntimeError, match="checkpoint"):
+        dfa.DFA(Net(forward, *layers), taps=taps)(torch.randn(8, 8))
+
+
+def test_checkpoints_between_taps():
+    def forward(x, a, b, c, kind):
+        for layer in (a, b):
+            x = kind(lambda x, layer=layer: F.mish(layer(x)), x)
+        return c(x)
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)]
+    gradients = []
+    for kind in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+        model = dfa.DFA(Net(lambda x, *layers, kind=kind: forward(x, *layers, kind), *layers))
+        model.zero_grad()
+        gradients.append(trained_by(model))
+    torch.testing.assert_close(*gradients)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.checkpoint import checkpoint
 
 from dfa_kernels import _torch_internals
 
@@ -199,3 +200,22 @@ def test_constant_when_compiled():
         return x * number()
 
     assert f(torch.ones(1)).item() == 3
+
+
+def test_checkpointed_region():
+    """Else what a checkpoint computes again without cuts could stand in for what it saved."""
+    seen = []
+
+    def look(x):
+        seen.append(_torch_internals.checkpointed_region())
+        return x * 2
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(lambda x: look(look(x)), x, use_reentrant=False)
+    checkpoint(look, x, use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu():
+        look(x)
+    look(x)
+    assert seen[0] is not None
+    assert seen[0] == seen[1] != seen[2] is not None
+    assert seen[3:] == [None, None]

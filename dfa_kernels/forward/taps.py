@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._torch_internals import checkpointed_region
 from ..activations import FUSED_CALLS, UNFUSED_CALLS
 from .layer_outputs import Layer, LayerOutputs, Tapped
 from .weight_layers import LAYERS, WEIGHT_CALLS, Args, Call, Kwargs, WeightCall, Weights, input_first, replaced
@@ -101,6 +102,7 @@ class ForwardPass(TorchFunctionMode):
         self.names_seen: set[str] = set()
         self.newest: WeightCall | None = None
         self.calls: list[WeightCall] = []
+        self._tapped_region: Any = None
         self._weights = Weights()
         self._outputs = LayerOutputs()
 
@@ -147,6 +149,7 @@ class ForwardPass(TorchFunctionMode):
         _check_same_device(call.inputs[0], call.weights[0])
         if self.policy.kind != "named":
             args, kwargs = self._cut_inputs(call.inputs, args, kwargs)
+        self._check_region()
         self.weight_layers_seen += 1
         result = self.weight_layer(func, args, kwargs)
         self.newest = call
@@ -154,6 +157,14 @@ class ForwardPass(TorchFunctionMode):
         if self.policy.kind == "nonlinearity":
             self._outputs.made(call, result)
         return result
+
+    def _check_region(self) -> None:
+        """What is computed again after a tap would be without its cut, and saved tensors would change places."""
+        if self._tapped_region is not None and self._tapped_region == checkpointed_region():
+            raise RuntimeError(
+                "net: torch.utils.checkpoint goes across a tap, and what it computes again would not be cut there; "
+                "checkpoint from one tap to the next at most"
+            )
 
     def _cut_inputs(self, inputs: tuple[Tensor, ...], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         for i, x in enumerate(inputs):
@@ -203,6 +214,7 @@ class ForwardPass(TorchFunctionMode):
         self.shapes[self.point] = tuple(z.shape)
         self.points_seen += 1
         self.points_without_grad += not torch.is_grad_enabled()
+        self._tapped_region = None if torch.compiler.is_compiling() else checkpointed_region()
         return self.at_tap(origin, z)
 
     def _on_mark(self, x: Tensor, name: str) -> Tensor:
