@@ -17,8 +17,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def backward_reaches(node: Any) -> bool:
-    """Within a backward pass: whether it runs this node of the graph."""
-    return torch._C._will_engine_execute_node(node)
+    """Within a backward pass: whether it runs this node of the graph, which hands a gradient to a parameter."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "torch.autograd.grad: it cannot go through a pass whose gradients a fused optimizer computes; use "
+            "backward(), or a pass within `with model.backprop():`"
+        ) from error
 
 
 def forward_mode_is_on() -> bool:

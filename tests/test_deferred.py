@@ -451,3 +451,19 @@ def test_a_gradient_penalty_by_backpropagation():
         slope.square().sum().backward(inputs=list(net.parameters()))
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+def test_a_backward_pass_for_some_of_the_parameters_is_refused():
+    """It filled all of them, or none, by whether the first was among them."""
+    model = dfa.DFA(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    optimizer = dfa.optim.SGD(model, lr=0.1)
+    first, *others = model.parameters()
+    x = torch.randn(2, 4)
+    for some in ([first], others):
+        with pytest.raises(RuntimeError, match="expected all or none"):
+            model(x).sum().backward(inputs=some)
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
+        torch.autograd.grad(model(x).sum(), [first])
+    assert all(p.grad is None for p in model.parameters())
+    model(x).sum().backward(inputs=[first, *others])
+    optimizer.step()

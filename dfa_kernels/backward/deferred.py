@@ -183,26 +183,32 @@ def deferred_call(hidden: list[FusedLayer], output: FusedLayer | None, seen: Pas
 class DeferringNode(torch.autograd.Function):
     """Identity on the output; its backward pass enters the call, with the error, in a fused optimizer's ledger.
 
-    ``anchor`` is one of the call's parameters: because of it the output requires grad, and by it the node knows whether
-    a backward pass is for the parameters at all. No gradient of it is computed.
+    ``parameters`` are the call's: because of them the output requires grad, and by them the node knows whether a
+    backward pass is for the parameters at all. No gradient of them is computed.
     """
 
     @staticmethod
-    def forward(ctx: Any, ledger: Ledger, call: DeferredCall, output: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, ledger: Ledger, call: DeferredCall, output: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(*call.tensors)
         call.tensors = ()
         ctx.ledger, ctx.call = ledger, call
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         tensors = ctx.saved_tensors
         if torch.compiler.is_compiling():
             # Then the compiler leaves the node as it is. That of torch 2.11 ends with an error at `next_functions`.
             raise RuntimeError("gradients cannot be deferred by a compiler")
         # torch.autograd.grad and backward(inputs=…) may pass here on their way to something else than the parameters.
-        anchor_accumulates = ctx.next_functions[-1][0]
-        if backward_reaches(anchor_accumulates):
+        count = len(ctx.call.weights)
+        reached = [backward_reaches(node) for node, _ in ctx.next_functions[-count:]]
+        if any(reached) and not all(reached):
+            raise RuntimeError(
+                f"inputs: {sum(reached)} of {count} parameters whose gradients a fused optimizer computes together, "
+                "expected all or none; use torch.optim for gradients of some"
+            )
+        if any(reached):
             ctx.ledger.add(ctx.call.completed(*tensors, as_error(gradient, ctx.call.batch_dims)))
-        return None, None, gradient, None
+        return None, None, gradient, *[None] * count

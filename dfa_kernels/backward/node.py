@@ -36,7 +36,7 @@ def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
         plan = make_plan(table, seen)
         output = DFANode.apply(plan, output, *table.tensors)
     if ledger is not None and call is not None:
-        output = DeferringNode.apply(ledger, call, output, call.weights[0])
+        output = DeferringNode.apply(ledger, call, output, *call.weights)
     return output
 
 
