@@ -757,3 +757,19 @@ def test_a_whole_step_on_the_meta_device(kind, storage, fused):
         assert [p.grad.shape for p in model.parameters()] == [p.shape for p in model.parameters()]
     optimizer.step()
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("optimizer", [None, dfa.optim.SGD])
+def test_an_output_changed_in_place(optimizer):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    gradients = []
+    for in_place in (True, False):
+        model = dfa.DFA(copy.deepcopy(net))
+        kept = optimizer and optimizer(model, lr=0.1)
+        output = model(torch.ones(2, 4))
+        output = output.mul_(2) if in_place else output * 2
+        output.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        del kept
+    torch.testing.assert_close(*gradients)

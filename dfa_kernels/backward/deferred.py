@@ -18,7 +18,7 @@ from ..forward.record import Pass
 from ..forward.segments import FusedLayer
 from .first_order import refuse_second_order
 from .lazy_gradient import LazyGradient
-from .node_plan import as_error, as_rows
+from .node_plan import as_error, as_rows, same
 
 
 @dataclass(slots=True)
@@ -192,7 +192,7 @@ class DeferringNode(torch.autograd.Function):
         ctx.save_for_backward(*call.tensors)
         call.tensors = ()
         ctx.ledger, ctx.call = ledger, call
-        return output.view_as(output)
+        return same(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

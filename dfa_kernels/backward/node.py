@@ -22,7 +22,17 @@ from ..forward.record import Pass
 from ..forward.segments import FusedLayer
 from .deferred import DeferredCall, DeferringNode, Ledger, deferred_call
 from .first_order import refuse_second_order
-from .node_plan import LayerSlot, NodePlan, TensorTable, as_error, as_rows, grouped_dtype, make_plan, shares_launch
+from .node_plan import (
+    LayerSlot,
+    NodePlan,
+    TensorTable,
+    as_error,
+    as_rows,
+    grouped_dtype,
+    make_plan,
+    same,
+    shares_launch,
+)
 
 
 def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
@@ -75,7 +85,7 @@ class DFANode(torch.autograd.Function):
             _meet_numbers(plan)
         ctx.plan = plan
         ctx.save_for_backward(*(tensors[i] for i in plan.saved))
-        return output.view_as(output)
+        return same(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -78,6 +78,11 @@ def as_error(gradient: Tensor, batch_dims: int) -> Tensor:
     return gradient.reshape(math.prod(shape[:batch_dims]), math.prod(shape[batch_dims:]))
 
 
+def same(output: Tensor) -> Tensor:
+    """The output as a node returns it: no view, so that it can be changed in place as any other."""
+    return output.view_as(output) if torch.compiler.is_compiling() else output.detach()
+
+
 def as_rows(tensor: Tensor) -> Tensor:
     """[..., features] as [n, features]."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
