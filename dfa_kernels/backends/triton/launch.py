@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .kernels.two_phase import two_phase
+from .kernels.wide_networks import two_phase
 from .launch_plan import LaunchPlan
 from .problem import Target
 

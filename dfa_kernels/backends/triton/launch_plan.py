@@ -20,9 +20,9 @@ import triton.language as tl
 from ...activations import ACTIVATIONS
 from ...feedback.hadamard import padded_bits
 from .configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for, first_that_fills
-from .kernels.one_phase import one_phase
 from .kernels.project_taps import project_taps_kernel
-from .kernels.two_phase import two_phase
+from .kernels.small_networks import one_phase
+from .kernels.wide_networks import two_phase
 from .problem import HALF, GroupedProblem, Projected, TapsProblem, Target, alignment
 
 # A hidden layer's tile holds its rows of U: beyond this many components they do not fit beside the gradient.
