@@ -45,8 +45,6 @@ class Survey:
     weight_layers: int
     names: tuple[str, ...] = ()
     """Of the modules that call the weight layers, one for each call."""
-    shape: tuple[int, ...] = ()
-    """Of the output."""
     varied: tuple[Varied | None, ...] = ()
     """For each of the output's dimensions that are rows; None where nothing that was tried changes it."""
 
@@ -66,7 +64,7 @@ def survey(net: nn.Module, run: Run, policy: TapPolicy, batch_dims: int | None, 
         shape = tuple(run(*copied_args, **copied_kwargs).shape)
     rows = range(len(shape))[: row_count(len(shape), batch_dims)]
     taken = tuple([_varied(net, run, policy, counted.weight_layers_seen, k, shape[k], args, kwargs) for k in rows])
-    return Survey(counted.weight_layers_seen, tuple(counted.names), shape, taken)
+    return Survey(counted.weight_layers_seen, tuple(counted.names), taken)
 
 
 def row_count(dims: int, batch_dims: int | None) -> int:

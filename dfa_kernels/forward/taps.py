@@ -94,10 +94,8 @@ class ForwardPass(TorchFunctionMode):
         super().__init__()
         self.policy = policy
         self.weight_layers = weight_layers
-        self.weight_layers_seen = 0
         self.point = -1
         self.shapes: dict[int, tuple[int, ...]] = {}
-        self.points_seen = 0
         self.points_without_grad = 0
         self.names_seen: set[str] = set()
         self.newest: WeightCall | None = None
@@ -105,6 +103,14 @@ class ForwardPass(TorchFunctionMode):
         self._tapped_region: Any = None
         self._weights = Weights()
         self._outputs = LayerOutputs()
+
+    @property
+    def weight_layers_seen(self) -> int:
+        return len(self.calls)
+
+    @property
+    def points_seen(self) -> int:
+        return self.point + 1
 
     def at_tap(self, origin: Tensor | str, z: Tensor) -> tuple[Tensor, Tensor]:
         return z, z
@@ -150,7 +156,6 @@ class ForwardPass(TorchFunctionMode):
         if self.policy.kind != "named":
             args, kwargs = self._cut_inputs(call.inputs, args, kwargs)
         self._check_region()
-        self.weight_layers_seen += 1
         result = self.weight_layer(func, args, kwargs)
         self.newest = call
         self.calls.append(call)
@@ -212,7 +217,6 @@ class ForwardPass(TorchFunctionMode):
     def _tap(self, origin: Tensor | str, z: Tensor) -> tuple[Tensor, Tensor]:
         self.point += 1
         self.shapes[self.point] = tuple(z.shape)
-        self.points_seen += 1
         self.points_without_grad += not torch.is_grad_enabled()
         self._tapped_region = None if torch.compiler.is_compiling() else checkpointed_region()
         return self.at_tap(origin, z)
