@@ -27,8 +27,8 @@ from triton.compiler import ASTSource
 
 from bench.predict import ahead, sass
 from bench.predict.ahead import BLOCKS, DTYPES, WIDTHS, Case, compiled, hadamard_source, planned, source_of
+from dfa_kernels.backends.triton.choice import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.configs import Configs, table
-from dfa_kernels.backends.triton.launch_plan import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR
 
 SOURCES = ("matrix", "signs", "sparse", "gaussian", "uniform", "rademacher", "sparse_seed", *BLOCKS, "projection")

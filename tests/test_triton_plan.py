@@ -30,18 +30,13 @@ import dfa_kernels as dfa
 from bench.gpu.precision import tf32
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
-from dfa_kernels.backends.triton import configs
-from dfa_kernels.backends.triton import launch_plan as plan
+from dfa_kernels.backends.triton import choice, configs, plan_taps
+from dfa_kernels.backends.triton.choice import plan_grouped
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
-from dfa_kernels.backends.triton.launch_plan import (
-    LaunchPlan,
-    can_use_tma,
-    needs_int64,
-    plan_grouped,
-    plan_one_phase,
-    plan_two_phase,
-)
+from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, needs_int64
 from dfa_kernels.backends.triton.operators import plan_project_taps
+from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
 from dfa_kernels.backends.triton.route import looks_of, route_of
 
@@ -191,7 +186,7 @@ def test_small_errors_go_in_one_phase_and_large_ones_in_two() -> None:
 def test_delta_that_would_be_made_too_often_is_made_once() -> None:
     small, large = layers_plan((3072, 800, 800), rows=128), layers_plan((8192, 8192, 8192), rows=4096)
     assert (small.name, large.name) == ("one_phase", "two_phase")
-    assert f"more than {plan.MOST_REPEATED_DELTAS}" in large.why
+    assert f"more than {choice.MOST_REPEATED_DELTAS}" in large.why
 
 
 def test_a_projection_in_memory_needs_no_room_beside_a_tile() -> None:
@@ -210,7 +205,7 @@ def test_tiles_of_fastfood_are_whole_blocks(error_size: int, block: int) -> None
     for config in TWO_PHASE:
         check_blocks(plan_two_phase(grouped, config, H200), block)
     for tiles in PROJECTIONS:
-        check_blocks(plan.plan_projection(taps, tiles), block)
+        check_blocks(plan_taps.plan_projection(taps, tiles), block)
 
 
 def check_blocks(made: LaunchPlan, block: int) -> None:
@@ -235,7 +230,7 @@ def test_fastfood_is_held_like_any_other_feedback() -> None:
 def test_a_regenerated_tile_serves_as_many_rows_as_there_are_registers(rows: int, most: int) -> None:
     taps = taps_plan(rows, [3000], 100, kind="gaussian").problem
     config = ProjectionConfig(64, 64, 32, 8, 2)
-    made = plan.plan_projection(taps, config)
+    made = plan_taps.plan_projection(taps, config)
     assert made.arguments["BLOCK_R"] == most
 
 
@@ -248,13 +243,13 @@ def test_output_layer_alone() -> None:
 @pytest.mark.parametrize("error_size", [10, 100])
 def test_more_multiprocessors_get_smaller_tiles(error_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from_large_to_small = configs.Configs(*(tuple(reversed(rows)) for rows in (ONE_PHASE, TWO_PHASE, PROJECTIONS)))
-    monkeypatch.setattr(plan, "configs_for", lambda capability, arithmetic: from_large_to_small)
+    monkeypatch.setattr(configs, "table", lambda: {80: dict.fromkeys(configs.ARITHMETICS, from_large_to_small)})
     problem = layers_plan((1024, 512, 512), error_size=error_size).problem
     made = [plan_grouped(problem, Target(90, n)) for n in (1, 100, 10**6)]
     areas = [m.config.block_m * m.config.block_n for m in made]
     assert areas == [128 * 128, 64 * 64, 16 * 16]
     taps = taps_plan(128, [1000], kind="sparse").problem
-    sizes = [plan.plan_taps.__wrapped__(taps, Target(90, n)).config.block_u for n in (1, 50, 10**6)]
+    sizes = [plan_taps.plan_taps.__wrapped__(taps, Target(90, n)).config.block_u for n in (1, 50, 10**6)]
     assert sizes == [128, 64, 16]
 
 
@@ -311,7 +306,7 @@ def test_tiles_of_taps_are_counted_right() -> None:
     problem = taps_plan(70, [33, 200, 1]).problem
     for config in PROJECTIONS:
         expected = len(spans(200, config.block_u)) * len(spans(70, config.block_r))
-        assert plan._projection_tiles(problem, config) == expected
+        assert plan_taps._projection_tiles(problem, config) == expected
 
 
 def test_a_problem_seen_before_has_its_plan() -> None:
@@ -421,8 +416,8 @@ def test_alignment(widths: list[int], expected: int) -> None:
 
 def test_derivatives_are_known_by_their_source() -> None:
     """Two activations' kernels must not be mistaken for each other in Triton's cache on disk."""
-    functions = [plan._derivatives([name])[0] for name in ("tanh", "relu")]
-    assert plan._derivatives(["relu", "tanh", "relu"])[1] == (0, 1, 0)
+    functions = [derivatives_of([name])[0] for name in ("tanh", "relu")]
+    assert derivatives_of(["relu", "tanh", "relu"])[1] == (0, 1, 0)
     assert [list(derivatives) for derivatives in functions] != [[], []]
     assert functions[0] != functions[1]
     assert functions[0].cache_key != functions[1].cache_key

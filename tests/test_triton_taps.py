@@ -37,7 +37,7 @@ import dfa_kernels as dfa
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import TapsCall
-from dfa_kernels.backends.triton import launch_plan as plan
+from dfa_kernels.backends.triton import plan_taps as plan
 from dfa_kernels.backends.triton.problem import TapsProblem
 from dfa_kernels.backends.triton.route import planned_by
 

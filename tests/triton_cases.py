@@ -26,7 +26,9 @@ from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton import launch, operators, route
 from dfa_kernels.backends.triton import launch_plan as plan_module
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
-from dfa_kernels.backends.triton.launch_plan import LaunchPlan, plan_one_phase, plan_two_phase
+from dfa_kernels.backends.triton.launch_plan import LaunchPlan
+from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Target
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -7,13 +7,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for
-from dfa_kernels.backends.triton.launch_plan import (
-    LaunchPlan,
-    plan_one_phase,
-    plan_projection,
-    plan_two_phase,
-    usable_two_phase,
-)
+from dfa_kernels.backends.triton.launch_plan import LaunchPlan
+from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_taps import plan_projection
+from dfa_kernels.backends.triton.plan_wide import plan_two_phase, usable_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, TapsProblem, Target
 from dfa_kernels.backends.triton.route import Planner, planned_by
 

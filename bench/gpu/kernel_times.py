@@ -21,7 +21,7 @@ from bench.gpu.reference import Reference
 from bench.gpu.regions import BP, EVERYWHERE, OURS, STEP, ByHand
 from dfa_kernels.backends import BACKENDS, resolve
 from dfa_kernels.backends.calls import LayerCall
-from dfa_kernels.backends.triton.launch_plan import LARGEST_HELD_ERROR
+from dfa_kernels.backends.triton.choice import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.route import planned_by
 
 LIBRARY, CHOSEN = "cuBLAS, weight gradients alone", "layer_grads"

@@ -17,8 +17,11 @@ from triton.compiler import ASTSource
 
 from dfa_kernels.backends.triton.configs import table
 from dfa_kernels.backends.triton.kernels.hadamard_tile import hadamard_kernel
-from dfa_kernels.backends.triton.launch_plan import LaunchPlan, plan_one_phase, plan_projection, plan_two_phase
+from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.operators import tile_of
+from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_taps import plan_projection
+from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Projected, TapsProblem, Target
 from dfa_kernels.feedback.kinds import FEEDBACK_KINDS
 from dfa_kernels.feedback.spec import FeedbackSpec

@@ -1,7 +1,8 @@
 """The operators as Triton kernels: one launch for all layers.
 
-operators.py (what is called) → route.py → launch_plan.py (what will run, and why) → launch.py → kernels/. What decides
-a plan is in problem.py, where U comes from in source.py, tiles in configs.py; describe.py says it in words.
+operators.py (what is called) → route.py → choice.py (which kernel, and why) → plan_….py (one for each: its grid and
+constants) → launch.py → kernels/. What decides a plan is in problem.py, where U comes from in source.py, tiles in
+configs.py; describe.py says it in words.
 """
 
 from .describe import describe_layers, describe_taps

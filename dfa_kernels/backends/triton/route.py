@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..calls import LayerCall
-from .launch_plan import LaunchPlan, plan_grouped, plan_taps
+from .choice import plan_grouped
+from .launch_plan import LaunchPlan
+from .plan_taps import plan_taps
 from .problem import GroupedProblem, TapsProblem, Target
 from .source import ErrorLooks, looks_of_error, mask_of, projected_for, reason_for_torch
 
