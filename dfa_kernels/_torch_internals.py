@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -94,6 +94,15 @@ def constant_when_compiled(function: F) -> F:
     """What torch.compiler.assume_constant_result does, which loads the compiler to do it, and that takes a second."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def show_to_modes(functions: Iterable[Any]) -> None:
+    """From now on torch.compile, which is loaded, shows these functions to a TorchFunctionMode, as it shows most.
+
+    It leaves out what `torch.overrides` calls ignored, torch.relu_ and F.tanh among them.
+    """
+    shown: set[Any] = sys.modules["torch._dynamo.variables.torch"].get_overridable_functions()
+    shown.update(functions)
 
 
 def checkpointed_region() -> Any:

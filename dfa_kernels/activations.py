@@ -171,7 +171,7 @@ ACTIVATIONS: dict[str, Activation] = {
         ),
         Activation(
             "sigmoid",
-            calls=(torch.sigmoid, T.sigmoid, torch.sigmoid_, T.sigmoid_, F.sigmoid),
+            calls=(torch.sigmoid, T.sigmoid, torch.sigmoid_, T.sigmoid_, F.sigmoid, torch.special.expit),
             modules=(nn.Sigmoid,),
             apply=lambda a, p, q: a.sigmoid_(),
             gradient=lambda g, h, p, q: aten.sigmoid_backward(g, h),
@@ -240,9 +240,30 @@ UNFUSED_CALLS: frozenset[Callable[..., Any]] = frozenset(
         F.relu6, F.selu, F.selu_, F.celu, F.celu_, F.mish, F.hardswish, F.hardsigmoid, F.prelu, F.softsign,
         F.logsigmoid, F.tanhshrink, F.softshrink, F.hardshrink, F.rrelu, F.rrelu_, F.threshold, F.glu, torch.selu,
         torch.selu_, torch.celu, torch.celu_, torch.prelu, torch.rrelu, torch.rrelu_, torch.threshold, T.prelu,
+        torch.sin, torch.sin_, T.sin, T.sin_, torch.cos, torch.cos_, T.cos, T.cos_, torch.erf, torch.erf_, T.erf,
+        T.erf_, torch.atan, torch.atan_, T.atan, T.atan_, torch.arctan, torch.arctan_, T.arctan, T.arctan_,
+        F.threshold_,  # type: ignore[attr-defined]
+        torch.hardshrink, T.hardshrink,
     }
 )  # fmt: skip
 """Activations that a tap may follow, but whose segment autograd finishes."""
+
+CLAMPS: frozenset[Callable[..., Any]] = frozenset(
+    {torch.clamp, torch.clamp_, torch.clip, torch.clip_, T.clamp, T.clamp_, T.clip, T.clip_}
+)
+CLAMP_MIN: frozenset[Callable[..., Any]] = frozenset({torch.clamp_min, torch.clamp_min_, T.clamp_min, T.clamp_min_})
+# The bounds of relu, relu6 and hardtanh; others limit numbers that must not be too large.
+_BOUNDS = ((0, None), (0, 6), (-1, 1))
+
+
+def is_activation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a tap may follow the call ``func(input, *args, **kwargs)``."""
+    if func in FUSED_CALLS or func in UNFUSED_CALLS:
+        return True
+    if func not in CLAMPS and func not in CLAMP_MIN:
+        return False
+    bounds = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(("min", "max"))]
+    return all(bound is None or type(bound) in (int, float) for bound in bounds) and tuple(bounds) in _BOUNDS
 
 
 def call_parameters(row: Activation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:

@@ -10,7 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ._torch_internals import compiler_is_loaded, is_compiled, is_traced, is_under_functorch
+from ._torch_internals import (
+    compiler_is_loaded,
+    constant_when_compiled,
+    is_compiled,
+    is_traced,
+    is_under_functorch,
+    show_to_modes,
+)
+from .activations import FUSED_CALLS, UNFUSED_CALLS
 
 Result = TypeVar("Result")
 
@@ -22,12 +30,19 @@ def whole(run: Callable[..., Result], *args: Any) -> Result:
     in one piece, moves what the pass observes to the part's end: then saved tensors have other versions, or are gone.
     """
     if torch.compiler.is_compiling():
+        _show_activations()
         with _InOnePiece():
             return run(*args)
     if not compiler_is_loaded():
         return run(*args)
     result: Result = _uncompiled()(run, *args)
     return result
+
+
+@constant_when_compiled
+def _show_activations() -> bool:
+    show_to_modes([*FUSED_CALLS, *UNFUSED_CALLS])
+    return True
 
 
 class _InOnePiece:

@@ -19,8 +19,9 @@ from .compilers import check_not_recorded, is_recorded, warn_of_compiled, whole
 from .feedback import Feedback
 from .feedback.packed import pack, unpack
 from .feedback.spec import check_integer
-from .forward.reach import bypassed, warn_of_uncovered
-from .forward.record import Pass, recorded
+from .forward.layer_outputs import HIDDEN
+from .forward.reach import bypassed, warn_of_uncovered, warn_of_unknown
+from .forward.record import Pass, Watched, recorded
 from .forward.rows import RowDims
 from .forward.segments import FusedLayer, SegmentedPass
 from .forward.sequence import plain_modules, run_sequence
@@ -43,10 +44,11 @@ class DFA(nn.Module):
         feedback: the random projection shared by all taps.
         taps: where the error is injected. "nonlinearity": after the activation that follows a weight layer (a product
             with a parameter: Linear, Conv, ``x @ self.W``, einsum, …), except after the last one; where elementwise
-            functions carry the layer's output around it (``h * sigmoid(h)``), behind them. After attention, LSTM and
-            GRU modules, which end in no activation that can be seen, at the input of the next weight layer at the
-            latest. "layer_input": at the input of each weight layer but the first, so after pooling, batch norm and
-            dropout. A list of submodule names: at their outputs. If ``net`` holds `Tap` modules, those are the taps.
+            functions carry the layer's output around it (``h * sigmoid(h)``) or multiply it by another layer's (a gate,
+            ``silu(w1(x)) * w3(x)``), behind them. After attention, LSTM and GRU modules, which end in no activation
+            that can be seen, at the input of the next weight layer at the latest. "layer_input": at the input of each
+            weight layer but the first, so after pooling, batch norm and dropout. A list of submodule names: at their
+            outputs. If ``net`` holds `Tap` modules, those are the taps.
         backend: "auto" or the name of one of the backends.
         batch_dims: how many leading dimensions of the output are rows, each with an error of its own; the others are
             the error's components, flattened. None: 2 of [b, T, E], else 1. A tap's rows are those of its dimensions,
@@ -89,6 +91,7 @@ class DFA(nn.Module):
         self._error_size: int | None = None
         self._looks: tuple[Any, ...] | None = None
         self._sketch: Sketch | None = None
+        self._chained: list[str] = []
         self._backprop = False
         self._optimizer: weakref.ref[FusedOptimizer] | None = None
 
@@ -132,7 +135,7 @@ class DFA(nn.Module):
             raise RuntimeError("plan: it follows from a forward pass, and there has been none yet")
         optimizer = None if self._optimizer is None else self._optimizer()
         around = [tap.name for tap in self.taps if tap.bypassed]
-        return step_plan(self._sketch, None if optimizer is None else optimizer.rule, around)
+        return step_plan(self._sketch, None if optimizer is None else optimizer.rule, around, self._chained)
 
     @contextlib.contextmanager
     def backprop(self) -> Iterator[None]:
@@ -197,7 +200,7 @@ class DFA(nn.Module):
             modules = plain_modules(self.net, self.batch_dims, args, kwargs)
             if modules is not None:
                 found = run_sequence(modules, args[0], self._policy.kind == "nonlinearity")
-                return recorded(*found, self.feedback, self.backend, self.batch_dims, None, [])
+                return recorded(*found, self.feedback, self.backend, self.batch_dims, None, Watched())
         return whole(self._observed, args, kwargs)
 
     def _observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
@@ -206,15 +209,9 @@ class DFA(nn.Module):
             output = self._run(*args, **kwargs)
         last = segmented.finish(output)
         self._check_pass(segmented)
+        watched = Watched(segmented.calls, segmented.chained())
         return recorded(
-            output,
-            segmented.segments,
-            last,
-            self.feedback,
-            self.backend,
-            self.batch_dims,
-            self._row_dims,
-            segmented.calls,
+            output, segmented.segments, last, self.feedback, self.backend, self.batch_dims, self._row_dims, watched
         )
 
     def _run(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -249,11 +246,16 @@ class DFA(nn.Module):
         looks = (units, seen.rows, seen.error_size, seen.output.dtype, seen.output.device, learning)
         if looks == self._looks:
             return
-        names = tap_names(self.net, [segment.origin for segment in seen.segments], self._called(seen.calls))
+        called = self._called(seen.watched.calls)
+        names = tap_names(self.net, [segment.origin for segment in seen.segments], called)
         around = bypassed(seen)
         self._taps = tuple(TapInfo(n, u, math.prod(u), b) for n, u, b in zip(names, units, around, strict=True))
         if self._looks is None and self._policy.kind != "named":
             warn_of_uncovered(self.net, seen, names)
+        chained = tap_names(self.net, [layer.call.weights[0] for layer in seen.watched.chained], called)
+        if chained != self._chained:
+            warn_of_unknown(seen, chained)
+            self._chained = chained
         self._looks, self._error_size = looks, seen.error_size
         if not torch.compiler.is_compiling():
             self._sketch = sketch(seen)
@@ -284,7 +286,7 @@ class DFA(nn.Module):
                 'change of the network run the pass again; for one whose depth varies use taps="layer_input"; before '
                 "torch.compile run one pass without it"
             )
-        self._check_points(segmented.points_seen)
+        self._check_shown(segmented)
         if segmented.points_seen == 0:
             raise ValueError(
                 'net: no activation was found between its weight layers; use taps="layer_input", a list of submodule '
@@ -296,14 +298,20 @@ class DFA(nn.Module):
                 "use_reentrant=True; use use_reentrant=False"
             )
 
-    def _check_points(self, seen: int) -> None:
-        """Compilers hide some functions; a pass without one tells whether this network has any of these."""
+    def _check_shown(self, segmented: SegmentedPass) -> None:
+        """Compilers hide some functions; a pass without one tells whether any of them is an activation."""
+        seen = segmented.points_seen
         if not torch.compiler.is_compiling():
             self._points = seen
+        elif self._points is None and any(layer.unknown == HIDDEN for layer in segmented.chained()):
+            raise RuntimeError(
+                "net: torch.compile hides functions that it calls between weight layers, which may be activations; "
+                "run one pass without torch.compile before, which tells"
+            )
         elif self._points is not None and seen != self._points:
             raise RuntimeError(
-                f"net: torch.compile shows {seen} of its {self._points} activations; it hides F.tanh, F.sigmoid and "
-                "in-place functions such as F.relu_, so use torch.tanh, torch.sigmoid, F.relu(x, inplace=True)"
+                f"net: torch.compile shows {seen} of its {self._points} activations; it hides those of Python's own, "
+                "such as abs(x); use torch.abs(x), or put a dfa_kernels.Tap() behind them"
             )
 
     def _ledger(self) -> Ledger | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,18 +224,51 @@ def test_vmap_without_gradients():
         torch.testing.assert_close(torch.func.vmap(model)(x[:, None])[:, 0], mlp()(x))
 
 
-def test_activations_that_compilers_hide_are_refused_after_a_pass_without_one():
-    """There F.relu_ was no activation, and its layer learned by a chain, silently."""
+class Activated(nn.Module):
+    """``activation`` is called for its result or, if ``in_place``, for what it does to its argument."""
 
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 4)
+    def __init__(self, activation, in_place=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 4)
+        self.activation, self.in_place = activation, in_place
 
-        def forward(self, x):
-            return self.c(torch.tanh(self.b(F.relu_(self.a(x)))))
+    def forward(self, x):
+        h = self.a(x)
+        activated = self.activation(h)
+        return self.c(torch.tanh(self.b(h if self.in_place else activated)))
 
-    model = dfa.DFA(Hidden())
-    model(torch.randn(5, 6))
-    with pytest.raises(Exception, match="compile shows 1 of its 2 activations"):
-        torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(5, 6))
+
+def _threshold_(h):
+    return F.threshold_(h, 0.1, 0.2)
+
+
+IN_PLACE = [F.relu_, torch.tanh_, F.elu_, F.selu_, _threshold_]
+
+
+@pytest.mark.parametrize(
+    "activation, in_place",
+    [(f, False) for f in (F.tanh, F.sigmoid, *IN_PLACE)] + [(f, True) for f in IN_PLACE],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_activations_that_compilers_do_not_show_by_themselves(activation, in_place):
+    """F.relu_ was no activation there, and its layer learned by a chain, silently."""
+    compiled, eager, x = Activated(activation, in_place), Activated(activation, in_place), torch.randn(5, 6)
+    found = gradients(torch.compile(dfa.DFA(compiled), backend="aot_eager", fullgraph=True), x)
+    assert_equal_gradients(found, gradients(dfa.DFA(eager), x))
+
+
+@pytest.mark.parametrize(
+    "passes, message", [(0, r"run one pass without torch\.compile"), (1, r"1 of its 2.*torch\.abs")]
+)
+def test_an_activation_that_some_compilers_hide(passes, message):
+    """Python's abs is none of torch's functions, which torch 2.13 takes at its word."""
+    model, x = dfa.DFA(Activated(abs)), torch.randn(5, 6)
+    for _ in range(passes):
+        model(x)
+    try:
+        found = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+    except RuntimeError as error:
+        assert re.search(message, str(error))
+    else:
+        assert_equal_gradients(found, gradients(dfa.DFA(Activated(abs)), x))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from dfa_kernels import _torch_internals
@@ -219,3 +220,23 @@ def test_checkpointed_region():
     assert seen[0] is not None
     assert seen[0] == seen[1] != seen[2] is not None
     assert seen[3:] == [None, None]
+
+
+class Negated(TorchFunctionMode):
+    """relu_ of x is −relu(x)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return -result if func is torch.relu_ else result
+
+
+def test_show_to_modes():
+    """Else a compiled network's torch.relu_ would be no activation."""
+
+    def call(x):
+        with Negated():
+            return torch.relu_(x * 2)
+
+    torch.compile(torch.ones_like, backend="eager")(torch.ones(2))
+    _torch_internals.show_to_modes([torch.relu_])
+    assert torch.compile(call, backend="eager", fullgraph=True)(torch.ones(2)).tolist() == [-2, -2]

@@ -73,6 +73,8 @@ def heads(y: dict[str, Tensor]) -> Tensor:
 
 CASES = {
     "squared_relu": Case(wm.SquaredReLU, (rows(4, 6),)),
+    "gated_mlp": Case(wm.GatedMLP, (rows(4, 6),)),
+    "gated_mlp, formula": Case(lambda: wm.GatedMLP(lambda h: h * torch.sigmoid(h)), (rows(4, 6),)),
     "nerf": Case(wm.NeRF, (rows(5, 9), rows(5, 4))),
     "deepfm": Case(wm.DeepFM, (lambda: torch.randint(20, (5, 4)),)),
     "gcn": Case(wm.GCN, (rows(5, 6), adjacency), policies=BOTH),
@@ -493,6 +495,55 @@ def test_a_parameter_that_no_tap_covers_is_named_once():
     words = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and "hidden.W" in str(w.message)]
     assert len(words) == 1
     assert "dfa_kernels.Tap()" in words[0]
+
+
+class OwnActivation(torch.autograd.Function):
+    """An activation that no observer sees."""
+
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        return h.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (h,) = ctx.saved_tensors
+        return gradient * h.cos()
+
+
+@pytest.mark.parametrize(
+    "unknown, name",
+    [(OwnActivation.apply, "hidden"), (lambda h: h.softmax(-1), "softmax"), (torch.exp, "exp"),
+     (lambda h: h.clamp(-2, 2), "clamp")],
+)  # fmt: skip
+def test_a_layer_before_an_activation_that_is_not_known_is_named_once(unknown, name):
+    class Net(wm.FormulaMLP):
+        def forward(self, x, tap=wm.untapped):
+            h = tap(torch.tanh(self.second(unknown(self.first(x)))), "second")
+            return self.last(h)
+
+    net, x = Net(), torch.randn(4, 6)
+    model = dfa.DFA(net, feedback())
+    expected, _ = reference_gradients(net, [x], loss, model.feedback.matrix, 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss(model(x)).backward()
+        model(torch.randn(3, 6))
+    assert_gradients(net, expected)
+    words = [str(w.message) for w in caught if "dfa_kernels.Tap()" in str(w.message)]
+    assert len(words) == 1
+    assert "'first'" in words[0]
+    assert name in words[0]
+    assert "'second'" not in words[0]
+
+
+def test_the_plan_names_layers_that_a_chain_teaches():
+    model = dfa.DFA(wm.GPT(), feedback())
+    model(torch.randint(11, (3, 4)))
+    (line,) = [line for line in model.plan().lines if "by a chain through later layers" in line]
+    # The last layer of the last block is behind the last tap, where gradients are true.
+    names = ["blocks.0.qkv", "blocks.0.project", "blocks.0.reduce", "blocks.1.qkv", "blocks.1.project"]
+    assert line.endswith(": " + ", ".join(names))
 
 
 def test_a_mark_covers_it():

@@ -37,6 +37,12 @@ FORMULAS = {
     "glu": glu,
     "silu": F.silu,
     "tanh": torch.tanh,
+    "sine": lambda h: torch.sin(3 * h),
+    "relu as a clamp": lambda h: h.clamp(min=0),
+    "relu as a clamp, in place": lambda h: h.clamp_min_(0),
+    "relu6 as a clip": lambda h: torch.clip(h, 0, 6),
+    "hardtanh as a clamp": lambda h: torch.clamp(input=h, min=-1, max=1),
+    "expit": torch.special.expit,
 }
 """Activations written out. The tap is at the result of each."""
 
@@ -53,6 +59,22 @@ class FormulaMLP(nn.Module):
     def forward(self, x, tap=untapped):
         h = tap(self.formula(self.first(x)), "first")
         h = tap(self.formula(self.second(h)), "second")
+        return self.last(h)
+
+
+class GatedMLP(nn.Module):
+    """[b, 6] -> [b, 3]; SwiGLU as in LLaMA: a layer without an activation multiplies one with; both have one tap."""
+
+    def __init__(self, gate=F.silu):
+        super().__init__()
+        self.gate = gate
+        self.first, self.first_up, self.first_down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 7)
+        self.second, self.second_up, self.last = nn.Linear(7, 9), nn.Linear(7, 9), nn.Linear(9, 3)
+
+    def forward(self, x, tap=untapped):
+        h = tap(self.gate(self.first(x)) * self.first_up(x), "first")
+        x = self.first_down(h)
+        h = tap(self.second_up(x).mul(self.gate(self.second(x))), "second")
         return self.last(h)
 
 

@@ -58,10 +58,11 @@ def _without_values(tensor: Tensor, device: torch.device) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def step_plan(seen: Sketch, rule: str | None, bypassed: Sequence[str]) -> StepPlan:
+def step_plan(seen: Sketch, rule: str | None, bypassed: Sequence[str], chained: Sequence[str]) -> StepPlan:
     """What the backward pass of such a pass runs.
 
-    rule: of the fused optimizer that finishes it, if there is one; bypassed: the names of taps that paths go around.
+    rule: of the fused optimizer that finishes it, if there is one; bypassed: the names of taps that paths go around;
+    chained: of layers that a chain through others teaches.
     """
     plan, backend = seen.plan, backends.BACKENDS[seen.plan.backend]
     lines = [f"backend {plan.backend} on {seen.device}"]
@@ -78,6 +79,8 @@ def step_plan(seen: Sketch, rule: str | None, bypassed: Sequence[str]) -> StepPl
     if plan.roots or plan.convolutions:
         taps = taps_call(plan, seen.tensors, seen.error)
         lines.append(f"δ of these taps: {backend.describe_taps(taps, seen.device)}")
+    if chained:
+        lines.append(f"taught by a chain through later layers, up to a tap: {', '.join(chained)}")
     if bypassed:
         lines.append(f"reached by a chain past their tap, too: what is taught at {', '.join(bypassed)}")
     return StepPlan(tuple(lines))

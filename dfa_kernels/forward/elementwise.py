@@ -33,5 +33,10 @@ def _functions() -> Iterator[Callable[..., Any]]:
     yield F.dropout
 
 
+T = Tensor
+PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
+    {torch.mul, torch.multiply, T.mul, T.mul_, T.multiply, T.multiply_, T.__mul__, T.__rmul__}
+)
+
 # F.glu is none: it halves the units.
 ELEMENTWISE: frozenset[Callable[..., Any]] = frozenset(_functions()) | frozenset(FUSED_CALLS) | UNFUSED_CALLS - {F.glu}

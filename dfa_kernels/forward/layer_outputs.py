@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .elementwise import ELEMENTWISE
+from ..activations import CLAMPS
+from .elementwise import ELEMENTWISE, PRODUCTS
 from .tensor_map import TensorMap
 from .weight_layers import Args, Call, Kwargs, WeightCall, replaced, tensors_in
+
+HIDDEN = "a function that is hidden"
+# Right behind a layer they stand where an activation would; elsewhere they have other purposes.
+MISTAKEN: frozenset[Call] = CLAMPS | {torch.softmax, Tensor.softmax, F.softmax, torch.exp, Tensor.exp}
 
 
 @dataclass(slots=True, eq=False)
@@ -25,8 +31,15 @@ class Layer:
 
     call: WeightCall
     number: int
+    learns: bool
+    shape: tuple[int, ...] | None
+    """Of its result, if that is one tensor."""
     open: bool = True
-    """Whether no activation has followed yet."""
+    """Whether no tap has followed yet."""
+    taken: int | None = None
+    """The newest tap's number when another weight layer took its output, without a tap between."""
+    unknown: str = ""
+    """What follows it in an activation's place and is not known as one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,31 +78,50 @@ class LayerOutputs:
 
     def __init__(self) -> None:
         self._layers = 0
+        self._point = -1
         self._open: list[Layer] = []
+        self._results: TensorMap[Layer] = TensorMap()
         self._carried: TensorMap[list[Layer]] = TensorMap()
         self._past: TensorMap[Past] = TensorMap()
         self._apart: TensorMap[bool] = TensorMap()
 
     def made(self, call: WeightCall, result: Any) -> None:
         """A weight layer ran: what its inputs carried has arrived."""
+        for x in call.inputs:
+            self._taken(x)
         arrived = self._taps_of(call.inputs)
         if arrived:
             self._past.keep(lambda known: all(tap not in arrived for tap in known.taps))
-        layer = Layer(call, self._layers)
+        learns = any(x.requires_grad for x in tensors_in((result,), {}))
+        layer = Layer(call, self._layers, learns, result.shape if isinstance(result, Tensor) else None)
         self._layers += 1
         self._open.append(layer)
         for x in tensors_in((result,), {}):
             self._carried.set(x, [layer])
+            self._results.set(x, layer)
+
+    def _taken(self, x: Tensor) -> None:
+        """A weight layer takes x: what makes it is taught by a chain, if no tap comes between yet."""
+        layers = self._carried.get(x) or []
+        if self._comes_from_nowhere(x):
+            # As an activation's, its shape is that of what it was made from.
+            layers = [layer for layer in self._open if layer.shape == x.shape]
+            for layer in layers:
+                layer.unknown = layer.unknown or HIDDEN
+        for layer in layers:
+            if layer.taken is None:
+                layer.taken = self._point
+
+    def chained(self) -> list[Layer]:
+        """At the end of a pass: the layers that only a chain through others connects with the tap that teaches them."""
+        return [x for x in self._open if x.learns and x.taken is not None and x.taken < self._point]
 
     def awaiting(self, z: Tensor) -> list[Layer]:
         """The layers whose output an activation of z follows, in their order.
 
         Where z comes from a function that nobody saw, that is every layer without an activation.
         """
-        layers = self._carried.get(z)
-        if layers is None and self._past.get(z) is None and not self._is_apart(z):
-            return list(self._open)
-        return layers or []
+        return list(self._open) if self._comes_from_nowhere(z) else self._carried.get(z) or []
 
     def opaque(self, x: Tensor) -> list[Layer]:
         """The open layers that make x together, if one of them is opaque."""
@@ -100,26 +132,43 @@ class LayerOutputs:
         """A tap was placed behind these layers: ``cut`` goes on."""
         for layer in layers:
             layer.open = False
+        self._point = point
         self._open = [layer for layer in self._open if layer.open]
         self._carried.discard(cut)
         self._past.set(cut, Past([Tapped(point, layers, whole)]))
 
     def around(self, func: Call, args: Args, kwargs: Kwargs) -> list[Tapped]:
-        """The taps that this call goes around: it joins what comes from them with more of the same layers' output."""
+        """The taps that have to move behind this call.
+
+        It joins what comes from them with more of the same layers' output; or it is a gate, the product with another
+        layer's output that no activation follows.
+        """
         if not len(self._past) or func not in ELEMENTWISE:
             return []
         tensors = list(tensors_in(args, kwargs))
         taps = self._taps_of(tensors)
         beside = [layer for x in tensors for layer in self._carried.get(x) or ()]
+        gated = bool(self.gated(func, args, kwargs))
         return [
             tap
             for tap in taps
             if not tap.used
-            and any(
-                layer in beside or any(layer in other.layers for other in taps if other is not tap)
-                for layer in tap.layers
+            and (
+                gated
+                or any(
+                    layer in beside or any(layer in other.layers for other in taps if other is not tap)
+                    for layer in tap.layers
+                )
             )
         ]
+
+    def gated(self, func: Call, args: Args, kwargs: Kwargs) -> list[Layer]:
+        """The layers whose output, as it is, this call multiplies by numbers of the same shape."""
+        tensors = list(tensors_in(args, kwargs))
+        if func not in PRODUCTS or len(tensors) != 2 or tensors[0].shape != tensors[1].shape:
+            return []
+        layers = [self._results.get(x) for x in tensors]
+        return [layer for layer in layers if layer is not None and layer.open]
 
     def _taps_of(self, tensors: Iterable[Tensor]) -> list[Tapped]:
         """The taps from which elementwise functions made some of these."""
@@ -141,6 +190,8 @@ class LayerOutputs:
         if not isinstance(result, (Tensor, tuple, list)) or not (len(self._carried) or len(self._past)):
             return
         tensors = list(tensors_in(args, kwargs))
+        if func in MISTAKEN and tensors and (layer := self._results.get(tensors[0])):
+            layer.unknown = func.__name__
         layers = {layer for x in tensors for layer in self._carried.get(x) or ()}
         if layers:
             for x in tensors_in((result,), {}):
@@ -165,6 +216,10 @@ class LayerOutputs:
         for tap in taps:
             tap.used = True
 
+    def _comes_from_nowhere(self, x: Tensor) -> bool:
+        """Whether a function that nobody saw made x."""
+        return self._carried.get(x) is None and self._past.get(x) is None and not self._is_apart(x)
+
     def _is_apart(self, x: Tensor) -> bool:
         """Whether x is made without any layer's output, of inputs and parameters alone, as far as was seen."""
-        return not x.requires_grad or isinstance(x, nn.Parameter) or self._apart.get(x) is not None
+        return not x.requires_grad or isinstance(x, nn.Parameter) or x.is_leaf or self._apart.get(x) is not None

@@ -30,7 +30,7 @@ def warn_of_uncovered(net: nn.Module, seen: Pass, names: Sequence[str]) -> None:
     if torch.compiler.is_compiling():
         return
     known = {id(p): name for name, p in net.named_parameters()}
-    for weight in (weight for call in seen.calls for weight in call.weights):
+    for weight in (weight for call in seen.watched.calls for weight in call.weights):
         for p in (weight, *[node.variable for node, _ in _nodes(weight) if hasattr(node, "variable")]):
             known.pop(id(p), None)
     for segment, name in zip(seen.segments, names, strict=True):
@@ -42,6 +42,23 @@ def warn_of_uncovered(net: nn.Module, seen: Pass, names: Sequence[str]) -> None:
                 "behind them, or name their submodules in taps",
                 stacklevel=2,
             )
+
+
+def warn_of_unknown(seen: Pass, names: Sequence[str]) -> None:
+    """A warning if functions stand in activations' places that are not known as such.
+
+    names: of the pass's chained layers.
+    """
+    if torch.compiler.is_compiling():
+        return
+    pairs = zip(names, seen.watched.chained, strict=True)
+    found = [f"{name!r} ({layer.unknown})" for name, layer in pairs if layer.unknown]
+    if found:
+        warnings.warn(
+            f"net: {', '.join(found)}: what follows these weight layers is not known as an activation, so they are "
+            "taught by a chain through the next ones; put a dfa_kernels.Tap() behind them",
+            stacklevel=2,
+        )
 
 
 def _inner(end: Tensor) -> Iterator[Any]:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .. import backends
 from ..feedback import Feedback
 from ..feedback.spec import FeedbackSpec
+from .layer_outputs import Layer
 from .rows import RowDims
 from .segments import FusedLayer, Segment
 from .survey import row_count
 from .weight_layers import WeightCall
+
+
+@dataclass(slots=True)
+class Watched:
+    """What somebody saw who watched the pass; nothing of a network whose modules tell all."""
+
+    calls: list[WeightCall] = field(default_factory=list)
+    """All its weight layers."""
+    chained: list[Layer] = field(default_factory=list)
+    """Those that only a chain through others connects with the tap that teaches them."""
 
 
 @dataclass(slots=True)
@@ -31,8 +42,7 @@ class Pass:
     """What the feedback keeps for the widest tap."""
     feedback: FeedbackSpec
     backend: str
-    calls: list[WeightCall]
-    """All its weight layers, as far as somebody watched."""
+    watched: Watched
 
 
 def recorded(
@@ -43,7 +53,7 @@ def recorded(
     backend: str,
     batch_dims: int | None,
     row_dims: RowDims | None,
-    calls: list[WeightCall],
+    watched: Watched,
 ) -> Pass:
     """The pass that gave this output; its segments learn what of their taps are rows.
 
@@ -59,7 +69,7 @@ def recorded(
     sizes = [math.prod(segment.units) for segment in segments]
     stored = feedback.stored(max(sizes), error_size, output.device) if sizes else []
     backend = backends.resolve(backend, output.device)
-    return Pass(output, rows, error_size, segments, last, stored, feedback.spec, backend, calls)
+    return Pass(output, rows, error_size, segments, last, stored, feedback.spec, backend, watched)
 
 
 def error_shape(output: Tensor, batch_dims: int | None) -> tuple[tuple[int, ...], int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._torch_internals import checkpointed_region
-from ..activations import FUSED_CALLS, UNFUSED_CALLS
+from ..activations import is_activation
 from .layer_outputs import Layer, LayerOutputs, Tapped
 from .weight_layers import LAYERS, WEIGHT_CALLS, Args, Call, Kwargs, WeightCall, Weights, input_first, replaced
 
@@ -26,8 +26,6 @@ _library.impl("tap", lambda x, name: x, "CompositeImplicitAutograd")
 
 TAP: Callable[[Tensor, str], Tensor] = torch.ops.dfa_kernels.tap
 """The identity, to everything but a `ForwardPass`, which sees the call as a place for a tap."""
-
-ACTIVATION_CALLS = frozenset(FUSED_CALLS) | UNFUSED_CALLS
 
 
 class Tap(nn.Module):
@@ -112,6 +110,10 @@ class ForwardPass(TorchFunctionMode):
     def points_seen(self) -> int:
         return self.point + 1
 
+    def chained(self) -> list[Layer]:
+        """At the end: the weight layers that only a chain through others connects with the tap that teaches them."""
+        return self._outputs.chained()
+
     def at_tap(self, origin: Tensor | str, z: Tensor) -> tuple[Tensor, Tensor]:
         return z, z
 
@@ -140,14 +142,15 @@ class ForwardPass(TorchFunctionMode):
                 return self._on_weight_layer(call, func, args, kwargs)
         if func is TAP:
             return self._on_mark(*args)
-        if func in ACTIVATION_CALLS:
+        activates = is_activation(func, args[1:], kwargs)
+        if activates:
             args, kwargs = input_first(args, kwargs)
         if self.policy.kind == "nonlinearity":
-            return self._on_path(func, args, kwargs)
-        return self._run(func, args, kwargs)
+            return self._on_path(func, args, kwargs, activates)
+        return self._run(func, args, kwargs, activates)
 
-    def _run(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
-        result = (self.activation if func in ACTIVATION_CALLS else self.other)(func, args, kwargs)
+    def _run(self, func: Call, args: Args, kwargs: Kwargs, activates: bool) -> Any:
+        result = (self.activation if activates else self.other)(func, args, kwargs)
         self._weights.follow(func, args, kwargs, result)
         return result
 
@@ -187,13 +190,13 @@ class ForwardPass(TorchFunctionMode):
         layers = self._outputs.opaque(x)
         return self._tap_behind(layers, x) if layers else x
 
-    def _on_path(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    def _on_path(self, func: Call, args: Args, kwargs: Kwargs, activates: bool) -> Any:
         """Any call but a weight layer's, under the "nonlinearity" policy."""
         around = self._outputs.around(func, args, kwargs)
         if around:
             return self._move(around, func, args, kwargs)
-        layers = self._outputs.awaiting(args[0]) if func in ACTIVATION_CALLS else []
-        result = self._run(func, args, kwargs)
+        layers = self._outputs.awaiting(args[0]) if activates else []
+        result = self._run(func, args, kwargs, activates)
         if layers and self.weight_layers_seen < self.weight_layers:
             return self._tap_behind(layers, result)
         self._outputs.follow(func, args, kwargs, result)
@@ -201,14 +204,16 @@ class ForwardPass(TorchFunctionMode):
 
     def _tap_behind(self, layers: list[Layer], z: Tensor) -> Tensor:
         whole, cut = self._tap(layers[-1].call.weights[0], z)
-        self._outputs.tapped(self.point, layers, whole, cut)
+        # In a custom function's forward method, for example, nothing can be cut.
+        if torch.is_grad_enabled():
+            self._outputs.tapped(self.point, layers, whole, cut)
         return cut
 
     def _move(self, taps: list[Tapped], func: Call, args: Args, kwargs: Kwargs) -> Tensor:
         """The taps become one, at the result of this call."""
         args, kwargs = replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
         self.give_up_taps([tap.point for tap in taps])
-        layers = [layer for tap in taps for layer in tap.layers]
+        layers = [*self._outputs.gated(func, args, kwargs), *[layer for tap in taps for layer in tap.layers]]
         z = func(*args, **kwargs)
         if any(z is x for x in args):
             self.overwritten(z)
