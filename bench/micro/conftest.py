@@ -12,9 +12,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench import environment
-from bench.gpu.reference import complaint
+from bench.gpu.cases import Case
 from bench.micro.definition import Expected
-from bench.micro.workloads import ON_GPU
+from bench.micro.workloads import ON_GPU, PROJECTIONS
 
 CheckThenTime = Callable[..., None]
 
@@ -41,7 +41,12 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def check_then_time(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> CheckThenTime:
+def case(request: pytest.FixtureRequest) -> Case:
+    return next(case for case in PROJECTIONS if case.name == request.param)
+
+
+@pytest.fixture
+def check_then_time(benchmark: BenchmarkFixture) -> CheckThenTime:
     """Times `run` after what the same call gave, `found`, was held to `expected`; if that is wrong, it fails instead.
 
     group: the table it stands in; facts: go into the JSON.
@@ -50,11 +55,9 @@ def check_then_time(benchmark: BenchmarkFixture, request: pytest.FixtureRequest)
     def run_both(
         run: Callable[[], object], found: Sequence[Tensor], right: Expected, group: str, **facts: object
     ) -> None:
-        deviation = right.worst(found)
-        if not deviation.correct:
-            pytest.fail(complaint(deviation.row()), pytrace=False)
+        error, allowed = right.check(found)
         benchmark.group = group
-        benchmark.extra_info |= {"error": deviation.error, "allowed": deviation.allowed, **facts}
+        benchmark.extra_info |= {"error": error, "allowed": allowed, **facts}
         benchmark(run)
 
     return run_both

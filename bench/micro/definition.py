@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.cpu.projection import written_out
 from bench.gpu.precision import TruncatedProducts, tf32
-from bench.gpu.reference import Deviation, deviation_of
+from bench.gpu.reference import complaint, deviation_of
 from dfa_kernels.feedback.fastfood import block_rows
 from dfa_kernels.updates import RULES
 
@@ -97,32 +97,40 @@ def butterfly(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Expected:
-    """A call's right results, and the same by plain torch in the precision that is timed, in one way or two."""
+    """A call's right results, and how far plain torch in the precision that is timed is from each of them."""
 
     exact: list[Tensor]
-    plain: list[list[Tensor]]
+    baselines: list[float]
 
-    def worst(self, found: Sequence[Tensor]) -> Deviation:
-        """Of the result that is furthest from what is allowed: twice as far from exact as plain torch is."""
-        each = [self._deviation(i, tensor) for i, tensor in enumerate(found)]
-        assert len(each) == len(self.exact), f"{len(each)} of {len(self.exact)} results are there"
-        return max(each, key=lambda deviation: deviation.badness)
-
-    def _deviation(self, i: int, found: Tensor) -> Deviation:
-        exact = self.exact[i]
-        baseline = max(_largest(plain[i].double() - exact) for plain in self.plain)
-        tiny = 4 * torch.finfo(found.dtype).eps * _largest(exact)
-        return deviation_of(f"result {i} {list(found.shape)}", found, exact, 2 * baseline + tiny)
+    def check(self, found: Sequence[Tensor]) -> tuple[float, float]:
+        """How far the worst result is off, and what it may be: twice the baseline. AssertionError if that is not so."""
+        assert len(found) == len(self.exact), f"{len(found)} of {len(self.exact)} results are there"
+        each = []
+        for i, (tensor, exact, baseline) in enumerate(zip(found, self.exact, self.baselines, strict=True)):
+            tiny = 4 * torch.finfo(tensor.dtype).eps * _largest(exact)
+            error, allowed = _distance(tensor, exact), 2 * baseline + tiny
+            if not error <= allowed:
+                wrong = deviation_of(f"result {i} {list(tensor.shape)}", tensor, exact, allowed)
+                raise AssertionError(complaint(wrong.row()))
+            each.append((error, allowed))
+        return max(each, key=lambda pair: pair[0] / pair[1])
 
 
 def expected(formula: Formula, dtype: torch.dtype, may_be_tf32: bool = False) -> Expected:
     """may_be_tf32: factors of float32 products may be rounded to tf32, or cut to it, as tensor cores do."""
+    exact = formula(torch.float64)
     with tf32(may_be_tf32):
-        plain = [formula(dtype)]
+        ways = [formula(dtype)]
     if may_be_tf32:
         with tf32(False), TruncatedProducts():
-            plain.append(formula(dtype))
-    return Expected(formula(torch.float64), plain)
+            ways.append(formula(dtype))
+    baselines = [max(_distance(way[i], tensor) for way in ways) for i, tensor in enumerate(exact)]
+    return Expected(exact, baselines)
+
+
+def _distance(a: Tensor, exact: Tensor) -> float:
+    """The largest difference; NaN if there is one."""
+    return _largest(a.double() - exact)
 
 
 def _largest(tensor: Tensor) -> float:

@@ -55,7 +55,7 @@ def test_layer_grads(case: Case, form: Form, backend: str, check_then_time: Chec
 def test_layer_update_(case: Case, form: Form, rule: str, backend: str, check_then_time: CheckThenTime) -> None:
     call, run = layer_call(case, form), BACKENDS[backend]
     right = right_update(case, form[0], rule)
-    weights, state = parameters_of(case, rule)
+    weights, state = ([tensor.clone() for tensor in some] for some in parameters_of(case, rule))
 
     def update(lr: float) -> None:
         run.layer_update_(call, weights, state, rule, (lr, *HYPER[rule]) * len(weights))

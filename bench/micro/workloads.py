@@ -54,7 +54,8 @@ each_form = pytest.mark.parametrize("form", FORMS, ids="-".join)
 
 
 def each_case(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    """By name, which is what the JSON can hold; the fixture `case` finds the case."""
+    return pytest.mark.parametrize("case", [case.name for case in cases], indirect=True)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -86,6 +87,7 @@ def taps_call(case: Case, form: Form) -> TapsCall:
     )
 
 
+@lru_cache(maxsize=len(RULES))
 def parameters_of(case: Case, rule: str) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases of every layer, smaller than their gradients; the rule's state, as large as these."""
     weights, state = [], []
