@@ -43,10 +43,10 @@ lint: $(READY) ## check style, format and types
 bench: $(READY) ## compare with backpropagation; pass options as ARGS="..."
 	$(BIN) -m bench.cpu.compare $(ARGS)
 
-# Rounds of a millisecond or more, for a tenth of a second: what the host does meanwhile decides more than their number.
+# Rounds of a millisecond or more, for a twentieth of a second, five at least.
 micro: $(READY) ## time every operator alone, on the GPU if there is one; pass pytest options as ARGS="..."
 	mkdir -p runs
-	$(BIN) -m pytest bench/micro --benchmark-max-time=0.1 --benchmark-min-time=0.001 --benchmark-json=runs/micro.json \
+	$(BIN) -m pytest bench/micro --benchmark-max-time=0.05 --benchmark-min-time=0.001 --benchmark-json=runs/micro.json \
 		--benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 # On a machine whose own Python has torch with CUDA, nothing is set up.

@@ -36,7 +36,7 @@ if ON_GPU:
     WIDEST = (784, 262144, 1, 1000, 32)
 else:
     SIZES = ((3072, 800, 3, 10, 128), (784, 1024, 4, 10, 256), (784, 400, 2, 1000, 64))
-    WIDEST = (784, 8192, 1, 1000, 16)
+    WIDEST = (784, 4096, 1, 1000, 16)
 
 
 def case_of(inputs: int, hidden: int, depth: int, classes: int, batch: int, arithmetic: str) -> Case:
