@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.micro import conftest
 from bench.micro.workloads import CASES
 from bench.readme import ROOT
 
@@ -95,10 +96,19 @@ def test_every_operator_that_is_right_is_timed(written):
     assert rows.keys() == names("gaussian", 1024)
     for row in rows.values():
         assert 0 < row["stats"]["min"] <= row["stats"]["median"]
+        assert row["options"]["timer"] == "when_done"
         assert 0 <= row["extra_info"]["error"] <= row["extra_info"]["allowed"] < 1e-3
     assert rows[f"test_layer_grads[{NETWORK}-gaussian-dense-torch]"]["params"] == {
         "backend": "torch", "case": NETWORK, "form": ["gaussian", "dense"]
     }  # fmt: skip
+
+
+def test_the_clock_is_read_when_the_gpu_is_done(monkeypatch):
+    done = []
+    monkeypatch.setattr(conftest, "ON_GPU", True)
+    monkeypatch.setattr(conftest.torch.cuda, "synchronize", lambda: done.append("gpu"))
+    monkeypatch.setattr(conftest.time, "perf_counter", lambda: len(done))
+    assert conftest.when_done() == 1
 
 
 def test_what_is_wrong_fails_without_a_time(first, written):

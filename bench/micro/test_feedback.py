@@ -1,4 +1,4 @@
-"""`Feedback.project`, alone: what a network pays for U that no kernel takes."""
+"""`Feedback.project`, which has no backends to choose from."""
 
 from __future__ import annotations
 
