@@ -98,24 +98,24 @@ def deviation(result: Any, error: Tensor, kind: str) -> tuple[float, float]:
     return found, 2 * plain + 1e-6
 
 
-def written_out(kind: str, block: int, d: int) -> Tensor:
-    """Rows block·d to (block + 1)·d of U with seed 0: [d, ERROR_SIZE].
+def written_out(kind: str, block: int, d: int, error_size: int = ERROR_SIZE) -> Tensor:
+    """Rows block·d to (block + 1)·d of U with seed 0: [d, error_size].
 
     Those of Fastfood are its factors multiplied as matrices in float64.
     """
     rows, cpu = range(block * d, (block + 1) * d), torch.device("cpu")
     if kind == "fastfood":
-        parts = fastfood.fastfood_diagonals(0, range(block, block + 1), ERROR_SIZE, cpu)
+        parts = fastfood.fastfood_diagonals(0, range(block, block + 1), error_size, cpu)
         signs, permutation, gaussian, scaling = (part[0] for part in parts)
         H = torch.from_numpy(hadamard(d)).double()
         V = scaling.double()[:, None] * (H @ (gaussian.double()[:, None] * (H * signs.double())[permutation.long()]))
-        return V[:, :ERROR_SIZE]
+        return V[:, :error_size]
     if kind == "sparse":
-        nonzeros = FeedbackSpec("sparse").nonzeros_per_row(ERROR_SIZE)
-        columns, signs = sparse_entries(0, rows, ERROR_SIZE, nonzeros, cpu)
-        values = signs * math.sqrt(ERROR_SIZE / nonzeros)
-        return torch.zeros(d, ERROR_SIZE).scatter_(1, columns.long(), values)
-    return fill(torch.empty(d, ERROR_SIZE), kind, seed=0, row=rows.start)
+        nonzeros = FeedbackSpec("sparse").nonzeros_per_row(error_size)
+        columns, signs = sparse_entries(0, rows, error_size, nonzeros, cpu)
+        values = signs * math.sqrt(error_size / nonzeros)
+        return torch.zeros(d, error_size).scatter_(1, columns.long(), values)
+    return fill(torch.empty(d, error_size), kind, seed=0, row=rows.start)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,6 @@ def describe() -> dict[str, Any]:
         "commit": None if commit is None else commit.removesuffix("-dirty"),
         "dirty": None if commit is None else commit.endswith("-dirty"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "triton": _version("triton"),
         "cuda": torch.version.cuda,
         "driver": None,
         "gpu": None,
@@ -76,13 +74,6 @@ def nvidia_smi() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(QUERY.split(","), (field.strip() for field in run.stdout.strip().split(",")), strict=False))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":
