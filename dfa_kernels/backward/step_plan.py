@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..forward.record import Pass
+from .deltas import describe
 from .node import layer_call, taps_call
 from .node_plan import NodePlan, TensorTable, make_plan
 
@@ -77,7 +78,7 @@ def step_plan(seen: Sketch, rule: str | None, bypassed: Sequence[str]) -> StepPl
         lines.append(f"segments with local graphs ({len(plan.roots)}): δ below, then autograd")
     if plan.roots or plan.convolutions:
         taps = taps_call(plan, seen.tensors, seen.error)
-        lines.append(f"δ of these taps: {backend.describe_taps(taps, seen.device)}")
+        lines.append(f"δ of these taps: {describe(plan.backend, taps, seen.device)}")
     if bypassed:
         lines.append(f"reached by a chain past their tap, too: what is taught at {', '.join(bypassed)}")
     return StepPlan(tuple(lines))
