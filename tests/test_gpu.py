@@ -256,6 +256,36 @@ def test_project_taps_of_convolutions(precision: str, channels_last: bool, place
         assert_close_to_oracle(out.cpu(), ref64, farthest([s[i] for s in same], ref64), 1.0, f"tap {i}")
 
 
+@each_precision
+@pytest.mark.parametrize("place", FEEDBACKS, ids="-".join)
+def test_feedback_projects_by_one_kernel(precision: str, place: tuple[str, str]) -> None:
+    """But for one product with a stored U."""
+    feedback, error = dfa.Feedback(*place, seed=2**40 + 3), torch.randn(9, 70).to(DEVICE, PRECISIONS[precision])
+    exact = feedback.project(error.cpu().double(), 5000)
+    call = TapsCall(
+        error, feedback.stored(5000, 70, DEVICE), feedback.spec, [5000], [None], [None], ["identity"], [0.0, 0.0]
+    )
+    same = in_same_precision(precision, lambda: torch_backend.project_taps(call))
+    with tf32(precision == "tf32"):
+        names = device_activities(lambda: feedback.project(error, 5000))
+        poison()
+        found = feedback.project(error, 5000)
+    if place not in (("gaussian", "dense"), ("uniform", "dense")):
+        assert len(names) == 1, names
+        assert names[0].startswith("project_taps_kernel")
+    assert found.dtype == error.dtype
+    assert_close_to_oracle(found.cpu(), exact, farthest([s[0] for s in same], exact), 1.0)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "fastfood"])
+def test_a_procedural_projection_needs_the_memory_of_its_result(kind: str) -> None:
+    feedback, error = dfa.Feedback(kind, "procedural"), torch.randn(8, 1000, device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = feedback.project(error, 64 * 224**2)
+    assert torch.cuda.max_memory_allocated() - before < 1.01 * found.nbytes
+
+
 @each_kernel
 def test_offsets_beyond_31_bits(kernel: str) -> None:
     """An input of 2.3 billion numbers; its first columns and its last, which end far behind the 2^31st, are checked."""

@@ -131,18 +131,21 @@ def test_gradients(name: str) -> None:
     assert_close([p.grad for p in model.parameters() if p.grad is not None], exact, same)
 
 
+@pytest.mark.parametrize("storage", ["dense", "procedural"])
 @pytest.mark.parametrize("name", ["mixed", "cnn", "cnn, channels last"])
-def test_gradients_with_each_tap_in_its_turn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large networks have it: one launch for e Uᵀ, from which δ of one tap after the other is made."""
+def test_gradients_with_each_tap_in_its_turn(name: str, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large networks have it: one product or launch for e Uᵀ, from which δ of one tap after the other is made."""
     monkeypatch.setattr(deltas, "WORTH_TURNS", -(2**40))
-    exact = gradients(model_of(name, "torch", torch.float64), name)
-    same = gradients(model_of(name, "torch"), name)
-    model = model_of(name, "triton")
+    feedback = dfa.Feedback("gaussian", storage, seed=4)
+    exact = gradients(model_of(name, "torch", torch.float64, feedback), name)
+    same = gradients(model_of(name, "torch", feedback=feedback), name)
+    model = model_of(name, "triton", feedback=feedback)
     loss = loss_of(model, name)
     with watched() as seen:
         loss.backward()
-    assert seen.kernels == ["project_taps_kernel", "one_phase"]
-    assert "e Uᵀ by one launch of project_taps_kernel" in str(model.plan())
+    made = {"dense": "one product", "procedural": "one launch of project_taps_kernel"}[storage]
+    assert seen.kernels == ["project_taps_kernel"] * (storage == "procedural") + ["one_phase"]
+    assert f"e Uᵀ by {made}" in str(model.plan())
     assert_close([p.grad for p in model.parameters() if p.grad is not None], exact, same)
 
 

@@ -11,6 +11,7 @@ from .. import backends
 from ..backends import torch_backend
 from ..backends.calls import TapsCall
 from ..backends.torch_backend import SharedProjection
+from ..feedback.projection import is_one_product
 
 WORTH_TURNS = 2**28
 """So many bytes saved outweigh the launches for each tap that turns take in place of one for all."""
@@ -50,8 +51,13 @@ def _saving(call: TapsCall) -> int:
 def _shared(backend: str, call: TapsCall) -> SharedProjection:
     if backend == "torch":
         return torch_backend.shared_projection(call.error, call.stored, call.feedback, max(call.sizes))
-    (values,) = backends.BACKENDS[backend].project_taps(_widest(call))
+    (values,) = backends.BACKENDS[_maker(backend, call)].project_taps(_widest(call))
     return SharedProjection(values, call.feedback.normalize)
+
+
+def _maker(backend: str, call: TapsCall) -> str:
+    """The backend that makes e Uᵀ alone."""
+    return "torch" if is_one_product(call.error.dtype, list(call.stored), call.feedback) else backend
 
 
 def _widest(call: TapsCall) -> TapsCall:
@@ -63,10 +69,11 @@ def _widest(call: TapsCall) -> TapsCall:
 
 def describe(backend: str, call: TapsCall, device: torch.device) -> str:
     """What `deltas` runs for this call, in words. Reads shapes only."""
-    describe_taps = backends.BACKENDS[backend].describe_taps
     if backend == "torch" or not _takes_turns(backend, call):
-        return describe_taps(call, device)
+        return backends.BACKENDS[backend].describe_taps(call, device)
+    maker = _maker(backend, call)
+    projection = "one product" if maker == "torch" else backends.BACKENDS[maker].describe_taps(_widest(call), device)
     return (
-        f"e Uᵀ by {describe_taps(_widest(call), device)}; from it each tap's in its turn by the torch backend, which "
-        f"saves {_saving(call) / 1e9:.2f} GB"
+        f"e Uᵀ by {projection}; from it each tap's in its turn by the torch backend, which saves "
+        f"{_saving(call) / 1e9:.2f} GB"
     )
