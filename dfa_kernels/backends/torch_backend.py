@@ -121,6 +121,9 @@ def delta_of(
         return (values if values is shared.values else values * ratio).to(dtype)
     wide = saved if saved.dtype == values.dtype else saved.to(values.dtype)
     values = values if values.shape == saved.shape else values.reshape(saved.shape)
+    if not saved.is_contiguous():
+        # δ in the order of the saved tensor, which a convolution would bring it into.
+        values = torch.empty_like(saved, dtype=values.dtype).copy_(values)
     delta = ACTIVATIONS[activation].gradient(values, wide, p, q)
     if dropout_mask is not None:
         delta = delta * dropout_mask
