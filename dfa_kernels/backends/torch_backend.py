@@ -121,8 +121,9 @@ def delta_of(
         return (values if values is shared.values else values * ratio).to(dtype)
     wide = saved if saved.dtype == values.dtype else saved.to(values.dtype)
     values = values if values.shape == saved.shape else values.reshape(saved.shape)
-    if not saved.is_contiguous():
-        # δ in the order of the saved tensor, which a convolution would bring it into.
+    # δ in the order of the saved tensor, which a convolution would bring it into. Compilers choose orders themselves:
+    # asked for one in a backward pass, Dynamo traces that anew and leaves out that autocast is off.
+    if not torch.compiler.is_compiling() and not saved.is_contiguous():
         values = torch.empty_like(saved, dtype=values.dtype).copy_(values)
     delta = ACTIVATIONS[activation].gradient(values, wide, p, q)
     if dropout_mask is not None:
