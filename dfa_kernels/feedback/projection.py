@@ -96,7 +96,8 @@ def _is_transformed() -> bool:
 
 def is_one_product(error: torch.dtype, stored: Parts, spec: FeedbackSpec) -> bool:
     """Whether e Uᵀ, for an e of this dtype, is one product with what is stored, as libraries make it fastest."""
-    return bool(stored) and spec.row.stored_source == "matrix" and stored[0].dtype == _projected_dtype(error, spec)
+    whole = len(stored) > 0 and spec.row.stored_source == "matrix"
+    return whole and stored[0].dtype == _projected_dtype(error, spec)
 
 
 def _projected_dtype(error: torch.dtype, spec: FeedbackSpec) -> torch.dtype:
