@@ -27,6 +27,17 @@ def backward_reaches(node: Any) -> bool:
         ) from error
 
 
+def take_saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """Within a node's backward pass: its saved tensors, which only the caller keeps alive from then on.
+
+    Unless the graph is retained; a compiler sees to its own memory.
+    """
+    saved: tuple[Tensor, ...] = ctx.saved_tensors
+    if not torch.compiler.is_compiling():
+        ctx.maybe_clear_saved_tensors()
+    return saved
+
+
 def forward_mode_is_on() -> bool:
     """Whether forward-mode differentiation is on, inside torch.compile too."""
     return forward_ad._current_level >= 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from triton_cases import CASES, DEVICE, FEEDBACKS, Call, make_call, plain_layer, plain_network
 
 import dfa_kernels as dfa
+from bench.cpu.large_networks import vgg16
 from bench.gpu.forced import kernel_planner
 from bench.gpu.graphs import captured
 from bench.gpu.kernel_counts import OUR_KERNELS, device_activities
@@ -24,6 +25,7 @@ from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import TapsCall
 from dfa_kernels.backends.triton.route import planned_by
+from dfa_kernels.backward import deltas
 from dfa_kernels.feedback import entries
 from dfa_kernels.feedback.spec import KINDS
 from dfa_kernels.updates import RULES as UPDATE_RULES
@@ -252,6 +254,36 @@ def test_project_taps_of_convolutions(precision: str, channels_last: bool, place
         assert out.dtype == dtype
         assert out.stride() == saved[i].stride()
         assert_close_to_oracle(out.cpu(), ref64, farthest([s[i] for s in same], ref64), 1.0, f"tap {i}")
+
+
+@each_precision
+@pytest.mark.parametrize("place", FEEDBACKS, ids="-".join)
+def test_feedback_projects_by_one_kernel(precision: str, place: tuple[str, str]) -> None:
+    """But for one product with a stored U."""
+    feedback, error = dfa.Feedback(*place, seed=2**40 + 3), torch.randn(9, 70).to(DEVICE, PRECISIONS[precision])
+    exact = feedback.project(error.cpu().double(), 5000)
+    call = TapsCall(
+        error, feedback.stored(5000, 70, DEVICE), feedback.spec, [5000], [None], [None], ["identity"], [0.0, 0.0]
+    )
+    same = in_same_precision(precision, lambda: torch_backend.project_taps(call))
+    with tf32(precision == "tf32"):
+        names = device_activities(lambda: feedback.project(error, 5000), lambda: None)
+        poison()
+        found = feedback.project(error, 5000)
+    if place not in (("gaussian", "dense"), ("uniform", "dense")):
+        assert len(names) == 1, names
+        assert names[0].startswith("project_taps_kernel")
+    assert found.dtype == error.dtype
+    assert_close_to_oracle(found.cpu(), exact, farthest([s[0] for s in same], exact), 1.0)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "fastfood"])
+def test_a_procedural_projection_needs_the_memory_of_its_result(kind: str) -> None:
+    feedback, error = dfa.Feedback(kind, "procedural"), torch.randn(8, 1000, device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = feedback.project(error, 64 * 224**2)
+    assert torch.cuda.max_memory_allocated() - before < 1.01 * found.nbytes
 
 
 @each_kernel
@@ -509,7 +541,11 @@ def test_autocast(classes: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_convolutional_network(channels_last: bool) -> None:
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_convolutional_network(channels_last: bool, in_turn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """δ of all taps in one launch, or of one tap after the other as in large networks."""
+    if in_turn:
+        monkeypatch.setattr(deltas, "WORTH_TURNS", -(2**40))
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 24, 3), nn.Tanh(), nn.Flatten(),
@@ -525,6 +561,26 @@ def test_a_convolutional_network(channels_last: bool) -> None:
         return gradients(own, x_gpu, y_gpu, backend=backend)
 
     check_model(train("auto"), exact, train("torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vgg_needs_no_more_memory_than_by_backpropagation(dtype: torch.dtype) -> None:
+    """At 224 x 224 and batch 32; bfloat16 under autocast."""
+    torch.manual_seed(0)
+    net = vgg16().cuda()
+    x, y = torch.randn(32, 3, 224, 224, device=DEVICE), torch.arange(32, device=DEVICE)
+    model = dfa.DFA(net, dfa.Feedback("fastfood", "procedural"))
+
+    def peak(trained: nn.Module) -> int:
+        for _ in range(2):
+            net.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                loss = F.cross_entropy(trained(x), y)
+            loss.backward()
+        return torch.cuda.max_memory_allocated()
+
+    assert peak(model) <= peak(net)
 
 
 @either_kernel_fits

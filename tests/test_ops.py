@@ -115,11 +115,12 @@ def test_layer_update_(rule, options):
     assert all(not torch.equal(a, b) for a, b in zip(by_operator[0], weights, strict=True))
 
 
-def tap_arguments(rows=5, kind="gaussian", storage="dense", dtype=torch.float32):
+def tap_arguments(rows=5, kind="gaussian", storage="dense", dtype=torch.float32, memory_format=torch.contiguous_format):
     torch.manual_seed(0)
     feedback = dfa.Feedback(kind, storage, seed=2)
     sizes = [24, 7, 9]
-    saved = [torch.tanh(torch.randn(rows, 4, 3, 2, dtype=dtype)), None, torch.randn(rows, 9, dtype=dtype)]
+    h = torch.tanh(torch.randn(rows, 4, 3, 2, dtype=dtype)).contiguous(memory_format=memory_format)
+    saved = [h, None, torch.randn(rows, 9, dtype=dtype)]
     dropout_mask = [torch.randint(2, (rows, 4, 3, 2)).to(dtype) * 2, None, None]
     activations, parameters = ["tanh", "identity", "hardtanh"], [0.0, 0.0, 0.0, 0.0, -0.5, 0.5]
     stored = feedback.stored(24, 4, "cpu")
@@ -133,6 +134,7 @@ TAP_SAMPLES = {
     "one row": {"rows": 1},
     "float64": {"dtype": torch.float64},
     "bfloat16": {"dtype": torch.bfloat16},
+    "channels last": {"memory_format": torch.channels_last},
     **{f"{kind} {storage}": {"kind": kind, "storage": storage} for kind, storage in KINDS},
 }
 
@@ -145,6 +147,7 @@ def test_project_taps(options):
     assert_same(found, torch_backend.project_taps(arguments))
     rows = arguments.error.shape[0]
     assert [tuple(d.shape) for d in found] == [(rows, 4, 3, 2), (rows, 7), (rows, 9)]
+    assert found[0].stride() == arguments.saved[0].stride()
 
 
 def test_project_taps_equals_the_formula():

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import dfa_kernels as dfa
+from dfa_kernels.backends.calls import TapsCall
+from dfa_kernels.backward import deltas
 
 
 def mlp():
@@ -96,6 +98,19 @@ def test_convolutions_and_segments_with_a_graph(backend):
     assert lines[4].startswith("δ of these taps: ")
     assert "3 taps" in lines[4]
     assert len(lines) == 5
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_taps_of_vgg_take_turns_where_that_saves_much(batch):
+    """Of 13.5 million units, 3.2 in the widest; in turns e Uᵀ and δ of the widest are there, at once all δ."""
+    sizes = [64 * 224**2] * 2 + [128 * 112**2] * 2 + [256 * 56**2] * 3 + [512 * 28**2] * 3 + [512 * 14**2] * 3
+    call = TapsCall(
+        torch.empty(batch, 1000, device="meta"), [], dfa.Feedback("gaussian", "procedural").spec, sizes,
+        [torch.empty(batch, size, device="meta") for size in sizes], [None] * 13, ["relu"] * 13, [0.0] * 26,
+    )  # fmt: skip
+    said = deltas.describe("triton", call, torch.device("cpu"))
+    assert ("a tile of the projection serves all 13 taps" in said) == (batch == 1)
+    assert ("saves 0.91 GB" in said) == (batch == 32)
 
 
 @interpreted

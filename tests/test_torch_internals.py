@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -42,6 +43,31 @@ def test_backward_reaches():
     Node.apply(x, w).sum().backward(inputs=[w])
     Node.apply(x, w).sum().backward()
     assert seen == [[True, False], [False, True], [True, True]]
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_take_saved_tensors(retain_graph):
+    """Else every activation would live as long as the backward pass of the whole network."""
+    x = torch.ones(2, requires_grad=True)
+    alive = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x * 2)
+            return x * 3
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (saved,) = _torch_internals.take_saved_tensors(ctx)
+            storage = weakref.ref(saved.untyped_storage())
+            assert saved.tolist() == [2, 2]
+            del saved
+            alive.append(storage() is not None)
+            return gradient
+
+    Node.apply(x).sum().backward(retain_graph=retain_graph)
+    assert alive == [retain_graph]
 
 
 def test_forward_mode_is_on():

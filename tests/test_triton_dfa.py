@@ -13,6 +13,7 @@ from triton_cases import DEVICE, watched
 
 import dfa_kernels as dfa
 from dfa_kernels.backends.triton.launch import INTERPRETED
+from dfa_kernels.backward import deltas
 
 OPTIMIZERS = {
     "sgd": lambda model: dfa.optim.SGD(model, 0.1, weight_decay=0.05),
@@ -127,6 +128,24 @@ def test_gradients(name: str) -> None:
     with watched() as seen:
         loss.backward()
     assert seen.kernels == NETS[name][2]
+    assert_close([p.grad for p in model.parameters() if p.grad is not None], exact, same)
+
+
+@pytest.mark.parametrize("storage", ["dense", "procedural"])
+@pytest.mark.parametrize("name", ["mixed", "cnn", "cnn, channels last"])
+def test_gradients_with_each_tap_in_its_turn(name: str, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large networks have it: one product or launch for e Uᵀ, from which δ of one tap after the other is made."""
+    monkeypatch.setattr(deltas, "WORTH_TURNS", -(2**40))
+    feedback = dfa.Feedback("gaussian", storage, seed=4)
+    exact = gradients(model_of(name, "torch", torch.float64, feedback), name)
+    same = gradients(model_of(name, "torch", feedback=feedback), name)
+    model = model_of(name, "triton", feedback=feedback)
+    loss = loss_of(model, name)
+    with watched() as seen:
+        loss.backward()
+    made = {"dense": "one product", "procedural": "one launch of project_taps_kernel"}[storage]
+    assert seen.kernels == ["project_taps_kernel"] * (storage == "procedural") + ["one_phase"]
+    assert f"e Uᵀ by {made}" in str(model.plan())
     assert_close([p.grad for p in model.parameters() if p.grad is not None], exact, same)
 
 

@@ -51,6 +51,11 @@ class TapsCall(NamedTuple):
     activations: Sequence[str]
     parameters: Sequence[float]
 
+    def taps(self) -> list[tuple[int, Tensor | None, Tensor | None, str, float, float]]:
+        """Size, saved tensor, dropout mask, activation and its two numbers of every tap."""
+        p, q = self.parameters[0::2], self.parameters[1::2]
+        return list(zip(self.sizes, self.saved, self.dropout_mask, self.activations, p, q, strict=True))
+
 
 def encoded(call: LayerCall | TapsCall) -> list[Any]:
     """The call as the registered operators take it: one argument after the other, the feedback as text."""

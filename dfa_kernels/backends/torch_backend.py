@@ -24,12 +24,10 @@ hadamard = hadamard_by_products
 
 def project_taps(call: TapsCall) -> list[Tensor]:
     """δ of every tap; see `Backend.project_taps`."""
-    error, saved, dropout_mask, activations = call.error, call.saved, call.dropout_mask, call.activations
-    shared = shared_projection(error, call.stored, call.feedback, max(call.sizes))
-    numbers = [call.parameters[2 * i : 2 * i + 2] for i in range(len(call.sizes))]
+    shared = shared_projection(call.error, call.stored, call.feedback, max(call.sizes))
     deltas: list[Tensor] = []
-    for i, size in enumerate(call.sizes):
-        delta = _delta(shared, size, error.dtype, saved[i], dropout_mask[i], activations[i], *numbers[i])
+    for tap in call.taps():
+        delta = delta_of(shared, call.error.dtype, *tap)
         # A projection that needs no scaling is handed out as it is, but once.
         deltas.append(delta.clone() if any(delta is earlier for earlier in deltas) else delta)
     return deltas
@@ -74,7 +72,7 @@ def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
             delta = error if error.dtype == x.dtype else error.to(x.dtype)
         else:
             numbers = call.parameters[2 * i : 2 * i + 2]
-            delta = _delta(shared, sizes[i], error.dtype, saved[i], dropout_mask[i], activations[i], *numbers)
+            delta = delta_of(shared, error.dtype, sizes[i], saved[i], dropout_mask[i], activations[i], *numbers)
         yield delta, x
 
 
@@ -107,21 +105,26 @@ def shared_projection(error: Tensor, stored: Sequence[Tensor], feedback: Feedbac
     return SharedProjection(values, feedback.normalize)
 
 
-def _delta(
+def delta_of(
     shared: SharedProjection,
-    size: int,
     dtype: torch.dtype,
+    size: int,
     saved: Tensor | None,
     dropout_mask: Tensor | None,
     activation: str,
     p: float,
     q: float,
 ) -> Tensor:
+    """δ of one tap in the saved tensor's dtype, without one in `dtype`; see `Backend.project_taps`."""
     values, ratio = shared.for_size(size)
     if saved is None:
         return (values if values is shared.values else values * ratio).to(dtype)
     wide = saved if saved.dtype == values.dtype else saved.to(values.dtype)
     values = values if values.shape == saved.shape else values.reshape(saved.shape)
+    # δ in the order of the saved tensor, which a convolution would bring it into. Compilers choose orders themselves:
+    # asked for one in a backward pass, Dynamo traces that anew and leaves out that autocast is off.
+    if not torch.compiler.is_compiling() and not saved.is_contiguous():
+        values = torch.empty_like(saved, dtype=values.dtype).copy_(values)
     delta = ACTIVATIONS[activation].gradient(values, wide, p, q)
     if dropout_mask is not None:
         delta = delta * dropout_mask

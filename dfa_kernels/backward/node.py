@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._torch_internals import gradient_is_awaited
+from .._torch_internals import gradient_is_awaited, take_saved_tensors
 from ..autocast import without_autocast
 from ..backends.calls import LayerCall, TapsCall
 from ..forward.record import Pass
 from ..forward.segments import FusedLayer
 from .deferred import DeferredCall, DeferringNode, Ledger, deferred_call
+from .deltas import deltas
 from .first_order import refuse_second_order
 from .node_plan import (
     LayerSlot,
@@ -107,14 +108,15 @@ def _meet_numbers(plan: NodePlan) -> float:
 @torch.autograd.function.once_differentiable
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     plan: NodePlan = ctx.plan
-    tensors = dict(zip(plan.saved, ctx.saved_tensors, strict=True))
+    tensors = dict(zip(plan.saved, take_saved_tensors(ctx), strict=True))
     wanted = ctx.needs_input_grad[2:]
     grads: list[Tensor | None] = [None] * len(wanted)
     error = as_error(gradient, plan.batch_dims)
+    call = layer_call(plan, tensors, error, wanted) if plan.linears else None
     if plan.roots or plan.convolutions:
         _finish_taps(plan, tensors, error, tuple(gradient.shape[: plan.batch_dims]), wanted, grads)
-    if plan.linears:
-        _linear_grads(plan, tensors, error, wanted, grads)
+    if call is not None:
+        _linear_grads(plan, call, grads)
     return (None, gradient, *grads)
 
 
@@ -126,22 +128,28 @@ def _finish_taps(
     wanted: tuple[bool, ...],
     grads: list[Tensor | None],
 ) -> None:
-    """δ for every root, for autograd to go on with, and the gradients of the fused convolutions."""
-    deltas = backends.BACKENDS[plan.backend].project_taps(taps_call(plan, tensors, error))
-    sizes = plan.root_sizes(tensors)
-    for root in plan.roots:
-        units = root.sizes(tensors)
-        delta = deltas[sizes.index(math.prod(units))].reshape(rows + units)
+    """The gradients of the fused convolutions, and δ for every root, for autograd to go on with.
+
+    As backpropagation it goes from the last layer to the first, each of which lets go of what it needed: `tensors` ends
+    up empty. What a root gets lives on, so the roots come last.
+    """
+    sizes, units = plan.root_sizes(tensors), [root.sizes(tensors) for root in plan.roots]
+    operands = [(tensors[slot.x], tensors[slot.weight]) for slot in plan.convolutions]
+    made = deltas(plan.backend, taps_call(plan, tensors, error))
+    tensors.clear()
+    for slot in reversed(plan.convolutions):
+        _convolution_grads(slot, next(made), *operands.pop(), wanted, grads)
+    of_roots = list(made)[::-1]
+    for root, shape in zip(plan.roots, units, strict=True):
+        delta = of_roots[sizes.index(math.prod(shape))].reshape(rows + shape)
         _add(grads, root.root, delta.movedim(tuple(range(len(rows))), root.rows))
-    for slot, delta in zip(plan.convolutions, deltas[len(sizes) :], strict=True):
-        _convolution_grads(slot, tensors, delta, wanted, grads)
 
 
 def _convolution_grads(
-    slot: LayerSlot, tensors: dict[int, Tensor], delta: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
+    slot: LayerSlot, delta: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
 ) -> None:
     """ΔW and Δb of a convolution. Its input mask stays off: nothing flows to the layer before."""
-    x, weight, numbers = tensors[slot.x], tensors[slot.weight], slot.convolution
+    numbers = slot.convolution
     assert numbers is not None
     wants_bias = slot.bias is not None and wanted[slot.bias]
     _, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
@@ -163,11 +171,8 @@ def _convolution_grads(
         _add(grads, slot.bias, bias_grad.to(weight.dtype))
 
 
-def _linear_grads(
-    plan: NodePlan, tensors: dict[int, Tensor], error: Tensor, wanted: tuple[bool, ...], grads: list[Tensor | None]
-) -> None:
+def _linear_grads(plan: NodePlan, call: LayerCall, grads: list[Tensor | None]) -> None:
     """ΔW and Δb of the fused linear layers."""
-    call = layer_call(plan, tensors, error, wanted)
     remaining = iter(backends.BACKENDS[plan.backend].layer_grads(call, plan.dtype))
     for slot, wants_weight, wants_bias in zip(plan.linears, call.weight_grads, call.bias_grads, strict=True):
         if wants_weight:

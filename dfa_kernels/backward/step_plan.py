@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..forward.record import Pass
+from .deltas import describe
 from .node import layer_call, taps_call
 from .node_plan import NodePlan, TensorTable, make_plan
 
@@ -78,7 +79,7 @@ def step_plan(seen: Sketch, rule: str | None, bypassed: Sequence[str], chained: 
         lines.append(f"segments with local graphs ({len(plan.roots)}): δ below, then autograd")
     if plan.roots or plan.convolutions:
         taps = taps_call(plan, seen.tensors, seen.error)
-        lines.append(f"δ of these taps: {backend.describe_taps(taps, seen.device)}")
+        lines.append(f"δ of these taps: {describe(plan.backend, taps, seen.device)}")
     if chained:
         lines.append(f"taught by a chain through later layers, up to a tap: {', '.join(chained)}")
     if bypassed:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from .free_memory import free_bytes
 from .kinds import Parts
-from .projection import dense_blocks, generate, project_unscaled, units_for
+from .projection import dense_blocks, generate, project, units_for
 from .spec import KINDS, FeedbackSpec, check_integer
 
 
@@ -153,10 +153,8 @@ class Feedback:
             raise ValueError("error must have shape [..., E], got a 0-d tensor")
         size, error_size = self._check_shape(size, error.shape[-1])
         rows = error.reshape(error.shape[:-1].numel(), error_size).to(self.device or error.device)
-        # In float16 the error has to be scaled before its components are summed.
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32)) * self.spec.scale(size, error_size)
         with without_autocast(rows.device):
-            result = project_unscaled(wide, self.stored(size, error_size, rows.device), self.spec, size)
+            result = project(rows, self.stored(size, error_size, rows.device), self.spec, size)
         return result.to(error.device, error.dtype).view(*error.shape[:-1], size)
 
     def nbytes(self, size: int, error_size: int) -> int:

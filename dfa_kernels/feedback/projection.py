@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from .._torch_internals import forward_mode_is_on, is_under_functorch
 from ..autocast import without_autocast
 from .entries import row_passes
 from .kinds import Parts
@@ -66,6 +68,42 @@ def _source(stored: Parts, spec: FeedbackSpec, error_size: int, device: torch.de
     return lambda units: generate(spec, units, error_size, device)
 
 
+def project(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int) -> Tensor:
+    """error [b, E] times B_iᵀ: [b, size], in the error's dtype or a wider one; stored: as for `project_unscaled`.
+
+    On a GPU by the operator, but for one product with a stored U. That has no derivatives, so transforms go by torch.
+    """
+    if _may_have_kernels(error.device) and not is_one_product(error.dtype, stored, spec) and not _is_transformed():
+        return _by_operator(error, stored, spec, size)
+    # In float16 the error has to be scaled before its components are summed.
+    wide = error.to(torch.promote_types(error.dtype, torch.float32)) * spec.scale(size, error.shape[1])
+    return project_unscaled(wide, stored, spec, size)
+
+
+def _by_operator(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int) -> Tensor:
+    call = (error, stored, spec.encode(), [size], [None], [None], ["identity"], [0.0, 0.0])
+    (projected,) = torch.ops.dfa_kernels.project_taps(*call)
+    return cast(Tensor, projected)
+
+
+def _may_have_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _is_transformed() -> bool:
+    return forward_mode_is_on() or (not torch.compiler.is_compiling() and is_under_functorch())
+
+
+def is_one_product(error: torch.dtype, stored: Parts, spec: FeedbackSpec) -> bool:
+    """Whether e Uᵀ, for an e of this dtype, is one product with what is stored, as libraries make it fastest."""
+    whole = len(stored) > 0 and spec.row.stored_source == "matrix"
+    return whole and stored[0].dtype == _projected_dtype(error, spec)
+
+
+def _projected_dtype(error: torch.dtype, spec: FeedbackSpec) -> torch.dtype:
+    return torch.float64 if error == torch.float64 else spec.dtype
+
+
 def project_unscaled(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int) -> Tensor:
     """error [b, E] times the transpose of U[:size]: [b, size], in spec.dtype, or in float64 for a float64
     error.
@@ -74,11 +112,10 @@ def project_unscaled(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int
     storage. U is never formed whole unless it is stored so. Not differentiable other than for a stored plain
     U.
     """
-    dtype = torch.float64 if error.dtype == torch.float64 else spec.dtype
-    if stored and spec.row.stored_source == "matrix":
+    dtype = _projected_dtype(error.dtype, spec)
+    if is_one_product(error.dtype, stored, spec):
         matrix = stored[0] if stored[0].shape[0] == size else stored[0][:size]
-        if matrix.dtype == dtype:
-            return error.to(dtype) @ matrix.T
+        return error.to(dtype) @ matrix.T
     return _project_in_blocks(error, stored, spec, size, dtype)
 
 
