@@ -30,9 +30,10 @@ from bench.predict.ahead import BLOCKS, DTYPES, WIDTHS, Case, compiled, hadamard
 from dfa_kernels.backends.triton.choice import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.configs import Configs, table
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR
+from dfa_kernels.backends.triton.transform import programs_ahead
 
 SOURCES = ("matrix", "signs", "sparse", "gaussian", "uniform", "rademacher", "sparse_seed", *BLOCKS, "projection")
-HADAMARD_LENGTHS = (2, 64, 1024, 8192, 32768)
+HADAMARD_LENGTHS = (2, 64, 256, 1024, 8192, 16384, 32768)
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
@@ -109,8 +110,9 @@ def machine_code(case: Case, arch: int, known: Path | None) -> dict[str, Any]:
 
 def hadamard(length: int, dtype: torch.dtype, arch: int, known: Path | None) -> dict[str, Any]:
     """As `machine_code`, of the transform."""
-    source, options = hadamard_source(length, dtype)
-    promised = {"multiplies": False, "tma": False, "warps": options["num_warps"], "programs": 1, "stages": 1}
+    source, options = hadamard_source(length, dtype, arch)
+    programs = max(1, programs_ahead(length, dtype, arch))
+    promised = {"multiplies": False, "tma": False, "warps": options["num_warps"], "programs": programs, "stages": 1}
     return promised | described(source, options, arch, known, {})
 
 

@@ -18,11 +18,11 @@ from triton.compiler import ASTSource
 from dfa_kernels.backends.triton.configs import table
 from dfa_kernels.backends.triton.kernels.hadamard_tile import hadamard_kernel
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
-from dfa_kernels.backends.triton.operators import tile_of
 from dfa_kernels.backends.triton.plan_small import plan_one_phase
 from dfa_kernels.backends.triton.plan_taps import plan_projection
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Projected, TapsProblem, Target
+from dfa_kernels.backends.triton.transform import programs_ahead, tile_of, transform_options
 from dfa_kernels.feedback.kinds import FEEDBACK_KINDS
 from dfa_kernels.feedback.spec import FeedbackSpec
 from dfa_kernels.updates import RULES
@@ -180,11 +180,12 @@ def _pointers(names: list[str], signature: dict[str, Any]) -> Iterator[tuple[int
             yield (i,)
 
 
-def hadamard_source(length: int, dtype: torch.dtype) -> tuple[ASTSource, dict[str, Any]]:
-    """The transform of rows of `length` numbers, and what the compiler is told."""
+def hadamard_source(length: int, dtype: torch.dtype, arch: int) -> tuple[ASTSource, dict[str, Any]]:
+    """The transform of many rows of `length` numbers, and what the compiler is told."""
     names = hadamard_kernel.arg_names
-    warps, rows = tile_of(length)
-    constants = {"BLOCK": rows, "BITS": length.bit_length() - 1}
+    _, rows = tile_of(length)
+    ahead = programs_ahead(length, dtype, arch)
+    constants = {"BLOCK": rows, "BITS": length.bit_length() - 1, "AHEAD": ahead > 0}
     types = {"x": POINTERS[dtype], "out": POINTERS[dtype], "rows": "i32", "n": "i32", "scale": "fp32"}
     source = ASTSource(
         fn=hadamard_kernel,
@@ -192,7 +193,7 @@ def hadamard_source(length: int, dtype: torch.dtype) -> tuple[ASTSource, dict[st
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ("x", "out", "n")[: 2 + (length >= 16)]},
     )
-    return source, {"num_warps": warps, "enable_fp_fusion": True}
+    return source, transform_options(length, ahead)
 
 
 def compiled(source: ASTSource, options: dict[str, Any], arch: int) -> Any:

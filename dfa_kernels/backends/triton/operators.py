@@ -7,20 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...feedback.hadamard import hadamard_by_products, padded_bits
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import LayerCall, TapsCall, encoded
-from .kernels.hadamard_tile import hadamard_kernel
-from .launch import Arguments, check_device, counters, launch, on_device, target_of
+from .launch import Arguments, check_device, counters, launch, target_of
 from .launch_plan import LaunchPlan
-from .problem import DTYPES, TapsProblem, Target
+from .problem import TapsProblem, Target
 from .route import MOST_LAYERS, Route, looks_of, planners, route_of, split
 from .source import dense, looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
-
-LARGEST_TRANSFORM = 2**15
-NUMBERS_PER_THREAD = 32
-MOST_WARPS = 32
 
 
 def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
@@ -205,27 +199,3 @@ def _is_channels_last(tensor: Tensor) -> bool:
 def _like(mask: Tensor, saved: Tensor) -> Tensor:
     """mask, in the order of saved."""
     return mask if mask.stride() == saved.stride() else torch.empty_like(saved).copy_(mask)
-
-
-def hadamard(x: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · H x along the last dimension of x [..., n]; see `dfa_kernels.functional.hadamard_transform`."""
-    check_device(x.device)
-    n = x.shape[-1]
-    length = 1 << padded_bits(n)
-    if x.dtype not in DTYPES or length > LARGEST_TRANSFORM:
-        return hadamard_by_products(x, scale)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    if rows := x.numel() // n:
-        warps, block = tile_of(length)
-        with on_device(x.device):
-            hadamard_kernel[(-(-rows // block),)](
-                x, out, rows, n, float(scale), block, length.bit_length() - 1, num_warps=warps, enable_fp_fusion=True
-            )
-    return out
-
-
-def tile_of(length: int) -> tuple[int, int]:
-    """(warps, rows) of a program: 32 numbers in each thread as long as there are warps enough."""
-    warps = min(MOST_WARPS, max(4, length // (32 * NUMBERS_PER_THREAD)))
-    return warps, max(1, 32 * warps * NUMBERS_PER_THREAD // length)

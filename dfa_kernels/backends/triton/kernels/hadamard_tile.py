@@ -41,9 +41,22 @@ def _rotations(x, BITS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "scale"])
-def hadamard_kernel(x, out, rows, n, scale, BLOCK: tl.constexpr, BITS: tl.constexpr):
-    """Rows of n <= 2^BITS numbers, filled up with zeros; the first n of the result are saved."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+def hadamard_kernel(x, out, rows, n, scale, BLOCK: tl.constexpr, BITS: tl.constexpr, AHEAD: tl.constexpr):
+    """Rows of n <= 2^BITS numbers, filled up with zeros; the first n of the result are saved.
+
+    A program has BLOCK rows. AHEAD: it has as many again, one block after the other, as there are programs too few, and
+    loads the next block while it transforms one.
+    """
+    if AHEAD:
+        for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0), num_stages=2):
+            _transform(block, x, out, rows, n, scale, BLOCK, BITS)
+    else:
+        _transform(tl.program_id(0), x, out, rows, n, scale, BLOCK, BITS)
+
+
+@triton.jit
+def _transform(block, x, out, rows, n, scale, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    first = tl.cast(block, tl.int64) * BLOCK
     row, column = tl.arange(0, BLOCK), tl.arange(0, 1 << BITS)
     at = row[:, None] * n + column[None, :]
     inside = (row < rows - first)[:, None] & (column < n)[None, :]
