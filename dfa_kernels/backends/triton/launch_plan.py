@@ -88,8 +88,10 @@ def fitted(config: Any, projected: Projected) -> Any:
         # Whole blocks of units, and as many rows as leave 32 numbers to a thread.
         units = max(config.block_u, fastfood_block(projected))
         return replace(config, block_u=units, block_r=max(1, 32 * threads // units))
-    if projected.tile in ("entries", "signs") and projected.source == projected.feedback.row.seed_source:
-        # A tile of U is made once for all the rows whose sums fit into a quarter of the registers, and for no more.
+    is_made = projected.source == projected.feedback.row.seed_source
+    if projected.tile == "signs" or (projected.tile == "entries" and is_made):
+        # A tile of U is made, or unpacked, once for all the rows whose sums fit into a quarter of the registers, and
+        # for no more.
         most = threads * ((config.registers + 1) // 4) // config.block_u
         needed = max(SMALLEST_FACTOR, triton.next_power_of_2(max(1, projected.rows)))
         return replace(config, block_r=min(needed, max(config.block_r, 1 << (most.bit_length() - 1))))

@@ -42,8 +42,7 @@ def feedback_tile(
     if SOURCE == "matrix":
         tile = tl.load(stored[0] + unit[:, None] * error_size + column[None, :], mask=inside, other=0.0)
     elif SOURCE == "signs":
-        at = unit[:, None] * tl.cdiv(error_size, 32) + (column >> 5)[None, :]
-        tile = bit_signs(tl.load(stored[0] + at, mask=inside, other=0).to(tl.uint32, bitcast=True), column)
+        tile = _packed_tile(stored[0], unit, units, column, first_column, error_size)
     elif SOURCE == "sparse" or SOURCE == "sparse_seed":
         tile = _sparse_tile(stored, key0, key1, unit, units, column, error_size, nonzeros, SOURCE)
     elif SOURCE == "rademacher":
@@ -86,6 +85,30 @@ def _sign_tile(unit, column, first_column, key0, key1):
             once(word0)[:, None], once(word1)[:, None], once(word2)[:, None], once(word3)[:, None], column
         )
     return bit_signs(once(word_of(first_column, word0, word1, word2, word3))[:, None], column)
+
+
+@triton.jit
+def _packed_tile(words, unit, units, column, first_column, error_size):
+    """±1 [M, BLOCK_E] from rows of 32 signs a word: a word is read once, not once a sign."""
+    tl.static_assert(column.shape[0] <= 128)
+    COUNT: tl.constexpr = (column.shape[0] + 31) // 32
+    length = tl.cdiv(error_size, 32)
+    first = words + unit * length + first_column // 32
+    left = tl.where(unit < units, length - first_column // 32, 0)
+    word0 = _packed_word(first, left, 0)
+    if COUNT == 1:
+        return bit_signs(word0, column)
+    word1 = _packed_word(first, left, 1)
+    if COUNT == 2:
+        return sign_entries(word0, word1, word0, word1, column)
+    return sign_entries(word0, word1, _packed_word(first, left, 2), _packed_word(first, left, 3), column)
+
+
+@triton.jit
+def _packed_word(first, left, number: tl.constexpr):
+    """Word `number` of every row: uint32 [M, 1]; 0 where fewer are left."""
+    word = tl.load(first + number, mask=number < left, other=0)
+    return once(word)[:, None].to(tl.uint32, bitcast=True)
 
 
 @triton.jit
