@@ -17,6 +17,7 @@ from .launch_plan import LaunchPlan
 from .problem import DTYPES, TapsProblem, Target
 from .route import MOST_LAYERS, Route, looks_of, planners, route_of, split
 from .source import dense, looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
+from .wide_tensors import tensors_of_both
 
 LARGEST_TRANSFORM = 2**15
 NUMBERS_PER_THREAD = 32
@@ -92,6 +93,10 @@ def _launch(
     if plan.counters:
         sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
         tensors = (counters(plan.counters, error.device), *tensors, _delta_workspace(plan, error, inputs, saved), sums)
+    if plan.name == "grouped_gemm":
+        firsts, tensors = tensors_of_both(plan, *tensors)
+        if plan.first:
+            launch(plan.first, error.device, firsts)
     results = [tuple([destinations[i] for i in slots]) for slots in (route.weights, route.biases)]
     each = len(state) // len(destinations)
     for slots in (route.weights, route.biases):

@@ -68,3 +68,13 @@ def column_sums(matrix, rows, stride_row, column, columns, stride_column):
         part = tl.load(matrix + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
         total += tl.sum(part.to(tl.float32), axis=0)
     return total
+
+
+@triton.jit
+def sum_over_tiles(sums, first_sum, out, width_out, span, row_tiles):
+    """Σ δ over all rows and positions at outputs `out` [M], from its sums over tiles of rows."""
+    total = tl.zeros((out.shape[0],), tl.float32)
+    first = row_tiles.to(out.dtype) * first_sum
+    for position in range(span):
+        total += column_sums(sums + first + position * width_out, row_tiles, span * width_out, out, width_out, 1)
+    return total

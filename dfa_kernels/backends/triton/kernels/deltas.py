@@ -1,0 +1,173 @@
+"""δ of every hidden layer of a wide network, written once, and the sums of δ over the batch that biases need.
+
+A program has a strip of units of a few layers and walks over a part of the batch: P of a tile is made in the registers,
+δ of all its layers from it, and the sums stay in the registers until the walk is over. So there is one sum for every
+part of the batch, of which there are as few as still fill the GPU; `grouped_gemm` adds them up.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .feedback_tile import error_tile, feedback_tile, projection_tile
+from .tiles import multiple, pick, pick_flag, slope_product
+
+
+@triton.jit(
+    do_not_specialize=[
+        "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows", "parts", "part_rows", "columns",
+        "delta_width", "first_error_sum",
+    ]
+)  # fmt: skip
+def deltas(
+    error, stored, saved, dropout_mask, delta, error_copy, sums, error_size, stride_row, stride_column, key0, key1,
+    nonzeros, widest, rows, sizes, first_deltas, delta_strides, first_sums, scales, p, q, parts, part_rows, columns,
+    delta_width, first_error_sum,
+    SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr, BIASES: tl.constexpr,
+    ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr,
+    ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, OUTPUT: tl.constexpr, COPY: tl.constexpr, HELD: tl.constexpr,
+    AHEAD: tl.constexpr, TILE_SUMS: tl.constexpr, GROUPS: tl.constexpr, LAYERS: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """δ = (e Bᵀ) ⊙ f' of every hidden layer (paper, eq. 3).
+
+    delta: δ of layer i from rows · first_deltas[i] on, in rows of delta_strides[i]. sums: Σ δ over each of the `parts`
+    parts of the batch, part_rows rows each (a multiple of BLOCK_R): [parts, sizes[i]] from parts · first_sums[i] on,
+    for layers in BIASES. If OUTPUT, columns of the error are summed as well, from parts · first_error_sum on, and, if
+    COPY, copied to error_copy [rows, delta_width], with zeros behind the last. `columns` programs share a part.
+
+    GROUPS groups of LAYERS layers are programs of their own. HELD: a tile of U has all components of the error, and
+    stays in the registers. AHEAD: what all LAYERS layers load is on its way before P is made. TILE_SUMS: sums over the
+    batch are kept for every place in a tile and added up at the end. Otherwise as for `write_deltas`.
+    """
+    # Neighbours have neighbouring units of the same rows.
+    part, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    first_row = part * part_rows
+    end_row = tl.minimum(first_row + part_rows, rows)
+    output_strips = tl.cdiv(delta_width, BLOCK_U) if OUTPUT else 0
+    if OUTPUT and column < output_strips:
+        _output_delta(
+            column, part, first_row, end_row, error, error_copy, sums, error_size, stride_row, stride_column,
+            delta_width, parts, first_error_sum, COPY, INDEX, BLOCK_U, BLOCK_R,
+        )  # fmt: skip
+    else:
+        strip = (column - output_strips) // GROUPS
+        first_layer = (column - output_strips) % GROUPS * LAYERS
+        _hidden_deltas(
+            strip, first_layer, part, first_row, end_row, error, stored, saved, dropout_mask, delta, sums,
+            multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR), stride_column, key0, key1, nonzeros,
+            widest, rows, sizes, first_deltas, delta_strides, first_sums, scales, p, q, parts,
+            SOURCE, DERIVATIVES, WHICH, DROPOUT, BIASES, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN, INDEX, HELD, AHEAD,
+            TILE_SUMS, LAYERS, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _hidden_deltas(
+    strip, first_layer, part, first_row, end_row, error, stored, saved, dropout_mask, delta, sums, error_size,
+    stride_row, stride_column, key0, key1, nonzeros, widest, rows, sizes, first_deltas, delta_strides, first_sums,
+    scales, p, q, parts,
+    SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr, BIASES: tl.constexpr,
+    ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr,
+    INDEX: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr, TILE_SUMS: tl.constexpr, LAYERS: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    first_unit = (strip * BLOCK_U).to(INDEX)
+    unit = first_unit + tl.arange(0, BLOCK_U)
+    if HELD:
+        component = tl.arange(0, BLOCK_E).to(INDEX)
+        U = feedback_tile(
+            stored, key0, key1, first_unit, unit, widest, 0, error_size, nonzeros, SOURCE, BLOCK_E, BITS, ENTRY, DOT,
+            ROUND,
+        )  # fmt: skip
+    totals = ()
+    for _ in tl.static_range(LAYERS):
+        totals = totals + (tl.zeros((BLOCK_U, BLOCK_R) if TILE_SUMS else (BLOCK_U,), tl.float32),)
+    # In one stage: copies ahead of the products would hold up the loads that all of the time goes into.
+    for first in tl.range(first_row, end_row, BLOCK_R, num_stages=1):
+        row = (first + tl.arange(0, BLOCK_R)).to(INDEX)
+        values = ()
+        masks = ()
+        if AHEAD:
+            for i in tl.static_range(LAYERS):
+                value, mask = _load_layer(first_layer + i, unit, row, rows, saved, dropout_mask, sizes, DROPOUT, ALIGN)
+                values = values + (value,)
+                masks = masks + (mask,)
+        if HELD:
+            e = error_tile(error, row, rows, stride_row, component, error_size, stride_column)
+            projection = tl.dot(U, e.to(DOT), input_precision=DELTA_PRECISION)
+        else:
+            projection = projection_tile(
+                error, stored, key0, key1, first_unit, unit, widest, row, rows, error_size, stride_row, stride_column,
+                nonzeros, SOURCE, BLOCK_E, BITS, ENTRY, DOT, DELTA_PRECISION, ROUND,
+            )  # fmt: skip
+        before = totals
+        totals = ()
+        for i in tl.static_range(LAYERS):
+            layer = first_layer + i
+            if AHEAD:
+                value, mask = values[i], masks[i]
+            else:
+                value, mask = _load_layer(layer, unit, row, rows, saved, dropout_mask, sizes, DROPOUT, ALIGN)
+            slope = slope_product(
+                projection * pick(scales, layer), value.to(tl.float32), pick(p, layer), pick(q, layer),
+                pick(WHICH, layer), DERIVATIVES,
+            )  # fmt: skip
+            if DROPOUT:
+                slope *= mask.to(tl.float32)
+            own = rows.to(INDEX) * multiple(pick(first_deltas, layer), ALIGN)
+            at = own + row[None, :] * multiple(pick(delta_strides, layer), ALIGN) + unit[:, None]
+            inside = (unit < _size_of(layer, sizes, ALIGN))[:, None] & (row < rows)[None, :]
+            tl.store(delta + at, slope.to(delta.dtype.element_ty), mask=inside)
+            # Rows beyond the batch have an error of 0, of which every activation makes a δ of 0.
+            totals = totals + (before[i] + (slope if TILE_SUMS else tl.sum(slope, axis=1)),)
+    if BIASES:
+        for i in tl.static_range(LAYERS):
+            layer = first_layer + i
+            size = _size_of(layer, sizes, ALIGN)
+            first_sum = parts.to(INDEX) * pick(first_sums, layer) + part.to(INDEX) * size
+            total = tl.sum(totals[i], axis=1) if TILE_SUMS else totals[i]
+            tl.store(sums + first_sum + unit, total, mask=unit < tl.where(pick_flag(BIASES, layer), size, 0))
+
+
+@triton.jit
+def _size_of(layer, sizes, ALIGN: tl.constexpr):
+    """Units of a layer; none of a layer behind the last, which a group that is not full has."""
+    return multiple(tl.where(layer < len(sizes), pick(sizes, layer), 0), ALIGN)
+
+
+@triton.jit
+def _load_layer(
+    layer, unit, row, rows, saved, dropout_mask, sizes, DROPOUT: tl.constexpr, ALIGN: tl.constexpr
+):
+    """What layer's δ is computed from beside P: its saved tensor and, if any layer has one, its mask."""
+    size = _size_of(layer, sizes, ALIGN)
+    at = row[None, :] * size + unit[:, None]
+    inside = (unit < size)[:, None] & (row < rows)[None, :]
+    value = tl.load(pick(saved, layer) + at, mask=inside, other=0.0)
+    mask = value
+    if DROPOUT:
+        mask = tl.load(pick(dropout_mask, layer) + at, mask=inside & pick_flag(DROPOUT, layer), other=1.0)
+    return value, mask
+
+
+@triton.jit
+def _output_delta(
+    strip, part, first_row, end_row, error, error_copy, sums, error_size, stride_row, stride_column, width, parts,
+    first_sum,
+    COPY: tl.constexpr, INDEX: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Columns of the error: their sums and, if COPY, they themselves in error_copy's dtype."""
+    column = (strip * BLOCK_U + tl.arange(0, BLOCK_U)).to(INDEX)
+    total = tl.zeros((BLOCK_U, BLOCK_R), tl.float32)
+    for first in tl.range(first_row, end_row, BLOCK_R, num_stages=1):
+        row = (first + tl.arange(0, BLOCK_R)).to(INDEX)
+        e = error_tile(error, row, end_row, stride_row, column, error_size, stride_column)
+        total += e.to(tl.float32)
+        if COPY:
+            inside = (column < width)[:, None] & (row < end_row)[None, :]
+            at = row[None, :] * width + column[:, None]
+            tl.store(error_copy + at, e.to(error_copy.dtype.element_ty), mask=inside)
+    first_of_part = parts.to(INDEX) * first_sum + part.to(INDEX) * error_size
+    tl.store(sums + first_of_part + column, tl.sum(total, axis=1), mask=column < error_size)

@@ -1,0 +1,176 @@
+"""The plan of two launches for wide networks: `deltas` writes δ of all layers, then `grouped_gemm` makes the gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import triton
+
+from .configs import DeltasConfig, GemmConfig, ProjectionConfig, configs_for
+from .kernels.deltas import deltas
+from .kernels.grouped_gemm import grouped_gemm
+from .launch_plan import LaunchPlan, can_use_tma, fitted, gradient_tiles, grouped_arguments, that_fills
+from .plan_wide import delta_layout
+from .problem import GroupedProblem, Projected, Target
+
+MOST_VIEWS = 16
+"""Layers whose inputs `grouped_gemm` takes as descriptors."""
+MOST_HELD = 64
+"""Components of the error whose rows of U stay in the registers of `deltas`."""
+MOST_AHEAD, MOST_SUMS = 128, 32
+"""Of a thread of `deltas`: numbers that are loaded ahead in 16 bits each, and float32 numbers that its sums take."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where δ and its sums lie, for both launches."""
+
+    align: int
+    """What all rows of inputs and δ are a multiple of."""
+    copy: bool
+    """Whether the output layer's δ is a copy of the error."""
+    width: int
+    """Of the output layer's δ."""
+    tma: bool
+    first_deltas: tuple[int, ...]
+    strides: tuple[int, ...]
+    row: int
+    """Numbers of all layers' δ in a row of the batch."""
+    summed: tuple[int, ...]
+    """Sums of every layer, the output layer's last."""
+
+    def arguments(self, problem: GroupedProblem) -> dict[str, Any]:
+        """Of both kernels."""
+        firsts = tuple(accumulate(self.summed, initial=0))
+        return dict(
+            first_deltas=self.first_deltas,
+            first_sums=firsts[: problem.hidden] or (0,),
+            first_error_sum=firsts[problem.hidden],
+            delta_width=self.width,
+            ALIGN=self.align,
+        )
+
+
+def _layout_of(problem: GroupedProblem, target: Target) -> _Layout:
+    """Through TMA one descriptor serves all hidden layers: their δ lie one behind the other, in rows of one length."""
+    projected, sizes, has_output = problem.projected, problem.sizes, len(problem.widths_in) > problem.hidden
+    align, copy = delta_layout(problem)
+    tma = (
+        can_use_tma(projected.dtype, align, target)
+        and 0 < len(problem.widths_in) <= MOST_VIEWS
+        and set(problem.positions[: problem.hidden]) == {1}
+        and projected.rows > 0
+    )
+    rooms = (problem.widest,) * problem.hidden if tma else sizes
+    widths = (*sizes, *(projected.error_size,) * has_output)
+    return _Layout(
+        align,
+        copy and has_output,
+        -(-projected.error_size // 16) * 16 if copy else projected.error_size,
+        tma,
+        tuple(accumulate(rooms, initial=0))[: problem.hidden] or (0,),
+        rooms or (0,),
+        sum(rooms),
+        tuple(width * (problem.biases >> i & 1) for i, width in enumerate(widths)),
+    )
+
+
+def plan_grouped_gemm(
+    problem: GroupedProblem, config: GemmConfig, delta_config: ProjectionConfig, target: Target
+) -> LaunchPlan:
+    """δ of all layers into memory by one launch, then the gradients of all layers by another."""
+    layout, rows = _layout_of(problem, target), problem.projected.rows
+    first = _plan_deltas(problem, layout, delta_config, target)
+    parts = first.arguments["parts"] if first else 0
+    total = gradient_tiles(problem, config)
+    arguments = grouped_arguments(problem, rows * layout.row, rows * layout.width, parts * sum(layout.summed))
+    arguments |= layout.arguments(problem) | dict(
+        delta_stride=layout.width if layout.copy else problem.projected.error_strides[0],
+        parts=parts,
+        total=total,
+        TMA=layout.tma,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+    )
+    return LaunchPlan(
+        problem,
+        grouped_gemm,
+        config,
+        min(total, target.multiprocessors * config.programs),
+        arguments,
+        "chosen",
+        sums=parts * sum(layout.summed),
+        copy_width=layout.width if layout.copy else 0,
+        uses_tma=layout.tma,
+        first=first,
+        delta_row=layout.row,
+    )
+
+
+def _plan_deltas(
+    problem: GroupedProblem, layout: _Layout, config: ProjectionConfig, target: Target
+) -> LaunchPlan | None:
+    """None if δ is the error itself, and nothing is to be summed up."""
+    projected, hidden, held = problem.projected, problem.hidden, is_held(problem.projected)
+    if held:
+        block_e = max(16, triton.next_power_of_2(projected.error_size))
+    else:
+        config, block_e = fitted(config, projected), config.block_e
+    each = config.block_u * config.block_r // (32 * config.num_warps)
+    together = max(1, MOST_SUMS // each) if is_cheap(projected) else max(1, hidden)
+    groups = max(1, -(-hidden // together))
+    layers = max(1, -(-hidden // groups))
+    output = layout.copy or any(layout.summed[hidden:])
+    strips = -(-problem.widest // config.block_u)
+    columns = strips * groups + (-(-layout.width // config.block_u) if output else 0)
+    tiles = -(-projected.rows // config.block_r)
+    if not columns or not tiles:
+        return None
+    # As many parts of the batch as programs that run at once, and every part a whole number of tiles.
+    part = -(-tiles // max(1, min(tiles, target.multiprocessors * config.programs // columns)))
+    parts = -(-tiles // part)
+    arguments = grouped_arguments(problem, projected.rows * layout.row, projected.rows * layout.width)
+    arguments |= layout.arguments(problem) | dict(
+        delta_strides=layout.strides,
+        parts=parts,
+        part_rows=part * config.block_r,
+        columns=columns,
+        OUTPUT=output,
+        COPY=layout.copy,
+        HELD=held,
+        AHEAD=each * layers * projected.dtype.itemsize <= 2 * MOST_AHEAD,
+        TILE_SUMS=each * layers <= MOST_SUMS,
+        GROUPS=groups,
+        LAYERS=layers,
+        BLOCK_U=config.block_u,
+        BLOCK_R=config.block_r,
+        BLOCK_E=block_e,
+    )
+    return LaunchPlan(problem, deltas, config, columns * parts, arguments, "chosen")
+
+
+def is_held(projected: Projected) -> bool:
+    """Whether all components of the error go with a tile of U that stays in the registers."""
+    return projected.tile in ("entries", "signs") and projected.error_size <= MOST_HELD
+
+
+def is_cheap(projected: Projected) -> bool:
+    """Whether P of a tile may be made for a few layers at a time."""
+    return is_held(projected) or projected.tile == "projection"
+
+
+def choose_configs(problem: GroupedProblem, target: Target) -> tuple[GemmConfig, ProjectionConfig]:
+    """Of both launches: those whose tiles fill the GPU, and which this problem's tensors allow."""
+    table, projected = configs_for(target.capability, problem.projected.arithmetic), problem.projected
+    tma = _layout_of(problem, target).tma
+    usable = [config for config in table.grouped_gemm if tma or not config.needs_tma]
+    gemm = usable[that_fills([gradient_tiles(problem, c) for c in usable], target)]
+    if is_cheap(projected):
+        return gemm, table.deltas[0]
+    fitting = [fitted(config, projected) for config in table.project_taps]
+    tiles = [-(-problem.widest // c.block_u) * -(-projected.rows // c.block_r) for c in fitting]
+    return gemm, table.project_taps[that_fills(tiles, target)]
