@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import triton
-
 from .configs import DeltasConfig, GemmConfig, ProjectionConfig, configs_for
 from .kernels.deltas import deltas
 from .kernels.grouped_gemm import grouped_gemm
@@ -17,8 +15,8 @@ from .problem import GroupedProblem, Projected, Target
 
 MOST_VIEWS = 16
 """Layers whose inputs `grouped_gemm` takes as descriptors."""
-MOST_HELD = 64
-"""Components of the error whose rows of U stay in the registers of `deltas`."""
+MOST_HELD = 16
+"""Components of the error whose columns of U stay in the registers of `deltas`."""
 MOST_AHEAD, MOST_SUMS = 128, 32
 """Of a thread of `deltas`: numbers that are loaded ahead in 16 bits each, and float32 numbers that its sums take."""
 
@@ -116,10 +114,8 @@ def _plan_deltas(
 ) -> LaunchPlan | None:
     """None if δ is the error itself, and nothing is to be summed up."""
     projected, hidden, held = problem.projected, problem.hidden, is_held(problem.projected)
-    if held:
-        block_e = max(16, triton.next_power_of_2(projected.error_size))
-    else:
-        config, block_e = fitted(config, projected), config.block_e
+    if not held:
+        config = fitted(config, projected)
     each = config.block_u * config.block_r // (32 * config.num_warps)
     together = max(1, MOST_SUMS // each) if is_cheap(projected) else max(1, hidden)
     groups = max(1, -(-hidden // together))
@@ -141,21 +137,21 @@ def _plan_deltas(
         columns=columns,
         OUTPUT=output,
         COPY=layout.copy,
-        HELD=held,
+        HELD=projected.error_size if held else 0,
         AHEAD=each * layers * projected.dtype.itemsize <= 2 * MOST_AHEAD,
         TILE_SUMS=each * layers <= MOST_SUMS,
         GROUPS=groups,
         LAYERS=layers,
         BLOCK_U=config.block_u,
         BLOCK_R=config.block_r,
-        BLOCK_E=block_e,
+        BLOCK_E=MOST_HELD if held else config.block_e,
     )
     return LaunchPlan(problem, deltas, config, columns * parts, arguments, "chosen")
 
 
 def is_held(projected: Projected) -> bool:
-    """Whether all components of the error go with a tile of U that stays in the registers."""
-    return projected.tile in ("entries", "signs") and projected.error_size <= MOST_HELD
+    """Whether the columns of U for all components of the error stay in the registers."""
+    return projected.tile != "projection" and projected.error_size <= MOST_HELD
 
 
 def is_cheap(projected: Projected) -> bool:

@@ -37,8 +37,8 @@ def deltas(
     for layers in BIASES. If OUTPUT, columns of the error are summed as well, from parts · first_error_sum on, and, if
     COPY, copied to error_copy [rows, delta_width], with zeros behind the last. `columns` programs share a part.
 
-    GROUPS groups of LAYERS layers are programs of their own. HELD: a tile of U has all components of the error, and
-    stays in the registers. AHEAD: what all LAYERS layers load is on its way before P is made. TILE_SUMS: sums over the
+    GROUPS groups of LAYERS layers are programs of their own. HELD: the error's components, if they are so few that
+    their columns of U stay in the registers; else 0. AHEAD: what all LAYERS layers load is on its way before P is made. TILE_SUMS: sums over the
     batch are kept for every place in a tile and added up at the end. Otherwise as for `write_deltas`.
     """
     # Neighbours have neighbouring units of the same rows.
@@ -75,12 +75,16 @@ def _hidden_deltas(
 ):  # fmt: skip
     first_unit = (strip * BLOCK_U).to(INDEX)
     unit = first_unit + tl.arange(0, BLOCK_U)
+    columns = ()
     if HELD:
-        component = tl.arange(0, BLOCK_E).to(INDEX)
         U = feedback_tile(
-            stored, key0, key1, first_unit, unit, widest, 0, error_size, nonzeros, SOURCE, BLOCK_E, BITS, ENTRY, DOT,
-            ROUND,
+            stored, key0, key1, first_unit, unit, widest, 0, error_size, nonzeros, SOURCE, BLOCK_E, BITS, ENTRY,
+            tl.float32, False,
         )  # fmt: skip
+        for k in tl.static_range(HELD):
+            column = tl.sum(tl.where(tl.arange(0, BLOCK_E)[None, :] == k, U, 0.0), axis=1)
+            # Gathered from where they are: else all of the walk would keep to the order in which U was loaded.
+            columns = columns + (tl.gather(column, tl.arange(0, BLOCK_U), 0),)
     totals = ()
     for _ in tl.static_range(LAYERS):
         totals = totals + (tl.zeros((BLOCK_U, BLOCK_R) if TILE_SUMS else (BLOCK_U,), tl.float32),)
@@ -95,8 +99,11 @@ def _hidden_deltas(
                 values = values + (value,)
                 masks = masks + (mask,)
         if HELD:
-            e = error_tile(error, row, rows, stride_row, component, error_size, stride_column)
-            projection = tl.dot(U, e.to(DOT), input_precision=DELTA_PRECISION)
+            # No product of tiles: its result lies in the registers otherwise than what is loaded 16 bytes at a time.
+            projection = tl.zeros((BLOCK_U, BLOCK_R), tl.float32)
+            for k in tl.static_range(HELD):
+                e = tl.load(error + row * stride_row + k * stride_column, mask=row < rows, other=0.0)
+                projection += columns[k][:, None] * e.to(tl.float32)[None, :]
         else:
             projection = projection_tile(
                 error, stored, key0, key1, first_unit, unit, widest, row, rows, error_size, stride_row, stride_column,
