@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from .configs import DeltasConfig, GemmConfig, ProjectionConfig, configs_for
-from .kernels.deltas import deltas
+from .kernels.deltas import OUTPUT_UNITS, deltas
 from .kernels.grouped_gemm import grouped_gemm
 from .launch_plan import LaunchPlan, can_use_tma, fitted, gradient_tiles, grouped_arguments, that_fills
 from .plan_wide import delta_layout
@@ -17,6 +17,8 @@ MOST_VIEWS = 16
 """Layers whose inputs `grouped_gemm` takes as descriptors."""
 MOST_HELD = 16
 """Components of the error whose columns of U stay in the registers of `deltas`."""
+SMALLEST_PIECE = 4
+"""Columns of U that are made at a time: a call of the random numbers gives so many."""
 MOST_AHEAD, MOST_SUMS = 128, 32
 """Of a thread of `deltas`: numbers that are loaded ahead in 16 bits each, and float32 numbers that its sums take."""
 
@@ -122,7 +124,7 @@ def _plan_deltas(
     layers = max(1, -(-hidden // groups))
     output = layout.copy or any(layout.summed[hidden:])
     strips = -(-problem.widest // config.block_u)
-    columns = strips * groups + (-(-layout.width // config.block_u) if output else 0)
+    columns = strips * groups + (-(-layout.width // OUTPUT_UNITS.value) if output else 0)
     tiles = -(-projected.rows // config.block_r)
     if not columns or not tiles:
         return None
@@ -144,7 +146,7 @@ def _plan_deltas(
         LAYERS=layers,
         BLOCK_U=config.block_u,
         BLOCK_R=config.block_r,
-        BLOCK_E=MOST_HELD if held else config.block_e,
+        BLOCK_E=SMALLEST_PIECE if held else config.block_e,
     )
     return LaunchPlan(problem, deltas, config, columns * parts, arguments, "chosen")
 

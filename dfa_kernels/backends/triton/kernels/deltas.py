@@ -13,6 +13,10 @@ import triton.language as tl
 from .feedback_tile import error_tile, feedback_tile, projection_tile
 from .tiles import multiple, pick, pick_flag, slope_product
 
+# Columns and rows of the error that a program sums, and copies, at a time.
+OUTPUT_UNITS = tl.constexpr(64)
+OUTPUT_ROWS = tl.constexpr(32)
+
 
 @triton.jit(
     do_not_specialize=[
@@ -45,11 +49,11 @@ def deltas(
     part, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     first_row = part * part_rows
     end_row = tl.minimum(first_row + part_rows, rows)
-    output_strips = tl.cdiv(delta_width, BLOCK_U) if OUTPUT else 0
+    output_strips = tl.cdiv(delta_width, OUTPUT_UNITS) if OUTPUT else 0
     if OUTPUT and column < output_strips:
         _output_delta(
             column, part, first_row, end_row, error, error_copy, sums, error_size, stride_row, stride_column,
-            delta_width, parts, first_error_sum, COPY, INDEX, BLOCK_U, BLOCK_R,
+            delta_width, parts, first_error_sum, COPY, INDEX,
         )  # fmt: skip
     else:
         strip = (column - output_strips) // GROUPS
@@ -57,7 +61,7 @@ def deltas(
         _hidden_deltas(
             strip, first_layer, part, first_row, end_row, error, stored, saved, dropout_mask, delta, sums,
             multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR), stride_column, key0, key1, nonzeros,
-            widest, rows, sizes, first_deltas, delta_strides, first_sums, scales, p, q, parts,
+            multiple(widest, ALIGN), rows, sizes, first_deltas, delta_strides, first_sums, scales, p, q, parts,
             SOURCE, DERIVATIVES, WHICH, DROPOUT, BIASES, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN, INDEX, HELD, AHEAD,
             TILE_SUMS, LAYERS, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
         )  # fmt: skip
@@ -76,12 +80,12 @@ def _hidden_deltas(
     first_unit = (strip * BLOCK_U).to(INDEX)
     unit = first_unit + tl.arange(0, BLOCK_U)
     columns = ()
-    if HELD:
+    for first in tl.static_range(0, HELD, BLOCK_E):
         U = feedback_tile(
-            stored, key0, key1, first_unit, unit, widest, 0, error_size, nonzeros, SOURCE, BLOCK_E, BITS, ENTRY,
+            stored, key0, key1, first_unit, unit, widest, first, error_size, nonzeros, SOURCE, BLOCK_E, BITS, ENTRY,
             tl.float32, False,
         )  # fmt: skip
-        for k in tl.static_range(HELD):
+        for k in tl.static_range(BLOCK_E):
             column = tl.sum(tl.where(tl.arange(0, BLOCK_E)[None, :] == k, U, 0.0), axis=1)
             # Gathered from where they are: else all of the walk would keep to the order in which U was loaded.
             columns = columns + (tl.gather(column, tl.arange(0, BLOCK_U), 0),)
@@ -163,13 +167,13 @@ def _load_layer(
 def _output_delta(
     strip, part, first_row, end_row, error, error_copy, sums, error_size, stride_row, stride_column, width, parts,
     first_sum,
-    COPY: tl.constexpr, INDEX: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
+    COPY: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Columns of the error: their sums and, if COPY, they themselves in error_copy's dtype."""
-    column = (strip * BLOCK_U + tl.arange(0, BLOCK_U)).to(INDEX)
-    total = tl.zeros((BLOCK_U, BLOCK_R), tl.float32)
-    for first in tl.range(first_row, end_row, BLOCK_R, num_stages=1):
-        row = (first + tl.arange(0, BLOCK_R)).to(INDEX)
+    column = (strip * OUTPUT_UNITS + tl.arange(0, OUTPUT_UNITS)).to(INDEX)
+    total = tl.zeros((OUTPUT_UNITS, OUTPUT_ROWS), tl.float32)
+    for first in tl.range(first_row, end_row, OUTPUT_ROWS, num_stages=1):
+        row = (first + tl.arange(0, OUTPUT_ROWS)).to(INDEX)
         e = error_tile(error, row, end_row, stride_row, column, error_size, stride_column)
         total += e.to(tl.float32)
         if COPY:
