@@ -19,7 +19,7 @@ from dfa_kernels.backends.triton.configs import table
 from dfa_kernels.backends.triton.kernels.hadamard_tile import hadamard_kernel
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.operators import tile_of
-from dfa_kernels.backends.triton.plan_gemm import MOST_VIEWS, choose_configs, is_cheap, plan_grouped_gemm
+from dfa_kernels.backends.triton.plan_gemm import MOST_VIEWS, choose_configs, plan_grouped_gemm, walks
 from dfa_kernels.backends.triton.plan_small import plan_one_phase
 from dfa_kernels.backends.triton.plan_taps import plan_projection
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
@@ -133,7 +133,7 @@ def _planned_in_two(case: Case, config: Any, target: Target) -> LaunchPlan:
     gemm, tiles = choose_configs(problem, target)
     if case.kernel == "grouped_gemm":
         return plan_grouped_gemm(problem, config, tiles, target)
-    first = plan_grouped_gemm(problem, gemm, config if is_cheap(problem.projected) else tiles, target).first
+    first = plan_grouped_gemm(problem, gemm, config if walks(problem.projected) else tiles, target).first
     assert first is not None
     return first
 

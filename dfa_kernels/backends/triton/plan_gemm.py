@@ -19,8 +19,8 @@ MOST_HELD = 16
 """Components of the error whose columns of U stay in the registers of `deltas`."""
 SMALLEST_PIECE = 4
 """Columns of U that are made at a time: a call of the random numbers gives so many."""
-MOST_AHEAD, MOST_SUMS = 128, 32
-"""Of a thread of `deltas`: numbers that are loaded ahead in 16 bits each, and float32 numbers that its sums take."""
+MOST_SUMS = 32
+"""Sums in the registers of each thread of `deltas`."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,10 @@ def _plan_deltas(
     problem: GroupedProblem, layout: _Layout, config: ProjectionConfig, target: Target
 ) -> LaunchPlan | None:
     """None if δ is the error itself, and nothing is to be summed up."""
-    projected, hidden, held = problem.projected, problem.hidden, is_held(problem.projected)
-    if not held:
-        config = fitted(config, projected)
+    projected, hidden, held, walk = problem.projected, problem.hidden, is_held(problem.projected), walks(problem.projected)
+    config = config if walk else fitted(config, projected)
     each = config.block_u * config.block_r // (32 * config.num_warps)
-    together = max(1, MOST_SUMS // each) if is_cheap(projected) else max(1, hidden)
-    groups = max(1, -(-hidden // together))
-    layers = max(1, -(-hidden // groups))
+    groups = max(1, -(-hidden // max(1, MOST_SUMS // each))) if walk else 1
     output = layout.copy or any(layout.summed[hidden:])
     strips = -(-problem.widest // config.block_u)
     columns = strips * groups + (-(-layout.width // OUTPUT_UNITS.value) if output else 0)
@@ -129,7 +126,7 @@ def _plan_deltas(
     if not columns or not tiles:
         return None
     # As many parts of the batch as programs that run at once, and every part a whole number of tiles.
-    part = -(-tiles // max(1, min(tiles, target.multiprocessors * config.programs // columns)))
+    part = -(-tiles // max(1, min(tiles, target.multiprocessors * config.programs // columns))) if walk else 1
     parts = -(-tiles // part)
     arguments = grouped_arguments(problem, projected.rows * layout.row, projected.rows * layout.width)
     arguments |= layout.arguments(problem) | dict(
@@ -139,16 +136,16 @@ def _plan_deltas(
         columns=columns,
         OUTPUT=output,
         COPY=layout.copy,
+        WALK=walk,
         HELD=projected.error_size if held else 0,
-        AHEAD=each * layers * projected.dtype.itemsize <= 2 * MOST_AHEAD,
-        TILE_SUMS=each * layers <= MOST_SUMS,
         GROUPS=groups,
-        LAYERS=layers,
+        LAYERS=-(-hidden // groups) if walk else 1,
         BLOCK_U=config.block_u,
         BLOCK_R=config.block_r,
-        BLOCK_E=SMALLEST_PIECE if held else config.block_e,
+        BLOCK_E=SMALLEST_PIECE if walk else config.block_e,
     )
-    return LaunchPlan(problem, deltas, config, columns * parts, arguments, "chosen")
+    why = "δ of all layers, once"
+    return LaunchPlan(problem, deltas, config, columns * parts, arguments, why)
 
 
 def is_held(projected: Projected) -> bool:
@@ -156,8 +153,8 @@ def is_held(projected: Projected) -> bool:
     return projected.tile != "projection" and projected.error_size <= MOST_HELD
 
 
-def is_cheap(projected: Projected) -> bool:
-    """Whether P of a tile may be made for a few layers at a time."""
+def walks(projected: Projected) -> bool:
+    """Whether P of a tile costs so little that programs walk over the batch, and serve a few layers each."""
     return is_held(projected) or projected.tile == "projection"
 
 
@@ -167,7 +164,7 @@ def choose_configs(problem: GroupedProblem, target: Target) -> tuple[GemmConfig,
     tma = _layout_of(problem, target).tma
     usable = [config for config in table.grouped_gemm if tma or not config.needs_tma]
     gemm = usable[that_fills([gradient_tiles(problem, c) for c in usable], target)]
-    if is_cheap(projected):
+    if walks(projected):
         return gemm, table.deltas[0]
     fitting = [fitted(config, projected) for config in table.project_taps]
     tiles = [-(-problem.widest // c.block_u) * -(-projected.rows // c.block_r) for c in fitting]

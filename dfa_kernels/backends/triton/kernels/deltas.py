@@ -1,8 +1,8 @@
 """δ of every hidden layer of a wide network, written once, and the sums of δ over the batch that biases need.
 
-A program has a strip of units of a few layers and walks over a part of the batch: P of a tile is made in the registers,
-δ of all its layers from it, and the sums stay in the registers until the walk is over. So there is one sum for every
-part of the batch, of which there are as few as still fill the GPU; `grouped_gemm` adds them up.
+Where P costs little, a program has a strip of units of a few layers and walks over a part of the batch: P of a tile is
+made in the registers, δ of all its layers from it, and the sums stay in the registers until the walk is over. So there
+is one sum for every part of the batch, of which there are as few as still fill the GPU; `grouped_gemm` adds them up.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .feedback_tile import error_tile, feedback_tile, projection_tile
+from .delta import write_deltas
+from .feedback_tile import error_tile, feedback_tile
 from .tiles import multiple, pick, pick_flag, slope_product
 
 # Columns and rows of the error that a program sums, and copies, at a time.
@@ -30,8 +31,8 @@ def deltas(
     delta_width, first_error_sum,
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr, BIASES: tl.constexpr,
     ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr,
-    ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, OUTPUT: tl.constexpr, COPY: tl.constexpr, HELD: tl.constexpr,
-    AHEAD: tl.constexpr, TILE_SUMS: tl.constexpr, GROUPS: tl.constexpr, LAYERS: tl.constexpr,
+    ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, OUTPUT: tl.constexpr, COPY: tl.constexpr, WALK: tl.constexpr,
+    HELD: tl.constexpr, GROUPS: tl.constexpr, LAYERS: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """δ = (e Bᵀ) ⊙ f' of every hidden layer (paper, eq. 3).
@@ -41,9 +42,8 @@ def deltas(
     for layers in BIASES. If OUTPUT, columns of the error are summed as well, from parts · first_error_sum on, and, if
     COPY, copied to error_copy [rows, delta_width], with zeros behind the last. `columns` programs share a part.
 
-    GROUPS groups of LAYERS layers are programs of their own. HELD: the error's components, if they are so few that
-    their columns of U stay in the registers; else 0. AHEAD: what all LAYERS layers load is on its way before P is made. TILE_SUMS: sums over the
-    batch are kept for every place in a tile and added up at the end. Otherwise as for `write_deltas`.
+    If WALK, GROUPS groups of LAYERS layers are programs of their own, and HELD are the error's components, whose columns
+    of U stay in the registers; 0 if P is given. Otherwise as for `write_deltas`, with a tile of rows for each part.
     """
     # Neighbours have neighbouring units of the same rows.
     part, column = tl.program_id(0) // columns, tl.program_id(0) % columns
@@ -55,28 +55,39 @@ def deltas(
             column, part, first_row, end_row, error, error_copy, sums, error_size, stride_row, stride_column,
             delta_width, parts, first_error_sum, COPY, INDEX,
         )  # fmt: skip
-    else:
+    elif WALK:
         strip = (column - output_strips) // GROUPS
         first_layer = (column - output_strips) % GROUPS * LAYERS
-        _hidden_deltas(
+        _walk(
             strip, first_layer, part, first_row, end_row, error, stored, saved, dropout_mask, delta, sums,
             multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR), stride_column, key0, key1, nonzeros,
             multiple(widest, ALIGN), rows, sizes, first_deltas, delta_strides, first_sums, scales, p, q, parts,
-            SOURCE, DERIVATIVES, WHICH, DROPOUT, BIASES, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN, INDEX, HELD, AHEAD,
-            TILE_SUMS, LAYERS, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
+            SOURCE, DERIVATIVES, WHICH, DROPOUT, BIASES, ENTRY, ALIGN, INDEX, HELD, LAYERS, BLOCK_U, BLOCK_R, BLOCK_E,
+            BITS,
+        )  # fmt: skip
+    else:
+        outs = ()
+        for i in tl.static_range(len(sizes)):
+            outs = outs + (delta + rows.to(INDEX) * multiple(first_deltas[i], ALIGN),)
+        write_deltas(
+            (column - output_strips) * parts + part, error, stored, saved, dropout_mask, outs, sums, error_size,
+            stride_row, stride_column, key0, key1, nonzeros, widest, rows, sizes, delta_strides, first_sums, sizes,
+            scales, p, q,
+            SOURCE, DERIVATIVES, WHICH, (1 << len(sizes)) - 1, DROPOUT, BIASES, 0, ENTRY, DOT, DELTA_PRECISION, ROUND,
+            ALIGN, ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
         )  # fmt: skip
 
 
 @triton.jit
-def _hidden_deltas(
+def _walk(
     strip, first_layer, part, first_row, end_row, error, stored, saved, dropout_mask, delta, sums, error_size,
     stride_row, stride_column, key0, key1, nonzeros, widest, rows, sizes, first_deltas, delta_strides, first_sums,
     scales, p, q, parts,
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr, BIASES: tl.constexpr,
-    ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr,
-    INDEX: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr, TILE_SUMS: tl.constexpr, LAYERS: tl.constexpr,
+    ENTRY: tl.constexpr, ALIGN: tl.constexpr, INDEX: tl.constexpr, HELD: tl.constexpr, LAYERS: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
+    """δ of units of `strip`, of LAYERS layers from first_layer on, in rows first_row … end_row."""
     first_unit = (strip * BLOCK_U).to(INDEX)
     unit = first_unit + tl.arange(0, BLOCK_U)
     columns = ()
@@ -87,21 +98,21 @@ def _hidden_deltas(
         )  # fmt: skip
         for k in tl.static_range(BLOCK_E):
             column = tl.sum(tl.where(tl.arange(0, BLOCK_E)[None, :] == k, U, 0.0), axis=1)
-            # Gathered from where they are: else all of the walk would keep to the order in which U was loaded.
+            # Gathered from where they are: the compiler would else keep to the registers in which it finds them, and
+            # bring all that is loaded and stored there and back.
             columns = columns + (tl.gather(column, tl.arange(0, BLOCK_U), 0),)
     totals = ()
     for _ in tl.static_range(LAYERS):
-        totals = totals + (tl.zeros((BLOCK_U, BLOCK_R) if TILE_SUMS else (BLOCK_U,), tl.float32),)
-    # In one stage: copies ahead of the products would hold up the loads that all of the time goes into.
-    for first in tl.range(first_row, end_row, BLOCK_R, num_stages=1):
+        totals = totals + (tl.zeros((BLOCK_U, BLOCK_R), tl.float32),)
+    for first in range(first_row, end_row, BLOCK_R):
         row = (first + tl.arange(0, BLOCK_R)).to(INDEX)
+        # All that this step needs is on its way before the first number of it is used.
         values = ()
         masks = ()
-        if AHEAD:
-            for i in tl.static_range(LAYERS):
-                value, mask = _load_layer(first_layer + i, unit, row, rows, saved, dropout_mask, sizes, DROPOUT, ALIGN)
-                values = values + (value,)
-                masks = masks + (mask,)
+        for i in tl.static_range(LAYERS):
+            value, mask = _load_layer(first_layer + i, unit, row, rows, saved, dropout_mask, sizes, DROPOUT, ALIGN)
+            values = values + (value,)
+            masks = masks + (mask,)
         if HELD:
             # No product of tiles: its result lies in the registers otherwise than what is loaded 16 bytes at a time.
             projection = tl.zeros((BLOCK_U, BLOCK_R), tl.float32)
@@ -109,37 +120,31 @@ def _hidden_deltas(
                 e = tl.load(error + row * stride_row + k * stride_column, mask=row < rows, other=0.0)
                 projection += columns[k][:, None] * e.to(tl.float32)[None, :]
         else:
-            projection = projection_tile(
-                error, stored, key0, key1, first_unit, unit, widest, row, rows, error_size, stride_row, stride_column,
-                nonzeros, SOURCE, BLOCK_E, BITS, ENTRY, DOT, DELTA_PRECISION, ROUND,
-            )  # fmt: skip
+            given = row[None, :] * widest + unit[:, None]
+            projection = tl.load(stored[0] + given, mask=(unit < widest)[:, None] & (row < rows)[None, :], other=0.0)
         before = totals
         totals = ()
         for i in tl.static_range(LAYERS):
             layer = first_layer + i
-            if AHEAD:
-                value, mask = values[i], masks[i]
-            else:
-                value, mask = _load_layer(layer, unit, row, rows, saved, dropout_mask, sizes, DROPOUT, ALIGN)
             slope = slope_product(
-                projection * pick(scales, layer), value.to(tl.float32), pick(p, layer), pick(q, layer),
+                projection * pick(scales, layer), values[i].to(tl.float32), pick(p, layer), pick(q, layer),
                 pick(WHICH, layer), DERIVATIVES,
             )  # fmt: skip
             if DROPOUT:
-                slope *= mask.to(tl.float32)
+                slope *= masks[i].to(tl.float32)
             own = rows.to(INDEX) * multiple(pick(first_deltas, layer), ALIGN)
             at = own + row[None, :] * multiple(pick(delta_strides, layer), ALIGN) + unit[:, None]
             inside = (unit < _size_of(layer, sizes, ALIGN))[:, None] & (row < rows)[None, :]
             tl.store(delta + at, slope.to(delta.dtype.element_ty), mask=inside)
             # Rows beyond the batch have an error of 0, of which every activation makes a δ of 0.
-            totals = totals + (before[i] + (slope if TILE_SUMS else tl.sum(slope, axis=1)),)
+            totals = totals + (before[i] + slope,)
     if BIASES:
         for i in tl.static_range(LAYERS):
             layer = first_layer + i
             size = _size_of(layer, sizes, ALIGN)
             first_sum = parts.to(INDEX) * pick(first_sums, layer) + part.to(INDEX) * size
-            total = tl.sum(totals[i], axis=1) if TILE_SUMS else totals[i]
-            tl.store(sums + first_sum + unit, total, mask=unit < tl.where(pick_flag(BIASES, layer), size, 0))
+            wanted = unit < tl.where(pick_flag(BIASES, layer), size, 0)
+            tl.store(sums + first_sum + unit, tl.sum(totals[i], axis=1), mask=wanted)
 
 
 @triton.jit
@@ -172,7 +177,7 @@ def _output_delta(
     """Columns of the error: their sums and, if COPY, they themselves in error_copy's dtype."""
     column = (strip * OUTPUT_UNITS + tl.arange(0, OUTPUT_UNITS)).to(INDEX)
     total = tl.zeros((OUTPUT_UNITS, OUTPUT_ROWS), tl.float32)
-    for first in tl.range(first_row, end_row, OUTPUT_ROWS, num_stages=1):
+    for first in range(first_row, end_row, OUTPUT_ROWS):
         row = (first + tl.arange(0, OUTPUT_ROWS)).to(INDEX)
         e = error_tile(error, row, end_row, stride_row, column, error_size, stride_column)
         total += e.to(tl.float32)

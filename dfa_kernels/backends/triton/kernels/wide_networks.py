@@ -60,7 +60,7 @@ def two_phase(
         elif ticket < copies + projections:
             write_deltas(
                 ticket - copies, error, stored, saved, dropout_mask, deltas, sums, error_size, stride_row,
-                stride_column, key0, key1, nonzeros, widest, rows, sizes, first_sums, sizes, scales, p, q,
+                stride_column, key0, key1, nonzeros, widest, rows, sizes, sizes, first_sums, sizes, scales, p, q,
                 SOURCE, DERIVATIVES, WHICH, (1 << HIDDEN) - 1, DROPOUT, BIASES, 0, ENTRY, DOT, DELTA_PRECISION, ROUND,
                 ALIGN, ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
             )  # fmt: skip
