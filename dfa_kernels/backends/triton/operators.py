@@ -89,12 +89,13 @@ def _launch(
     # A kernel's tuple is never empty: any tensor stands in where there is none.
     anything = (inputs[0],)
     masks = tuple([inputs[0] if mask is None else dense(mask) for mask in call.dropout_mask])
-    tensors: Arguments = (error, stored, inputs, saved or anything, masks if plan.problem.dropout_mask else anything)
+    saved_or_any, masks = saved or anything, masks if plan.problem.dropout_mask else anything
+    tensors: Arguments = (error, stored, inputs, saved_or_any, masks)
     if plan.counters:
         sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
         tensors = (counters(plan.counters, error.device), *tensors, _delta_workspace(plan, error, inputs, saved), sums)
     if plan.name == "grouped_gemm":
-        firsts, tensors = tensors_of_both(plan, *tensors)
+        firsts, tensors = tensors_of_both(plan, error, stored, inputs, saved_or_any, masks)
         if plan.first:
             launch(plan.first, error.device, firsts)
     results = [tuple([destinations[i] for i in slots]) for slots in (route.weights, route.biases)]

@@ -1,4 +1,4 @@
-"""The plan of two launches for wide networks: `deltas` writes δ of all layers, then `grouped_gemm` makes the gradients."""
+"""The plan of two launches for wide networks: `deltas` writes δ of all layers, `grouped_gemm` makes the gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from .configs import DeltasConfig, GemmConfig, ProjectionConfig, configs_for
+from .configs import GemmConfig, ProjectionConfig, configs_for
 from .kernels.deltas import OUTPUT_UNITS, deltas
 from .kernels.grouped_gemm import grouped_gemm
 from .launch_plan import LaunchPlan, can_use_tma, fitted, gradient_tiles, grouped_arguments, that_fills
@@ -115,7 +115,8 @@ def _plan_deltas(
     problem: GroupedProblem, layout: _Layout, config: ProjectionConfig, target: Target
 ) -> LaunchPlan | None:
     """None if δ is the error itself, and nothing is to be summed up."""
-    projected, hidden, held, walk = problem.projected, problem.hidden, is_held(problem.projected), walks(problem.projected)
+    projected, hidden = problem.projected, problem.hidden
+    walk = walks(projected)
     config = config if walk else fitted(config, projected)
     each = config.block_u * config.block_r // (32 * config.num_warps)
     groups = max(1, -(-hidden // max(1, MOST_SUMS // each))) if walk else 1
@@ -137,7 +138,7 @@ def _plan_deltas(
         OUTPUT=output,
         COPY=layout.copy,
         WALK=walk,
-        HELD=projected.error_size if held else 0,
+        HELD=projected.error_size if is_held(projected) else 0,
         GROUPS=groups,
         LAYERS=-(-hidden // groups) if walk else 1,
         BLOCK_U=config.block_u,

@@ -37,9 +37,7 @@ def _views(plan: LaunchPlan, rows: int, delta: Tensor, output: Tensor, inputs: t
     given, hidden = plan.arguments, plan.problem.hidden
     block_m, block_n, block_k = (given[f"BLOCK_{side}"] for side in "MNK")
     width, stride = plan.delta_row // hidden, given["delta_stride"]
-    views: list[Any] = [
-        TensorDescriptor(delta, [hidden, rows, width], [rows * width, width, 1], [1, block_k, block_m])
-    ]
+    views: list[Any] = [TensorDescriptor(delta, [hidden, rows, width], [rows * width, width, 1], [1, block_k, block_m])]
     views += [
         TensorDescriptor(output, [1, rows, given["delta_width"]], [rows * stride, stride, 1], [1, block_k, block_m])
         if len(inputs) > hidden

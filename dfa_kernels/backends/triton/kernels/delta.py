@@ -21,10 +21,10 @@ def write_deltas(
 ):  # fmt: skip
     """Writes δ at tile `tile` of the projection [widest units, rows] into every tap that reaches it.
 
-    saved, dropout_mask and deltas of tap i are [rows, sizes[i]], deltas in rows of delta_strides[i]; in channels-last order [rows, sizes[i] / channels[i],
-    channels[i]] for taps in CHANNELS_LAST. SAVED and DROPOUT tell which taps have the respective tensor. Of taps in
-    SUMS, sums gets the sums of δ over the tile's rows, before δ is rounded to its dtype: [tiles of rows, sizes[i]] from
-    tiles of rows · first_sums[i] on.
+    saved, dropout_mask and deltas of tap i are [rows, sizes[i]], deltas in rows of delta_strides[i]; in channels-last
+    order [rows, sizes[i] / channels[i], channels[i]] for taps in CHANNELS_LAST. SAVED and DROPOUT tell which taps have
+    the respective tensor. Of taps in SUMS, sums gets the sums of δ over the tile's rows, before δ is rounded to its
+    dtype: [tiles of rows, sizes[i]] from tiles of rows · first_sums[i] on.
     """
     row_tiles = tl.cdiv(rows, BLOCK_R)
     first_unit = ((tile // row_tiles) * BLOCK_U).to(INDEX)

@@ -42,8 +42,8 @@ def deltas(
     for layers in BIASES. If OUTPUT, columns of the error are summed as well, from parts · first_error_sum on, and, if
     COPY, copied to error_copy [rows, delta_width], with zeros behind the last. `columns` programs share a part.
 
-    If WALK, GROUPS groups of LAYERS layers are programs of their own, and HELD are the error's components, whose columns
-    of U stay in the registers; 0 if P is given. Otherwise as for `write_deltas`, with a tile of rows for each part.
+    If WALK, GROUPS groups of LAYERS layers are programs of their own, and HELD are the error's components, each with its
+    column of U in the registers; 0 if P is given. Otherwise as for `write_deltas`, with a tile of rows for each part.
     """
     # Neighbours have neighbouring units of the same rows.
     part, column = tl.program_id(0) // columns, tl.program_id(0) % columns
@@ -66,9 +66,9 @@ def deltas(
             BITS,
         )  # fmt: skip
     else:
-        outs = ()
+        outs = tl.tuple(())
         for i in tl.static_range(len(sizes)):
-            outs = outs + (delta + rows.to(INDEX) * multiple(first_deltas[i], ALIGN),)
+            outs += (delta + rows.to(INDEX) * multiple(first_deltas[i], ALIGN),)
         write_deltas(
             (column - output_strips) * parts + part, error, stored, saved, dropout_mask, outs, sums, error_size,
             stride_row, stride_column, key0, key1, nonzeros, widest, rows, sizes, delta_strides, first_sums, sizes,
@@ -90,7 +90,7 @@ def _walk(
     """δ of units of `strip`, of LAYERS layers from first_layer on, in rows first_row … end_row."""
     first_unit = (strip * BLOCK_U).to(INDEX)
     unit = first_unit + tl.arange(0, BLOCK_U)
-    columns = ()
+    columns = tl.tuple(())
     for first in tl.static_range(0, HELD, BLOCK_E):
         U = feedback_tile(
             stored, key0, key1, first_unit, unit, widest, first, error_size, nonzeros, SOURCE, BLOCK_E, BITS, ENTRY,
@@ -100,19 +100,19 @@ def _walk(
             column = tl.sum(tl.where(tl.arange(0, BLOCK_E)[None, :] == k, U, 0.0), axis=1)
             # Gathered from where they are: the compiler would else keep to the registers in which it finds them, and
             # bring all that is loaded and stored there and back.
-            columns = columns + (tl.gather(column, tl.arange(0, BLOCK_U), 0),)
-    totals = ()
+            columns += (tl.gather(column, tl.arange(0, BLOCK_U), 0),)
+    totals = tl.tuple(())
     for _ in tl.static_range(LAYERS):
-        totals = totals + (tl.zeros((BLOCK_U, BLOCK_R), tl.float32),)
+        totals += (tl.zeros((BLOCK_U, BLOCK_R), tl.float32),)
     for first in range(first_row, end_row, BLOCK_R):
         row = (first + tl.arange(0, BLOCK_R)).to(INDEX)
         # All that this step needs is on its way before the first number of it is used.
-        values = ()
-        masks = ()
+        values = tl.tuple(())
+        masks = tl.tuple(())
         for i in tl.static_range(LAYERS):
             value, mask = _load_layer(first_layer + i, unit, row, rows, saved, dropout_mask, sizes, DROPOUT, ALIGN)
-            values = values + (value,)
-            masks = masks + (mask,)
+            values += (value,)
+            masks += (mask,)
         if HELD:
             # No product of tiles: its result lies in the registers otherwise than what is loaded 16 bytes at a time.
             projection = tl.zeros((BLOCK_U, BLOCK_R), tl.float32)
@@ -123,7 +123,7 @@ def _walk(
             given = row[None, :] * widest + unit[:, None]
             projection = tl.load(stored[0] + given, mask=(unit < widest)[:, None] & (row < rows)[None, :], other=0.0)
         before = totals
-        totals = ()
+        totals = tl.tuple(())
         for i in tl.static_range(LAYERS):
             layer = first_layer + i
             slope = slope_product(
@@ -137,7 +137,7 @@ def _walk(
             inside = (unit < _size_of(layer, sizes, ALIGN))[:, None] & (row < rows)[None, :]
             tl.store(delta + at, slope.to(delta.dtype.element_ty), mask=inside)
             # Rows beyond the batch have an error of 0, of which every activation makes a δ of 0.
-            totals = totals + (before[i] + slope,)
+            totals += (before[i] + slope,)
     if BIASES:
         for i in tl.static_range(LAYERS):
             layer = first_layer + i
@@ -154,9 +154,7 @@ def _size_of(layer, sizes, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load_layer(
-    layer, unit, row, rows, saved, dropout_mask, sizes, DROPOUT: tl.constexpr, ALIGN: tl.constexpr
-):
+def _load_layer(layer, unit, row, rows, saved, dropout_mask, sizes, DROPOUT: tl.constexpr, ALIGN: tl.constexpr):
     """What layer's δ is computed from beside P: its saved tensor and, if any layer has one, its mask."""
     size = _size_of(layer, sizes, ALIGN)
     at = row[None, :] * size + unit[:, None]

@@ -27,14 +27,18 @@ def grouped_gemm(
     """Gradients of all layers, or their updates, from what `deltas` has left behind.
 
     If TMA, the copy engine brings the tiles: delta [layers, rows, widest] and output_delta [1, rows, delta_width] are
-    descriptors then, and so are x0, x1, ... of the layers' inputs. Launchers of Triton 3.6 and 3.7 take descriptors as
-    arguments of their own only, not in tuples. Otherwise delta is δ of layer i from rows · first_deltas[i] on,
-    output_delta that of the output layer in rows of delta_stride, and inputs are tensors. sums: `parts` sums of each unit.
+    descriptors then, and so are x0, x1, ... of the layers' inputs: launchers of Triton 3.6 and 3.7 take none in tuples.
+    Otherwise delta is δ of layer i from rows · first_deltas[i] on, output_delta that of the output layer in rows of
+    delta_stride, and inputs are tensors. sums: `parts` sums of each unit.
     """
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         layer, m, n = locate(tile, widths_in, widths_out, BLOCK_M, BLOCK_N, GROUP_M, WEIGHTS, BIASES)
         is_output = OUTPUT and layer == len(widths_in) - 1
-        width_in, width_out, span = multiple(pick(widths_in, layer), ALIGN), pick(widths_out, layer), pick(positions, layer)
+        width_in, width_out, span = (
+            multiple(pick(widths_in, layer), ALIGN),
+            pick(widths_out, layer),
+            pick(positions, layer),
+        )
         if TMA:
             x = x0
             views = (x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15)
@@ -58,9 +62,9 @@ def grouped_gemm(
         out = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
         bias_gradient = tl.zeros((BLOCK_M,), tl.float32)
         if BIASES and n == 0:
-            if pick_flag(BIASES, layer):
-                first_sum = tl.where(is_output, first_error_sum, pick(first_sums, layer))
-                bias_gradient = sum_over_tiles(sums, first_sum, out, width_out, span, parts)
+            first_sum = tl.where(is_output, first_error_sum, pick(first_sums, layer))
+            summed = tl.where(pick_flag(BIASES, layer), parts, 0)
+            bias_gradient = sum_over_tiles(sums, first_sum, out, width_out, span, summed)
         finish_layer(
             gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases,
             weight_state0, weight_state1, bias_state0, bias_state1, hyper,
