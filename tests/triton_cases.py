@@ -300,15 +300,34 @@ def few_steps(configs: list[Any], start: int, problem: GroupedProblem) -> Any:
     return next((config for config in configs[start:] if steps_of(problem, config) <= MOST_STEPS), configs[-1])
 
 
-def forced(kernel: str, start: int = 0, multiprocessors: int = 4) -> AbstractContextManager[None]:
+def deltas_config(problem: GroupedProblem, start: int) -> ProjectionConfig:
+    """Of the launch before `grouped_gemm`; the interpreter takes as long for small tiles as for large ones."""
+
+    def tiles(config: ProjectionConfig) -> int:
+        return -(-problem.widest // config.block_u) * -(-problem.projected.rows // config.block_r)
+
+    configs = PROJECTIONS[min(start, len(PROJECTIONS) - 1) :]
+    return next((config for config in configs if tiles(config) <= MOST_STEPS), configs[-1])
+
+
+def launched(seen: Launches, kernel: str, calls: int = 1) -> bool:
+    """Whether every call was one launch of this kernel, after one of `deltas` where that has something to write."""
+    plans = [plan for plan in seen.plans if plan.name != "deltas"]
+    names = [name for plan in plans for name in (["deltas"] if plan.first else []) + [plan.name]]
+    return len(plans) == calls and {plan.name for plan in plans} <= {kernel} and seen.kernels == names
+
+
+def forced(
+    kernel: str, start: int = 0, multiprocessors: int = 4, capability: int | None = None
+) -> AbstractContextManager[None]:
     """`layer_grads` and `layer_update_` run this kernel, whatever the plan would choose."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
         configs: list[Any] = {"one_phase": ONE_PHASE, "two_phase": TWO_PHASE, "grouped_gemm": GROUPED_GEMM}[kernel]
         config = few_steps(configs, start, problem)
         if kernel == "grouped_gemm":
-            tiles = PROJECTIONS[min(start, len(PROJECTIONS) - 1)]
-            return plan_grouped_gemm(problem, config, tiles, Target(target.capability, multiprocessors))
+            aimed = Target(capability or target.capability, multiprocessors)
+            return plan_grouped_gemm(problem, config, deltas_config(problem, start), aimed)
         if kernel == "one_phase":
             return plan_one_phase(problem, config)
         return plan_two_phase(problem, config, Target(target.capability, multiprocessors))

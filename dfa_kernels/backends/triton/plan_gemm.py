@@ -120,9 +120,9 @@ def _plan_deltas(
     config = config if walk else fitted(config, projected)
     each = config.block_u * config.block_r // (32 * config.num_warps)
     groups = max(1, -(-hidden // max(1, MOST_SUMS // each))) if walk else 1
-    output = layout.copy or any(layout.summed[hidden:])
+    sum_error = any(layout.summed[hidden:])
     strips = -(-problem.widest // config.block_u)
-    columns = strips * groups + (-(-layout.width // OUTPUT_UNITS.value) if output else 0)
+    columns = strips * groups + (-(-layout.width // OUTPUT_UNITS.value) if layout.copy or sum_error else 0)
     tiles = -(-projected.rows // config.block_r)
     if not columns or not tiles:
         return None
@@ -135,8 +135,8 @@ def _plan_deltas(
         parts=parts,
         part_rows=part * config.block_r,
         columns=columns,
-        OUTPUT=output,
         COPY=layout.copy,
+        SUM_ERROR=sum_error,
         WALK=walk,
         HELD=projected.error_size if is_held(projected) else 0,
         GROUPS=groups,

@@ -31,7 +31,7 @@ def deltas(
     delta_width, first_error_sum,
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr, BIASES: tl.constexpr,
     ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr,
-    ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, OUTPUT: tl.constexpr, COPY: tl.constexpr, WALK: tl.constexpr,
+    ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, COPY: tl.constexpr, SUM_ERROR: tl.constexpr, WALK: tl.constexpr,
     HELD: tl.constexpr, GROUPS: tl.constexpr, LAYERS: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
@@ -39,21 +39,21 @@ def deltas(
 
     delta: δ of layer i from rows · first_deltas[i] on, in rows of delta_strides[i]. sums: Σ δ over each of the `parts`
     parts of the batch, part_rows rows each (a multiple of BLOCK_R): [parts, sizes[i]] from parts · first_sums[i] on,
-    for layers in BIASES. If OUTPUT, columns of the error are summed as well, from parts · first_error_sum on, and, if
-    COPY, copied to error_copy [rows, delta_width], with zeros behind the last. `columns` programs share a part.
+    for layers in BIASES. Columns of the error are summed as well, if SUM_ERROR, from parts · first_error_sum on, and
+    copied, if COPY, to error_copy [rows, delta_width], with zeros behind the last. `columns` programs share a part.
 
-    If WALK, GROUPS groups of LAYERS layers are programs of their own, and HELD are the error's components, each with its
-    column of U in the registers; 0 if P is given. Otherwise as for `write_deltas`, with a tile of rows for each part.
+    If WALK, GROUPS groups of LAYERS layers are programs of their own; HELD are the error's components, each with its
+    column of U in the registers, or 0 if P is given. Otherwise as for `write_deltas`, a tile of rows for each part.
     """
     # Neighbours have neighbouring units of the same rows.
     part, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     first_row = part * part_rows
     end_row = tl.minimum(first_row + part_rows, rows)
-    output_strips = tl.cdiv(delta_width, OUTPUT_UNITS) if OUTPUT else 0
-    if OUTPUT and column < output_strips:
+    output_strips = tl.cdiv(delta_width, OUTPUT_UNITS) if COPY or SUM_ERROR else 0
+    if (COPY or SUM_ERROR) and column < output_strips:
         _output_delta(
             column, part, first_row, end_row, error, error_copy, sums, error_size, stride_row, stride_column,
-            delta_width, parts, first_error_sum, COPY, INDEX,
+            delta_width, parts, first_error_sum, COPY, SUM_ERROR, INDEX,
         )  # fmt: skip
     elif WALK:
         strip = (column - output_strips) // GROUPS
@@ -170,9 +170,9 @@ def _load_layer(layer, unit, row, rows, saved, dropout_mask, sizes, DROPOUT: tl.
 def _output_delta(
     strip, part, first_row, end_row, error, error_copy, sums, error_size, stride_row, stride_column, width, parts,
     first_sum,
-    COPY: tl.constexpr, INDEX: tl.constexpr,
+    COPY: tl.constexpr, SUM_ERROR: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Columns of the error: their sums and, if COPY, they themselves in error_copy's dtype."""
+    """Columns of the error: their sums, if SUM_ERROR, and they themselves in error_copy's dtype, if COPY."""
     column = (strip * OUTPUT_UNITS + tl.arange(0, OUTPUT_UNITS)).to(INDEX)
     total = tl.zeros((OUTPUT_UNITS, OUTPUT_ROWS), tl.float32)
     for first in range(first_row, end_row, OUTPUT_ROWS):
@@ -183,5 +183,6 @@ def _output_delta(
             inside = (column < width)[:, None] & (row < end_row)[None, :]
             at = row[None, :] * width + column[:, None]
             tl.store(error_copy + at, e.to(error_copy.dtype.element_ty), mask=inside)
-    first_of_part = parts.to(INDEX) * first_sum + part.to(INDEX) * error_size
-    tl.store(sums + first_of_part + column, tl.sum(total, axis=1), mask=column < error_size)
+    if SUM_ERROR:
+        first_of_part = parts.to(INDEX) * first_sum + part.to(INDEX) * error_size
+        tl.store(sums + first_of_part + column, tl.sum(total, axis=1), mask=column < error_size)
