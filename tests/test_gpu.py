@@ -30,7 +30,7 @@ from dfa_kernels.updates import RULES as UPDATE_RULES
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = {"one_phase": 33, "two_phase": 97}
+KERNELS = {"one_phase": 33, "two_phase": 97, "grouped_gemm": 10}
 """The kernels, each with an error of a size that it is for."""
 PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RULES = ["sgd", "momentum", "adamw"]

@@ -165,8 +165,10 @@ def choose_configs(problem: GroupedProblem, target: Target) -> tuple[GemmConfig,
     tma = _layout_of(problem, target).tma
     usable = [config for config in table.grouped_gemm if tma or not config.needs_tma]
     gemm = usable[that_fills([gradient_tiles(problem, c) for c in usable], target)]
-    if walks(projected):
-        return gemm, table.deltas[0]
-    fitting = [fitted(config, projected) for config in table.project_taps]
-    tiles = [-(-problem.widest // c.block_u) * -(-projected.rows // c.block_r) for c in fitting]
-    return gemm, table.project_taps[that_fills(tiles, target)]
+    fitting = table.deltas if walks(projected) else [fitted(config, projected) for config in table.project_taps]
+    return gemm, fitting[that_fills([delta_tiles(problem, config) for config in fitting], target)]
+
+
+def delta_tiles(problem: GroupedProblem, config: ProjectionConfig) -> int:
+    """Tiles of the projection."""
+    return -(-problem.widest // config.block_u) * -(-problem.projected.rows // config.block_r)
