@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +19,11 @@ MOST_HELD = 16
 """Components of the error whose columns of U stay in the registers of `deltas`."""
 SMALLEST_PIECE = 4
 """Columns of U that are made at a time: a call of the random numbers gives so many."""
+PLAIN, MOST_PLAIN = ("tanh", "relu", "abs", "silu", "softplus", "hardtanh"), 10
+"""Activations and components of the error that leave registers for one more program of `deltas`, as machine code shows.
+
+For sm_90, four layers in half precision.
+"""
 MOST_SUMS = 32
 """Sums in the registers of each thread of `deltas`."""
 
@@ -117,7 +122,10 @@ def _plan_deltas(
     """None if δ is the error itself, and nothing is to be summed up."""
     projected, hidden = problem.projected, problem.hidden
     walk = walks(projected)
-    config = config if walk else fitted(config, projected)
+    if not walk:
+        config = fitted(config, projected)
+    elif config.programs > 1 and _takes_registers(problem):
+        config = replace(config, programs=config.programs - 1)
     each = config.block_u * config.block_r // (32 * config.num_warps)
     groups = max(1, -(-hidden // max(1, MOST_SUMS // each))) if walk else 1
     sum_error = any(layout.summed[hidden:])
@@ -147,6 +155,12 @@ def _plan_deltas(
     )
     why = "δ of all layers, once"
     return LaunchPlan(problem, deltas, config, columns * parts, arguments, why)
+
+
+def _takes_registers(problem: GroupedProblem) -> bool:
+    """Whether δ takes so many registers that as many programs as usual would put some of them on the stack."""
+    plain = len(set(problem.activations)) == 1 and problem.activations[0] in PLAIN
+    return not plain or problem.dropout_mask != 0 or problem.projected.error_size > MOST_PLAIN
 
 
 def is_held(projected: Projected) -> bool:
