@@ -32,6 +32,7 @@ import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends.triton import launch
 from dfa_kernels.feedback.spec import KINDS
 
 KERNELS = ["one_phase", "two_phase", "grouped_gemm"]
@@ -197,6 +198,46 @@ def test_feedback_in_another_precision(kernel: str, dtype: torch.dtype, kind: st
     for storage in ("dense", "procedural"):
         call.feedback = dfa.Feedback(kind, storage, seed=2**40 + 3, dtype=dtype)
         check(call, run(call, kernel, 1))
+
+
+ALIGNED = [plain_layer(width_in=32, width_out=48, mask=True), plain_layer(width_in=64, width_out=16)]
+# The output layer's δ is the error itself, a copy of it, not there; the inputs lie where descriptors cannot begin.
+BY_DESCRIPTORS: dict[str, dict[str, Any]] = {
+    "error": {"error_size": 16},
+    "copy": {"error_size": 19},
+    "wide error": {"error_size": 72},
+    "no output layer": {"output_width": None, "wanted": ([True] * 2, [True] * 2)},
+    "offset": {"layers": [dict(layer, layout="offset") for layer in ALIGNED]},
+    "only biases": {"wanted": ([False] * 3, [True] * 3)},
+    "sixteen layers": {"layers": ALIGNED[1:] * 15, "wanted": ([True] * 16, [True] * 16)},
+}
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU has descriptors or it has not")
+@pytest.mark.parametrize("config", [1, 2])
+@pytest.mark.parametrize("changes", BY_DESCRIPTORS.values(), ids=BY_DESCRIPTORS)
+def test_tiles_through_descriptors(changes: dict[str, Any], config: int) -> None:
+    """Hidden layers of different widths share a descriptor, whose rows are NaN behind the narrower one's δ."""
+    call = make_call(plain_network(**{"layers": ALIGNED, "output_width": 24, "rows": 40, **changes}), torch.float16)
+    with forced("grouped_gemm", config, capability=90), watched() as seen:
+        found = triton_backend.layer_grads(call.arguments(), torch.float32)
+    assert launched(seen, "grouped_gemm")
+    assert seen.plans[-1].uses_tma
+    check(call, found)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rows": 0}, {"layers": [plain_layer(positions=2, width_in=32, width_out=48)]}, {"layers": []}], ids=str
+)
+def test_what_descriptors_cannot_describe(changes: dict[str, Any]) -> None:
+    """No rows, layers of several positions, no hidden layer."""
+    every = [True] * (len(changes.get("layers", ALIGNED)) + 1)
+    network = plain_network(**{"layers": ALIGNED, **changes}, output_width=24, wanted=(every, every), error_size=16)
+    call = make_call(network, torch.float16)
+    with forced("grouped_gemm", 1, capability=90), watched() as seen:
+        found = triton_backend.layer_grads(call.arguments(), torch.float32)
+    assert not seen.plans[-1].uses_tma
+    check(call, found)
 
 
 def test_float64_is_left_to_the_torch_backend() -> None:
