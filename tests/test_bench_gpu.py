@@ -639,7 +639,8 @@ def test_every_kernel_has_a_check_that_launches_it(tmp_path):
     assert list(found) == [check.name for check in sanitizer_checks.CHECKS]
     assert all(row["correct"] and row["off"] < 1e-5 for row in found.values())
     launched = [found[check.name]["launched"] for check in sanitizer_checks.CHECKS]
-    assert launched == [{check.kernel: 1} for check in sanitizer_checks.CHECKS]
+    first = {"grouped_gemm": {"deltas": 1}}
+    assert launched == [first.get(check.kernel, {}) | {check.kernel: 1} for check in sanitizer_checks.CHECKS]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")

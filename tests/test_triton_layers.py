@@ -32,7 +32,7 @@ import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
-from dfa_kernels.backends.triton import launch
+from dfa_kernels.backends.triton import launch, operators
 from dfa_kernels.feedback.spec import KINDS
 
 KERNELS = ["one_phase", "two_phase", "grouped_gemm"]
@@ -224,6 +224,32 @@ def test_tiles_through_descriptors(changes: dict[str, Any], config: int) -> None
     assert launched(seen, "grouped_gemm")
     assert seen.plans[-1].uses_tma
     check(call, found)
+
+
+class Recorded(dict[Any, Any]):
+    """In a compiled kernel's place: keeps what it is called with."""
+
+    def __missing__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.setdefault(grid, arguments)
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU has descriptors or it has not")
+def test_a_compiled_kernel_takes_descriptors_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And plain addresses beside them, an argument for each of the kernel's."""
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(operators, "launch", lambda *arguments: started.append(arguments))
+    call = make_call(plain_network(ALIGNED, output_width=24, rows=40), torch.float16)
+    with forced("grouped_gemm", capability=90):
+        triton_backend.layer_grads(call.arguments(), torch.float32)
+    (plan, _, tensors, hyper), compiled = started[-1], Recorded()
+    monkeypatch.setitem(plan.compiled, 0, compiled)
+    launch._launch(plan, 0, tensors, hyper)
+    given = dict(zip(plan.kernel.arg_names, compiled[plan.programs, 1, 1], strict=True))
+    assert [given["delta"], given["x0"], given["x15"]] == [tensors[0], tensors[3], tensors[18]]
+    assert given["delta"].block_shape == [1, plan.config.block_k, plan.config.block_m]
+    assert given["weights"] == tuple(weight.data_ptr() for weight in tensors[20])
+    assert given["sums"] == tensors[19].data_ptr()
+    assert (given["total"], given["BLOCK_M"]) == (plan.arguments["total"], plan.config.block_m)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def _launch(plan: LaunchPlan, device: int, tensors: Arguments, hyper: Hyper) -> 
             bits = reduce(or_, group, bits)
             addresses.append(group)
         elif isinstance(argument, TensorDescriptor):
-            # Its launcher makes the copy engine's form of it. Of a tensor at another address there is none.
+            # What the copy engine takes is made of it by the compiled kernel. It begins at a multiple of 16 bytes.
             addresses.append(argument)
         else:
             addresses.append(argument.data_ptr())

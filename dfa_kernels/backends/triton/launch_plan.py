@@ -1,8 +1,8 @@
 """What a grouped launch runs: from the shapes of a step to a kernel, its grid and its constants.
 
 A plan is a pure function of a problem (`problem.py`), made once and saved; no tensor and no device is touched, so that
-any GPU's plan can be made and compiled anywhere. What all plans share is here; `plan_small.py`, `plan_wide.py` and
-`plan_taps.py` make those of one kernel each, and `choice.py` picks.
+any GPU's plan can be made and compiled anywhere. What all plans share is here; `plan_small.py`, `plan_wide.py`,
+`plan_gemm.py` and `plan_taps.py` make those of one kernel each, and `choice.py` picks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LaunchPlan:
     copy_width: int = 0
     """Columns of the copy of the error that the launch makes, if any."""
     uses_tma: bool = False
-    """Whether tiles come by the tensor memory accelerator, whose descriptors need scratch memory."""
+    """Whether tiles come by the tensor memory accelerator; descriptors that the kernel makes need scratch memory."""
     first: LaunchPlan | None = None
     """The launch that goes before this one, which reads what it leaves behind."""
     delta_row: int = 0
