@@ -22,7 +22,7 @@ SMALLEST_PIECE = 4
 PLAIN, MOST_PLAIN = ("tanh", "relu", "abs", "silu", "softplus", "hardtanh"), 10
 """Activations and components of the error that leave registers for one more program of `deltas`, as machine code shows.
 
-For sm_90, four layers in half precision.
+On sm_90, in half precision, of at most four layers.
 """
 MOST_SUMS = 32
 """Sums in the registers of each thread of `deltas`."""
@@ -160,7 +160,7 @@ def _plan_deltas(
 def _takes_registers(problem: GroupedProblem) -> bool:
     """Whether δ takes so many registers that as many programs as usual would put some of them on the stack."""
     plain = len(set(problem.activations)) == 1 and problem.activations[0] in PLAIN
-    return not plain or problem.dropout_mask != 0 or problem.projected.error_size > MOST_PLAIN
+    return not plain or problem.dropout_mask != 0 or problem.projected.error_size > MOST_PLAIN or problem.hidden > 4
 
 
 def is_held(projected: Projected) -> bool:
