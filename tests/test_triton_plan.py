@@ -463,6 +463,23 @@ def test_sums_over_tiles_of_rows_need_wide_offsets_by_themselves() -> None:
         assert index(found) == expected
 
 
+def test_offsets_of_both_launches_are_as_wide_as_either_needs() -> None:
+    """Of the sums over tiles of a row; and of the δ of a narrow layer that lies in rows as long as the widest one's."""
+    for rows, expected in ((2**17 - 1, tl.int32), (2**17, tl.int64)):
+        problem = layers_plan((4096,) * 5, rows=rows, error_size=4096, kind="fastfood").problem
+        found = plan_grouped_gemm(problem, GROUPED_GEMM[-1], PROJECTIONS[-1], H200)
+        assert found.first is not None
+        assert found.first.arguments["parts"] == rows
+        assert found.sums == 4 * 4096 * rows
+        assert [index(found.first), index(found)] == [expected] * 2
+    for rows, expected in ((2**16 - 1, tl.int32), (2**16, tl.int64)):
+        problem = layers_plan((16, 8192, 16, 16, 16), rows=rows, dtype=torch.float16).problem
+        found = plan_grouped_gemm(problem, GROUPED_GEMM[-1], PROJECTIONS[-1], H200)
+        assert found.uses_tma
+        assert found.first is not None
+        assert [index(found.first), index(found)] == [expected] * 2
+
+
 @pytest.mark.parametrize(
     "error, feedback, kind, expected",
     [

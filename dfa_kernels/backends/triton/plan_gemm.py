@@ -46,6 +46,10 @@ class _Layout:
     summed: tuple[int, ...]
     """Sums of every layer, the output layer's last."""
 
+    def counts(self, rows: int, parts: int) -> tuple[int, ...]:
+        """Numbers of δ, of the output layer's δ, and of the sums over this many parts of the batch."""
+        return rows * self.row, rows * self.width, parts * sum(self.summed)
+
     def arguments(self, problem: GroupedProblem) -> dict[str, Any]:
         """Of both kernels."""
         firsts = tuple(accumulate(self.summed, initial=0))
@@ -90,8 +94,8 @@ def plan_grouped_gemm(
     first = _plan_deltas(problem, layout, delta_config, target)
     parts = first.arguments["parts"] if first else 0
     total = gradient_tiles(problem, config)
-    arguments = grouped_arguments(problem, rows * layout.row, rows * layout.width, parts * sum(layout.summed))
-    arguments |= layout.arguments(problem) | dict(
+    arguments = grouped_arguments(problem, *layout.counts(rows, parts)) | layout.arguments(problem)
+    arguments |= dict(
         delta_stride=layout.width if layout.copy else problem.projected.error_strides[0],
         parts=parts,
         total=total,
@@ -137,8 +141,8 @@ def _plan_deltas(
     # As many parts of the batch as programs that run at once, and every part a whole number of tiles.
     part = -(-tiles // max(1, min(tiles, target.multiprocessors * config.programs // columns))) if walk else 1
     parts = -(-tiles // part)
-    arguments = grouped_arguments(problem, projected.rows * layout.row, projected.rows * layout.width)
-    arguments |= layout.arguments(problem) | dict(
+    arguments = grouped_arguments(problem, *layout.counts(projected.rows, parts)) | layout.arguments(problem)
+    arguments |= dict(
         delta_strides=layout.strides,
         parts=parts,
         part_rows=part * config.block_r,
@@ -153,8 +157,7 @@ def _plan_deltas(
         BLOCK_R=config.block_r,
         BLOCK_E=SMALLEST_PIECE if walk else config.block_e,
     )
-    why = "δ of all layers, once"
-    return LaunchPlan(problem, deltas, config, columns * parts, arguments, why)
+    return LaunchPlan(problem, deltas, config, columns * parts, arguments, "δ of all layers")
 
 
 def _takes_registers(problem: GroupedProblem) -> bool:
