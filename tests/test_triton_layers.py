@@ -233,6 +233,17 @@ class Recorded(dict[Any, Any]):
         return lambda *arguments: self.setdefault(grid, arguments)
 
 
+def test_delta_of_all_layers_is_of_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the error is of another, and there is no output layer that it would be copied for."""
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(operators, "launch", lambda *arguments: started.append(arguments))
+    call = make_call(plain_network(ALIGNED, output_width=None, wanted=([True] * 2, [True] * 2)), torch.float16)
+    call.error = call.error.float()
+    with forced("grouped_gemm"):
+        triton_backend.layer_grads(call.arguments(), torch.float32)
+    assert [tensor.dtype for tensor in started[-1][2][:2]] == [torch.float16] * 2
+
+
 @pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU has descriptors or it has not")
 def test_a_compiled_kernel_takes_descriptors_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """And plain addresses beside them, an argument for each of the kernel's."""

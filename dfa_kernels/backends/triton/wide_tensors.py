@@ -24,7 +24,10 @@ def tensors_of_both(
     """What `deltas` takes, and what `grouped_gemm` takes before the tensors that results go to."""
     rows, dtype = error.shape[0], inputs[0].dtype
     delta = torch.empty(rows * plan.delta_row, dtype=dtype, device=error.device)
-    output = torch.empty((rows, plan.copy_width), dtype=dtype, device=error.device) if plan.copy_width else error
+    # Without an output layer anything of the same type stands in for its δ.
+    output = error if len(inputs) > plan.problem.hidden else delta
+    if plan.copy_width:
+        output = torch.empty((rows, plan.copy_width), dtype=dtype, device=error.device)
     sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
     factors: tuple[Any, ...] = (delta, output, inputs, *inputs[:1] * MOST_VIEWS)
     if plan.uses_tma:
@@ -37,11 +40,9 @@ def _views(plan: LaunchPlan, rows: int, delta: Tensor, output: Tensor, inputs: t
     given, hidden = plan.arguments, plan.problem.hidden
     block_m, block_n, block_k = (given[f"BLOCK_{side}"] for side in "MNK")
     width, stride = plan.delta_row // hidden, given["delta_stride"]
-    views: list[Any] = [TensorDescriptor(delta, [hidden, rows, width], [rows * width, width, 1], [1, block_k, block_m])]
-    views += [
-        TensorDescriptor(output, [1, rows, given["delta_width"]], [rows * stride, stride, 1], [1, block_k, block_m])
-        if len(inputs) > hidden
-        else views[0]
-    ]
+    tile = [1, block_k, block_m]
+    of_hidden = of_output = TensorDescriptor(delta, [hidden, rows, width], [rows * width, width, 1], tile)
+    if len(inputs) > hidden:
+        of_output = TensorDescriptor(output, [1, rows, given["delta_width"]], [rows * stride, stride, 1], tile)
     of_inputs = [TensorDescriptor(x, [rows, x.shape[1]], [x.shape[1], 1], [block_k, block_n]) for x in inputs]
-    return (*views, inputs[:1], *of_inputs, *of_inputs[:1] * (MOST_VIEWS - len(inputs)))
+    return (of_hidden, of_output, inputs[:1], *of_inputs, *of_inputs[:1] * (MOST_VIEWS - len(inputs)))

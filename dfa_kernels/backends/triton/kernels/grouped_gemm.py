@@ -34,11 +34,8 @@ def grouped_gemm(
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         layer, m, n = locate(tile, widths_in, widths_out, BLOCK_M, BLOCK_N, GROUP_M, WEIGHTS, BIASES)
         is_output = OUTPUT and layer == len(widths_in) - 1
-        width_in, width_out, span = (
-            multiple(pick(widths_in, layer), ALIGN),
-            pick(widths_out, layer),
-            pick(positions, layer),
-        )
+        width_in = multiple(pick(widths_in, layer), ALIGN)
+        width_out, span = pick(widths_out, layer), pick(positions, layer)
         if TMA:
             x = x0
             views = (x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15)
