@@ -464,9 +464,10 @@ def test_sums_over_tiles_of_rows_need_wide_offsets_by_themselves() -> None:
 
 
 def test_offsets_of_both_launches_are_as_wide_as_either_needs() -> None:
-    """Of the sums over tiles of a row; and of the δ of a narrow layer that lies in rows as long as the widest one's."""
+    """Of the sums over tiles of a row; and of the δ of narrow layers that lies in rows as long as the widest one's."""
     for rows, expected in ((2**17 - 1, tl.int32), (2**17, tl.int64)):
-        problem = layers_plan((4096,) * 5, rows=rows, error_size=4096, kind="fastfood").problem
+        widths = {"widths": (4096,) * 4, "output_width": 4096, "error_size": 4096}
+        problem = layers_plan(rows=rows, kind="fastfood", **widths).problem
         found = plan_grouped_gemm(problem, GROUPED_GEMM[-1], PROJECTIONS[-1], H200)
         assert found.first is not None
         assert found.first.arguments["parts"] == rows

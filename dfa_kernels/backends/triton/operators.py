@@ -1,4 +1,4 @@
-"""The operators on a GPU: each looks at its call, gets a plan for what it looks like, and launches it once."""
+"""The operators on a GPU: each looks at its call, gets a plan for what it looks like, and launches it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
 def layer_update_(
     call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
 ) -> None:
-    """Gradients and the optimizer's update in one launch; see `Backend.layer_update_`.
+    """Gradients and the optimizer's update in one go; see `Backend.layer_update_`.
 
     Nothing that the gradients are computed from may share memory with weights or state, nor these with each other.
     """
