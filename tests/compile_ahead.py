@@ -33,6 +33,7 @@ from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR
 from dfa_kernels.backends.triton.transform import programs_ahead
 
 SOURCES = ("matrix", "signs", "sparse", "gaussian", "uniform", "rademacher", "sparse_seed", *BLOCKS, "projection")
+ERROR_SIZES = {"one_phase": 10, "two_phase": 1000, "project_taps": 1000, "deltas": 10, "grouped_gemm": 10}
 HADAMARD_LENGTHS = (2, 64, 256, 1024, 8192, 16384, 32768)
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync",
@@ -46,13 +47,16 @@ THOROUGH = {(86, "bf16"), (90, "bf16"), (100, "fp32")}
 # Where products go on while the program does, and rings of tiles come with the copy engine or without it.
 ASYNCHRONOUS = (90, 100)
 RARE = ("dropout_mask", "positions", "activations")
+# In these dtypes the launches for wide networks differ from the others by an instruction that `two_phase` has as well.
+SPARED = ("fp16", "ieee")
 
 
 def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
     for dtype in DTYPES:
         configs = table()[arch]["ieee" if dtype == "ieee" else "tf32" if dtype == "fp32" else "half"]
         # float16 has bfloat16's configs, and another product's instruction only.
-        yield from _tables(dtype, configs, first_only=usual_only and dtype == "fp16")
+        kernels = [kernel for kernel in ERROR_SIZES if is_compiled(kernel, dtype, arch, usual_only)]
+        yield from _tables(dtype, configs, kernels, first_only=usual_only and dtype == "fp16")
         one, two = Case("one_phase", 0, dtype), Case("two_phase", 0, dtype, error_size=1000)
         if dtype in ("fp32", "bf16"):
             # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
@@ -61,15 +65,33 @@ def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
         without_tma = next(i for i, config in enumerate(configs.two_phase) if not config.needs_tma)
         if arch in ASYNCHRONOUS and dtype in ("fp16", "bf16"):
             yield replace(two, config=without_tma, network="even")
+        if arch in ASYNCHRONOUS and dtype == "bf16":
+            yield from _wide(dtype, configs)
         if not usual_only and (arch, dtype) in THOROUGH:
             yield from _rare(one, two, replace(two, config=without_tma))
 
 
-def _tables(dtype: str, configs: Configs, first_only: bool) -> Iterator[Case]:
+def is_compiled(kernel: str, dtype: str, arch: int, usual_only: bool) -> bool:
+    """Whether every config of this kernel is compiled with plain gradients."""
+    if kernel not in ("deltas", "grouped_gemm") or dtype not in SPARED:
+        return True
+    return not usual_only and (dtype == "ieee" or arch in ASYNCHRONOUS)
+
+
+def _tables(dtype: str, configs: Configs, kernels: list[str], first_only: bool) -> Iterator[Case]:
     """Every config with plain gradients."""
-    for kernel, error_size in {"one_phase": 10, "two_phase": 1000, "project_taps": 1000}.items():
+    for kernel in kernels:
         for config in range(1 if first_only else len(getattr(configs, kernel))):
-            yield Case(kernel, config, dtype, error_size=error_size)
+            yield Case(kernel, config, dtype, error_size=ERROR_SIZES[kernel])
+
+
+def _wide(dtype: str, configs: Configs) -> Iterator[Case]:
+    """Rings of tiles of both ways to load them, a large epilogue, and an error that is the output layer's δ itself."""
+    gemm = Case("grouped_gemm", 0, dtype)
+    without_tma = next(i for i, config in enumerate(configs.grouped_gemm) if not config.needs_tma)
+    yield replace(gemm, config=without_tma, network="even")
+    yield replace(gemm, rule="adamw", error_size=1000)
+    yield Case("deltas", 0, dtype, error_size=1000)
 
 
 def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
@@ -85,6 +107,12 @@ def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
     for case in (one, two_without_tma):
         yield from (replace(case, rule="adamw", network=network) for network in WIDTHS)
     yield replace(one, rule="adamw", error_size=LARGEST_HELD_ERROR)
+    deltas = replace(two, kernel="deltas", error_size=10)
+    yield from (
+        replace(deltas, source=source) for source in ("gaussian", "sparse_seed", "signs", *BLOCKS, "projection")
+    )
+    yield from (replace(deltas, source=source, error_size=1000) for source in ("gaussian", "fastfood_seed"))
+    yield from (replace(deltas, network=network) for network in RARE)
 
 
 def describe(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:

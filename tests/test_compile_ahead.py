@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compile_ahead import is_compiled
 from triton_versions import INSTALLED, OWN_VENV, THOROUGH, every_version, output_under
 
 from bench.predict.limits import KIB, MULTIPROCESSORS, RESERVED_SHARED, Multiprocessor
@@ -69,6 +70,9 @@ def _resource_complaints(result: Result, card: Expected) -> Iterator[str]:
             yield f"{programs} programs of {used} {name}, expected at most {limit} together"
 
 
+BY_TMA = ("two_phase", "grouped_gemm")
+
+
 def _instruction_complaints(result: Result, card: Expected) -> Iterator[str]:
     found = result["instructions"]
     if result["dtype"] == "ieee":
@@ -83,7 +87,7 @@ def _instruction_complaints(result: Result, card: Expected) -> Iterator[str]:
         yield f"{result['plain_dots']} products without tensor cores, expected 0"
     half = result["dtype"] in ("fp16", "bf16")
     rows_of_16_bytes = result["network"] not in ("even", "odd")
-    copies = "tma" if card.tma and half and rows_of_16_bytes and result["kernel"] == "two_phase" else "cp.async"
+    copies = "tma" if card.tma and half and rows_of_16_bytes and result["kernel"] in BY_TMA else "cp.async"
     if (copies == "tma") != result["tma"]:
         yield f"planned with TMA: {result['tma']}, expected {copies == 'tma'}"
     # An asynchronous copy moves 4 bytes at least, and each by itself where rows are odd.
@@ -147,7 +151,7 @@ def every_config(arch: int, thorough: bool) -> set[tuple[str, int, str]]:
         for kernel in KINDS
         for config in range(len(getattr(configs, kernel)))
         for dtype in dtypes[arithmetic]
-        if thorough or dtype != "fp16" or config == 0
+        if (thorough or dtype != "fp16" or config == 0) and is_compiled(kernel, dtype, arch, not thorough)
     }
 
 

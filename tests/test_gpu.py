@@ -32,7 +32,7 @@ from dfa_kernels.updates import RULES as UPDATE_RULES
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = {"one_phase": 33, "two_phase": 97}
+KERNELS = {"one_phase": 33, "two_phase": 97, "grouped_gemm": 10}
 """The kernels, each with an error of a size that it is for."""
 PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RULES = ["sgd", "momentum", "adamw"]
@@ -141,10 +141,11 @@ def test_the_error_is_the_output_layers_delta_or_is_copied(precision: str, error
     check_layer_grads("two_phase", precision, network)
 
 
+@pytest.mark.parametrize("kernel", ["two_phase", "grouped_gemm"])
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_tiles_come_by_the_copy_engine_where_there_is_one(precision: str) -> None:
-    call = make_call(make_network("two_phase"), PRECISIONS[precision])
-    with running("two_phase", precision):
+def test_tiles_come_by_the_copy_engine_where_there_is_one(kernel: str, precision: str) -> None:
+    call = make_call(make_network(kernel), PRECISIONS[precision])
+    with running(kernel, precision):
         said = triton_backend.describe_layers(call.arguments(), torch.float32, "store", DEVICE)
     assert ("through TMA" in said) == (9 <= torch.cuda.get_device_capability()[0] < 12)
 
@@ -433,6 +434,28 @@ def test_a_whole_step_is_captured_in_a_graph(classes: int, fused: bool) -> None:
     check_model([p.detach() for p in model.parameters()], exact, [p.detach() for p in eager.parameters()])
     exact = weights_in_float64(classes, 4)
     check_model([p.detach() for p in other.parameters()], exact, [p.detach() for p in other.parameters()])
+
+
+@each_kernel
+@pytest.mark.parametrize("precision", ["ieee", "bfloat16"])
+def test_a_captured_launch_gives_the_same_bits(kernel: str, precision: str) -> None:
+    """Also of two launches, whose workspace and descriptors the graph keeps."""
+    call = make_call(make_network(kernel), PRECISIONS[precision])
+    found: list[Tensor] = []
+
+    def run() -> None:
+        found[:] = triton_backend.layer_grads(call.arguments(), torch.float32)
+
+    with running(kernel, precision):
+        run()
+        expected = [gradient.clone() for gradient in found]
+        replay = captured(run)
+    for gradient in found:
+        gradient.fill_(torch.nan)
+    poison()
+    replay()
+    for gradient, same in zip(found, expected, strict=True):
+        assert torch.equal(gradient, same)
 
 
 @either_kernel_fits

@@ -19,6 +19,7 @@ from triton_cases import (
     Call,
     forced,
     in_64_bits,
+    launched,
     make_call,
     plain_layer,
     plain_network,
@@ -31,18 +32,18 @@ import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends.triton import launch, operators
 from dfa_kernels.feedback.spec import KINDS
 
-KERNELS = ["one_phase", "two_phase"]
+KERNELS = ["one_phase", "two_phase", "grouped_gemm"]
 both_kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
 def run(call: Call, kernel: str, start: int = 0, multiprocessors: int = 4, dtype: torch.dtype = torch.float32) -> Any:
-    """The gradients, made by exactly one launch of this kernel."""
+    """The gradients, made by this kernel alone."""
     with forced(kernel, start, multiprocessors), watched() as seen:
         found = triton_backend.layer_grads(call.arguments(), dtype)
-    assert seen.kernels == [kernel]
-    assert len(seen.plans) == 1
+    assert launched(seen, kernel)
     return found
 
 
@@ -197,6 +198,83 @@ def test_feedback_in_another_precision(kernel: str, dtype: torch.dtype, kind: st
     for storage in ("dense", "procedural"):
         call.feedback = dfa.Feedback(kind, storage, seed=2**40 + 3, dtype=dtype)
         check(call, run(call, kernel, 1))
+
+
+ALIGNED = [plain_layer(width_in=32, width_out=48, mask=True), plain_layer(width_in=64, width_out=16)]
+# The output layer's δ is the error itself, a copy of it, not there; the inputs lie where descriptors cannot begin.
+BY_DESCRIPTORS: dict[str, dict[str, Any]] = {
+    "error": {"error_size": 16},
+    "copy": {"error_size": 19},
+    "wide error": {"error_size": 72},
+    "no output layer": {"output_width": None, "wanted": ([True] * 2, [True] * 2)},
+    "offset": {"layers": [dict(layer, layout="offset") for layer in ALIGNED]},
+    "only biases": {"wanted": ([False] * 3, [True] * 3)},
+    "sixteen layers": {"layers": ALIGNED[1:] * 15, "wanted": ([True] * 16, [True] * 16)},
+}
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU has descriptors or it has not")
+@pytest.mark.parametrize("config", [1, 2])
+@pytest.mark.parametrize("changes", BY_DESCRIPTORS.values(), ids=BY_DESCRIPTORS)
+def test_tiles_through_descriptors(changes: dict[str, Any], config: int) -> None:
+    """Hidden layers of different widths share a descriptor, whose rows are NaN behind the narrower one's δ."""
+    call = make_call(plain_network(**{"layers": ALIGNED, "output_width": 24, "rows": 40, **changes}), torch.float16)
+    with forced("grouped_gemm", config, capability=90), watched() as seen:
+        found = triton_backend.layer_grads(call.arguments(), torch.float32)
+    assert launched(seen, "grouped_gemm")
+    assert seen.plans[-1].uses_tma
+    check(call, found)
+
+
+class Recorded(dict[Any, Any]):
+    """In a compiled kernel's place: keeps what it is called with."""
+
+    def __missing__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.setdefault(grid, arguments)
+
+
+def test_delta_of_all_layers_is_of_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the error is of another, and there is no output layer that it would be copied for."""
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(operators, "launch", lambda *arguments: started.append(arguments))
+    call = make_call(plain_network(ALIGNED, output_width=None, wanted=([True] * 2, [True] * 2)), torch.float16)
+    call.error = call.error.float()
+    with forced("grouped_gemm"):
+        triton_backend.layer_grads(call.arguments(), torch.float32)
+    assert [tensor.dtype for tensor in started[-1][2][:2]] == [torch.float16] * 2
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU has descriptors or it has not")
+def test_a_compiled_kernel_takes_descriptors_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And plain addresses beside them, an argument for each of the kernel's."""
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(operators, "launch", lambda *arguments: started.append(arguments))
+    call = make_call(plain_network(ALIGNED, output_width=24, rows=40), torch.float16)
+    with forced("grouped_gemm", capability=90):
+        triton_backend.layer_grads(call.arguments(), torch.float32)
+    (plan, _, tensors, hyper), compiled = started[-1], Recorded()
+    monkeypatch.setitem(plan.compiled, 0, compiled)
+    launch._launch(plan, 0, tensors, hyper)
+    given = dict(zip(plan.kernel.arg_names, compiled[plan.programs, 1, 1], strict=True))
+    assert [given["delta"], given["x0"], given["x15"]] == [tensors[0], tensors[3], tensors[18]]
+    assert given["delta"].block_shape == [1, plan.config.block_k, plan.config.block_m]
+    assert given["weights"] == tuple(weight.data_ptr() for weight in tensors[20])
+    assert given["sums"] == tensors[19].data_ptr()
+    assert (given["total"], given["BLOCK_M"]) == (plan.arguments["total"], plan.config.block_m)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rows": 0}, {"layers": [plain_layer(positions=2, width_in=32, width_out=48)]}, {"layers": []}], ids=str
+)
+def test_what_descriptors_cannot_describe(changes: dict[str, Any]) -> None:
+    """No rows, layers of several positions, no hidden layer."""
+    every = [True] * (len(changes.get("layers", ALIGNED)) + 1)
+    network = plain_network(**{"layers": ALIGNED, **changes}, output_width=24, wanted=(every, every), error_size=16)
+    call = make_call(network, torch.float16)
+    with forced("grouped_gemm", 1, capability=90), watched() as seen:
+        found = triton_backend.layer_grads(call.arguments(), torch.float32)
+    assert not seen.plans[-1].uses_tma
+    check(call, found)
 
 
 def test_float64_is_left_to_the_torch_backend() -> None:

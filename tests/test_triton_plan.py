@@ -14,6 +14,7 @@ from hypothesis import given, note, settings
 from torch import Tensor
 from triton_cases import (
     FRESH,
+    GROUPED_GEMM,
     ONE_PHASE,
     PROJECTIONS,
     TWO_PHASE,
@@ -30,11 +31,12 @@ import dfa_kernels as dfa
 from bench.gpu.precision import tf32
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
-from dfa_kernels.backends.triton import choice, configs, plan_taps
+from dfa_kernels.backends.triton import choice, choice_wide, configs, describe, plan_taps
 from dfa_kernels.backends.triton.choice import plan_grouped
-from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton.configs import GemmConfig, OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, needs_int64
 from dfa_kernels.backends.triton.operators import plan_project_taps
+from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm
 from dfa_kernels.backends.triton.plan_small import plan_one_phase
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
@@ -161,7 +163,7 @@ def test_tiles_that_need_the_accelerator() -> None:
     """The largest, which fill the GPU both times, are only for rows of a multiple of 16 bytes."""
     for width, aligned in ((8192, True), (8196, False)):
         found = layers_plan((width, width), rows=64, error_size=1000, dtype=torch.bfloat16)
-        assert isinstance(found.config, TwoPhaseConfig)
+        assert isinstance(found.config, TwoPhaseConfig | GemmConfig)
         assert found.config.needs_tma == found.uses_tma == aligned
 
 
@@ -187,6 +189,90 @@ def test_delta_that_would_be_made_too_often_is_made_once() -> None:
     small, large = layers_plan((3072, 800, 800), rows=128), layers_plan((8192, 8192, 8192), rows=4096)
     assert (small.name, large.name) == ("one_phase", "two_phase")
     assert f"more than {choice.MOST_REPEATED_DELTAS}" in large.why
+
+
+def wide_plan(width: int = 4096, rows: int = 1024, **changes: Any) -> LaunchPlan:
+    """Half precision, an output layer, four hidden layers."""
+    options = {"error_size": 10, "output_width": width, "dtype": torch.bfloat16} | changes
+    return layers_plan((784, *(width,) * 4), rows=rows, **options)
+
+
+@pytest.mark.parametrize(("width", "rows"), [(2048, 512), (4096, 1024), (8192, 4096)])
+def test_wide_networks_take_two_launches_where_they_were_measured_to_be_shorter(width: int, rows: int) -> None:
+    found = wide_plan(width, rows)
+    assert found.first is not None
+    assert (found.first.name, found.name) == ("deltas", "grouped_gemm")
+    assert f"784-{width}x4" in found.why
+    assert found.uses_tma
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target": A100},
+        {"target": Target(100, 148)},
+        {"dtype": torch.float32},
+        {"width": 4100},
+        {"width": 1024, "rows": 256, "error_size": 100},
+        {"positions": 2},
+    ],
+    ids=str,
+)
+def test_what_was_not_measured_is_one_launch_and_called_an_estimate(changes: dict[str, Any]) -> None:
+    """Another card or precision, rows that the copy engine does not take, a small network, several positions."""
+    found = wide_plan(**changes)
+    assert (found.name, found.first) == ("two_phase", None)
+    assert "an estimate" in found.why
+
+
+def test_two_launches_in_words() -> None:
+    said = describe._describe(wide_plan())
+    assert said.startswith("two launches (bfloat16; U regenerated from its seed), deltas with ")
+    assert ", then grouped_gemm with 132 programs of 8 warps, through TMA (tiles m 128 × n 256 × k 64): " in said
+    assert said.endswith("two launches, which took 226 µs on an H200 for 784-4096x4-10 b=1024, one 246 µs")
+
+
+def test_a_measurement_within_the_margin_leaves_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for one, expected in ((102.9, "two_phase"), (103.1, "grouped_gemm")):
+        rows = {(90, "half"): (choice_wide.Measured("a", 10**10, one, 100.0),)}
+        monkeypatch.setattr(choice_wide, "MEASURED", rows)
+        assert plan_grouped(wide_plan().problem, H200).name == expected
+
+
+def test_multiply_adds_of_the_wanted_gradients() -> None:
+    problem = layers_plan((20, 30, 40), rows=7, positions=2, output_width=5, error_size=3).problem
+    assert choice_wide.multiply_adds(problem) == 7 * (2 * (20 * 30 + 30 * 40) + 5 * 3)
+    assert choice_wide.multiply_adds(replace(problem, weights=0b010)) == 7 * 2 * 30 * 40
+
+
+@pytest.mark.parametrize(("width", "rows"), [(4096, 1024), (8192, 4096), (2048, 512)])
+def test_programs_of_deltas_run_all_at_once(width: int, rows: int) -> None:
+    """And there are few more that could; each part of the batch has rows, and all parts together have all."""
+    first = wide_plan(width, rows).first
+    assert first is not None
+    most = H200.multiprocessors * first.config.programs
+    columns, parts, part_rows = (first.arguments[name] for name in ("columns", "parts", "part_rows"))
+    assert 0.9 * most < first.programs == columns * parts <= most
+    assert (parts - 1) * part_rows < rows <= parts * part_rows
+    assert part_rows % first.arguments["BLOCK_R"] == 0
+
+
+@pytest.mark.parametrize("hidden", [1, 4, 5, 9, 31])
+def test_every_layer_is_in_one_group_of_deltas(hidden: int) -> None:
+    problem = layers_plan((64,) * (hidden + 1), rows=64, dtype=torch.bfloat16).problem
+    first = plan_grouped_gemm(problem, *choose_configs(problem, H200), H200).first
+    assert first is not None
+    groups, layers = first.arguments["GROUPS"], first.arguments["LAYERS"]
+    assert (groups - 1) * layers < hidden <= groups * layers
+    assert layers <= 4
+
+
+def test_nothing_is_written_that_nobody_reads() -> None:
+    """Without hidden layers, and an output layer whose δ is the error itself, there is no first launch."""
+    problem = layers_plan((), output_width=64, error_size=16, dtype=torch.bfloat16).problem
+    for biases, launched in ((0, False), (1, True)):
+        wanted = replace(problem, biases=biases)
+        assert (plan_grouped_gemm(wanted, *choose_configs(wanted, H200), H200).first is not None) == launched
 
 
 def test_a_projection_in_memory_needs_no_room_beside_a_tile() -> None:
@@ -242,7 +328,9 @@ def test_output_layer_alone() -> None:
 
 @pytest.mark.parametrize("error_size", [10, 100])
 def test_more_multiprocessors_get_smaller_tiles(error_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from_large_to_small = configs.Configs(*(tuple(reversed(rows)) for rows in (ONE_PHASE, TWO_PHASE, PROJECTIONS)))
+    from_large_to_small = configs.Configs(
+        *(tuple(reversed(rows)) for rows in (ONE_PHASE, TWO_PHASE, PROJECTIONS, PROJECTIONS, GROUPED_GEMM))
+    )
     monkeypatch.setattr(configs, "table", lambda: {80: dict.fromkeys(configs.ARITHMETICS, from_large_to_small)})
     problem = layers_plan((1024, 512, 512), error_size=error_size).problem
     made = [plan_grouped(problem, Target(90, n)) for n in (1, 100, 10**6)]
@@ -373,6 +461,24 @@ def test_sums_over_tiles_of_rows_need_wide_offsets_by_themselves() -> None:
         assert found.config.block_r == 1
         assert found.sums == 4 * 4096 * rows
         assert index(found) == expected
+
+
+def test_offsets_of_both_launches_are_as_wide_as_either_needs() -> None:
+    """Of the sums over tiles of a row; and of the δ of narrow layers that lies in rows as long as the widest one's."""
+    for rows, expected in ((2**17 - 1, tl.int32), (2**17, tl.int64)):
+        widths = {"widths": (4096,) * 4, "output_width": 4096, "error_size": 4096}
+        problem = layers_plan(rows=rows, kind="fastfood", **widths).problem
+        found = plan_grouped_gemm(problem, GROUPED_GEMM[-1], PROJECTIONS[-1], H200)
+        assert found.first is not None
+        assert found.first.arguments["parts"] == rows
+        assert found.sums == 4 * 4096 * rows
+        assert [index(found.first), index(found)] == [expected] * 2
+    for rows, expected in ((2**16 - 1, tl.int32), (2**16, tl.int64)):
+        problem = layers_plan((16, 8192, 16, 16, 16), rows=rows, dtype=torch.float16).problem
+        found = plan_grouped_gemm(problem, GROUPED_GEMM[-1], PROJECTIONS[-1], H200)
+        assert found.uses_tma
+        assert found.first is not None
+        assert [index(found.first), index(found)] == [expected] * 2
 
 
 @pytest.mark.parametrize(

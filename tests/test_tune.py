@@ -172,7 +172,9 @@ def test_tiles_that_need_tma_are_not_the_only_ones():
 
 def test_every_list_of_the_table_has_tiles_that_need_no_tma():
     for arch, arithmetic in ((arch, arithmetic) for arch in table() for arithmetic in ARITHMETICS):
-        assert not all(config.needs_tma for config in table()[arch][arithmetic].two_phase)
+        configs = table()[arch][arithmetic]
+        for rows in (configs.two_phase, configs.grouped_gemm):
+            assert not all(config.needs_tma for config in rows)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs interpreted kernels")

@@ -25,8 +25,9 @@ from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton import launch, operators, route
 from dfa_kernels.backends.triton import launch_plan as plan_module
-from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton.configs import GemmConfig, OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
+from dfa_kernels.backends.triton.plan_gemm import plan_grouped_gemm
 from dfa_kernels.backends.triton.plan_small import plan_one_phase
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Target
@@ -83,6 +84,9 @@ TWO_PHASE = [
     TwoPhaseConfig(16, 32, 64, 32, 16, 32, 3, 1, 4, 1),
     TwoPhaseConfig(64, 32, 16, 64, 64, 16, 8, 2, 4, 1),
     TwoPhaseConfig(128, 64, 32, 128, 128, 32, 8, 1, 4, 1),
+]
+GROUPED_GEMM = [
+    GemmConfig(c.block_m, c.block_n, c.block_k, c.group_m, c.programs, c.num_warps, c.num_stages) for c in TWO_PHASE
 ]
 PROJECTIONS = [
     ProjectionConfig(16, 16, 16, 4, 1),
@@ -191,12 +195,14 @@ def reach(tensor: Tensor) -> tuple[int, int]:
 @contextmanager
 def in_bounds(arguments: Iterable[Any]) -> Iterator[None]:
     """During one launch: a kernel that touches memory of no argument fails, even if it does not use what it reads."""
-    tensors = [t for each in arguments for t in (each if isinstance(each, tuple) else (each,)) if isinstance(t, Tensor)]
+    each_one = [t for each in arguments for t in (each if isinstance(each, tuple) else (each,))]
+    tensors = [t for t in (getattr(t, "base", t) for t in each_one) if isinstance(t, Tensor)]
     spans = np.array(sorted(map(reach, tensors)), dtype=np.uint64)
     starts, ends = spans[:, 0], np.maximum.accumulate(spans[:, 1])
 
     def check(pointers: Any, mask: Any) -> None:
-        first = pointers.data[mask.data.astype(bool)]
+        # Of a descriptor's tile the mask is an array itself.
+        first = pointers.data[np.asarray(mask if isinstance(mask, np.ndarray) else mask.data, dtype=bool)]
         if first.size:
             # One tensor holds all that an access touches.
             holder = int(np.searchsorted(starts, first.min(), side="right")) - 1
@@ -206,9 +212,9 @@ def in_bounds(arguments: Iterable[Any]) -> Iterator[None]:
     builder = interpreter.InterpreterBuilder
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
 
-    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         check(pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **options)
 
     def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         check(pointers, mask)
@@ -275,7 +281,7 @@ def watched() -> Iterator[Launches]:
         assert (made[-GUARD:] == MARK).all()
 
 
-def steps_of(problem: GroupedProblem, config: OnePhaseConfig | TwoPhaseConfig) -> int:
+def steps_of(problem: GroupedProblem, config: OnePhaseConfig | TwoPhaseConfig | GemmConfig) -> int:
     """About how many products of tiles a launch computes."""
     rows, steps = problem.projected.rows, 0
     for width, out, span in zip(problem.widths_in, problem.widths_out, problem.positions, strict=True):
@@ -294,12 +300,34 @@ def few_steps(configs: list[Any], start: int, problem: GroupedProblem) -> Any:
     return next((config for config in configs[start:] if steps_of(problem, config) <= MOST_STEPS), configs[-1])
 
 
-def forced(kernel: str, start: int = 0, multiprocessors: int = 4) -> AbstractContextManager[None]:
+def deltas_config(problem: GroupedProblem, start: int) -> ProjectionConfig:
+    """Of the launch before `grouped_gemm`; the interpreter takes as long for small tiles as for large ones."""
+
+    def tiles(config: ProjectionConfig) -> int:
+        return -(-problem.widest // config.block_u) * -(-problem.projected.rows // config.block_r)
+
+    configs = PROJECTIONS[min(start, len(PROJECTIONS) - 1) :]
+    return next((config for config in configs if tiles(config) <= MOST_STEPS), configs[-1])
+
+
+def launched(seen: Launches, kernel: str, calls: int = 1) -> bool:
+    """Whether every call was one launch of this kernel, after one of `deltas` where that has something to write."""
+    plans = [plan for plan in seen.plans if plan.name != "deltas"]
+    names = [name for plan in plans for name in (["deltas"] if plan.first else []) + [plan.name]]
+    return len(plans) == calls and {plan.name for plan in plans} <= {kernel} and seen.kernels == names
+
+
+def forced(
+    kernel: str, start: int = 0, multiprocessors: int = 4, capability: int | None = None
+) -> AbstractContextManager[None]:
     """`layer_grads` and `layer_update_` run this kernel, whatever the plan would choose."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
-        configs: list[Any] = ONE_PHASE if kernel == "one_phase" else TWO_PHASE
+        configs: list[Any] = {"one_phase": ONE_PHASE, "two_phase": TWO_PHASE, "grouped_gemm": GROUPED_GEMM}[kernel]
         config = few_steps(configs, start, problem)
+        if kernel == "grouped_gemm":
+            aimed = Target(capability or target.capability, multiprocessors)
+            return plan_grouped_gemm(problem, config, deltas_config(problem, start), aimed)
         if kernel == "one_phase":
             return plan_one_phase(problem, config)
         return plan_two_phase(problem, config, Target(target.capability, multiprocessors))

@@ -6,26 +6,38 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for
+from dfa_kernels.backends.triton.configs import (
+    DeltasConfig,
+    GemmConfig,
+    OnePhaseConfig,
+    ProjectionConfig,
+    TwoPhaseConfig,
+    configs_for,
+)
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
+from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm
 from dfa_kernels.backends.triton.plan_small import plan_one_phase
 from dfa_kernels.backends.triton.plan_taps import plan_projection
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase, usable_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, TapsProblem, Target
 from dfa_kernels.backends.triton.route import Planner, planned_by
 
-Config = OnePhaseConfig | TwoPhaseConfig | ProjectionConfig
+Config = OnePhaseConfig | TwoPhaseConfig | GemmConfig | ProjectionConfig
 
 
 def with_config(config: Config) -> AbstractContextManager[None]:
     """Within it every launch of the config's kernel uses the config; grouped launches run no other kernel."""
-    if isinstance(config, ProjectionConfig):
+    if isinstance(config, ProjectionConfig) and not isinstance(config, DeltasConfig):
         return planned_by(lambda problem, target: plan_projection(problem, config), TapsProblem)
     return planned_by(planner_for(config))
 
 
-def planner_for(config: OnePhaseConfig | TwoPhaseConfig) -> Planner:
+def planner_for(config: OnePhaseConfig | TwoPhaseConfig | GemmConfig | DeltasConfig) -> Planner:
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
+        if isinstance(config, GemmConfig | DeltasConfig):
+            gemm, deltas = choose_configs(problem, target)
+            chosen = (config, deltas) if isinstance(config, GemmConfig) else (gemm, config)
+            return plan_grouped_gemm(problem, *chosen, target)
         if isinstance(config, OnePhaseConfig):
             return plan_one_phase(problem, config)
         return plan_two_phase(problem, config, target)
@@ -37,6 +49,8 @@ def kernel_planner(kernel: str) -> Planner:
     """The kernel of that name, with the first of its committed configs that fills the GPU."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
+        if kernel == "grouped_gemm":
+            return plan_grouped_gemm(problem, *choose_configs(problem, target), target)
         configs: Sequence[Any] = configs_for(target.capability, problem.projected.arithmetic).one_phase
         if kernel == "two_phase":
             configs = usable_two_phase(problem, target)
@@ -51,4 +65,6 @@ def gradient_tiles(plan: LaunchPlan) -> int:
     if plan.name == "two_phase":
         numbers = plan.arguments
         return int(numbers["total"] - numbers["copies"] - numbers["projections"])
+    if plan.name == "grouped_gemm":
+        return int(plan.arguments["total"])
     return plan.programs

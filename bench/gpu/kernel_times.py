@@ -25,6 +25,8 @@ from dfa_kernels.backends.triton.choice import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.route import planned_by
 
 LIBRARY, CHOSEN = "cuBLAS, weight gradients alone", "layer_grads"
+SMALLEST_WIDE = 2048
+"""Units of hidden layers from which on two launches are compared as well."""
 HOST_CALLS, HOST_QUEUE, WARM_UP = 1000, 50, 5
 
 
@@ -116,6 +118,8 @@ def _ways(problem: Problem, operator: Operator) -> list[tuple[str, AbstractConte
         held = problem.case.classes <= LARGEST_HELD_ERROR
         ways += [("one_phase", planned_by(kernel_planner("one_phase")))] if held else []
         ways += [("two_phase", planned_by(kernel_planner("two_phase")))]
+        wide = problem.case.hidden >= SMALLEST_WIDE
+        ways += [("grouped_gemm", planned_by(kernel_planner("grouped_gemm")))] if wide else []
     return ways
 
 

@@ -91,6 +91,7 @@ CHECKS = (
     Check("one_phase", update, "bfloat16", EVEN, 10),
     Check("two_phase", grads, "bfloat16", EVEN, 70),
     Check("two_phase", update, "tf32", ODD, 70),
+    Check("grouped_gemm", update, "bfloat16", EVEN, 10),
     Check("project_taps_kernel", taps, "tf32", ODD, 10),
     Check("hadamard_kernel", hadamard, "float32", ODD, 70),
 )

@@ -49,9 +49,11 @@ class Verdict:
 def requirements() -> list[Requirement]:
     found = []
     for case in PROFILED:
+        # Wide networks take one or two, whichever was measured to be shorter on the card.
+        most = 1 if case is SMALL else 2
         found += [
-            Requirement(f"{case.name}: backward, kernels", "=", 1, _kernels(case.name, BACKWARD)),
-            Requirement(f"{case.name}: backward and SGD, kernels", "=", 1, _kernels(case.name, UPDATE)),
+            Requirement(f"{case.name}: backward, kernels", "≤", most, _kernels(case.name, BACKWARD, most)),
+            Requirement(f"{case.name}: backward and SGD, kernels", "≤", most, _kernels(case.name, UPDATE, most)),
         ]
     for case in (SMALL, SMALL_IEEE):
         small = _faster(case.name)
@@ -91,15 +93,13 @@ def _verdict(requirement: Requirement, results: Results) -> Verdict:
     return Verdict(requirement.name, wanted, measured, holds[requirement.relation])
 
 
-def _kernels(case: str, region: str) -> Measure:
+def _kernels(case: str, region: str, most: int) -> Measure:
     def measure(results: Results) -> float:
         made = _found(results, "profile", case)
         names = made[OURS][region]
-        own = made[
-            "backward is one of our kernels" if region == BACKWARD else "backward and SGD are one of our kernels"
-        ]
-        if len(names) == 1 and not own:
-            raise NotMeasuredError(f"the one kernel is not ours: {names[0]}")
+        ours = made["backward is by our kernels" if region == BACKWARD else "backward and SGD are by our kernels"]
+        if len(names) <= most and not ours:
+            raise NotMeasuredError(f"not our kernels: {', '.join(names)}" if names else "no kernel ran")
         return float(len(names))
 
     return measure

@@ -37,6 +37,8 @@ from bench.gpu.tuning_workloads import Workload, make_workload, problem_of, run_
 from dfa_kernels.backends.triton.configs import (
     ARITHMETICS,
     KINDS,
+    DeltasConfig,
+    GemmConfig,
     OnePhaseConfig,
     ProjectionConfig,
     TwoPhaseConfig,
@@ -195,7 +197,7 @@ def usable_everywhere(best: Sequence[Config], committed: Sequence[Config]) -> li
     spared = [config for config in committed if not getattr(config, "needs_tma", False)]
     least = min((area(config) for config in committed if config not in spared), default=math.inf)
     marked = [
-        dataclasses.replace(c, needs_tma=True) if isinstance(c, TwoPhaseConfig) and area(c) >= least else c
+        dataclasses.replace(c, needs_tma=True) if isinstance(c, TwoPhaseConfig | GemmConfig) and area(c) >= least else c
         for c in best
     ]
     return marked if any(area(c) < least for c in best) else [*marked, *spared[:1]]
@@ -240,6 +242,9 @@ def attempt(config: Config, workload: Workload, clock: Clock) -> float:
 
 def candidates(kernel: str, arithmetic: str) -> Iterator[Config]:
     """Tiles worth trying, those first that are near to what usually wins."""
+    if kernel == "deltas":
+        yield from _deltas()
+        return
     small = arithmetic == "ieee"
     sides = (16, 32, 64) if small else (32, 64, 128, 256)
     depths = {"half": (64, 32, 128), "tf32": (32, 64, 16), "ieee": (16, 8, 32)}[arithmetic]
@@ -250,11 +255,21 @@ def candidates(kernel: str, arithmetic: str) -> Iterator[Config]:
                 yield from _configs(kernel, m, n, depth, warps, stages, small)
 
 
+def _deltas() -> Iterator[DeltasConfig]:
+    """From 4 to 16 numbers to a thread."""
+    for programs, warps, u, r in itertools.product((3, 2, 4, 1), (4, 8), (256, 128, 512, 64), (4, 8, 2, 16)):
+        if 4 <= u * r // (32 * warps) <= 16:
+            yield DeltasConfig(u, r, 16, warps, 1, programs)
+
+
 def _configs(kernel: str, m: int, n: int, depth: int, warps: int, stages: int, small: bool) -> Iterator[Config]:
     if kernel == "one_phase":
         yield OnePhaseConfig(m, n, depth, 8, warps, stages)
     elif kernel == "project_taps":
         yield ProjectionConfig(m, n, depth, warps, stages)
+    elif kernel == "grouped_gemm":
+        for programs in (1, 2) if m * n <= 128 * 128 else (1,):
+            yield GemmConfig(m, n, depth, 8, programs, warps, stages)
     else:
         u, e = (64, 16) if small else (128 if m >= 128 else 64, 32)
         for programs in (1, 2) if m * n <= 128 * 128 else (1,):

@@ -16,7 +16,7 @@ from bench.gpu.reference import make_reference
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
-from dfa_kernels.backends.triton.configs import ProjectionConfig
+from dfa_kernels.backends.triton.configs import DeltasConfig, ProjectionConfig
 from dfa_kernels.backends.triton.launch import target_of
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.route import looks_of, route_of
@@ -33,6 +33,8 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         (784, 4096, 4, 1000, 1024),
         (784, 8192, 4, 10, 4096),
     ),
+    "deltas": ((784, 2048, 4, 10, 512), (784, 4096, 4, 10, 1024), (784, 8192, 4, 10, 4096)),
+    "grouped_gemm": ((784, 2048, 4, 10, 512), (784, 4096, 4, 10, 1024), (784, 8192, 4, 10, 4096)),
     "project_taps": ((3072, 800, 3, 10, 128), (784, 4096, 4, 10, 1024), (784, 4096, 4, 1000, 1024)),
 }
 QUICK_SHAPE: Shape = (24, 20, 2, 12, 10)
@@ -90,6 +92,8 @@ def _grouped(problem: Problem) -> Workload:
         return reference.deviation(found, updated=False).correct
 
     def tiles(config: Config) -> int:
+        if isinstance(config, DeltasConfig):
+            return _projection_tiles(problem.case, config)
         return gradient_tiles(plan_of(operator, config))
 
     return Workload(problem.case.name, operator.grads, is_right, tiles)
@@ -121,9 +125,13 @@ def _taps(problem: Problem) -> Workload:
 
     def tiles(config: Config) -> int:
         assert isinstance(config, ProjectionConfig)
-        return -(-case.hidden // config.block_u) * -(-case.batch // config.block_r)
+        return _projection_tiles(case, config)
 
     return Workload(case.name, lambda: triton_backend.project_taps(call), is_right, tiles)
+
+
+def _projection_tiles(case: Case, config: ProjectionConfig) -> int:
+    return -(-case.hidden // config.block_u) * -(-case.batch // config.block_r)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

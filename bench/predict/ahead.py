@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from dfa_kernels.backends.triton.configs import table
 from dfa_kernels.backends.triton.kernels.hadamard_tile import hadamard_kernel
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
+from dfa_kernels.backends.triton.plan_gemm import MOST_VIEWS, choose_configs, plan_grouped_gemm, walks
 from dfa_kernels.backends.triton.plan_small import plan_one_phase
 from dfa_kernels.backends.triton.plan_taps import plan_projection
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
@@ -68,8 +69,11 @@ class Case:
 
     @property
     def multiplies(self) -> bool:
-        """Whether there is a matrix product in it: a sparse U is summed up, a given P only read."""
-        return self.kernel != "project_taps" or projected(self).tile in ("entries", "signs")
+        """Whether there is a matrix product in it: a sparse U is summed up, a given P only read, a small error too."""
+        how = projected(self)
+        if self.kernel in ("project_taps", "deltas"):
+            return how.tile in ("entries", "signs") and not (self.kernel == "deltas" and walks(how))
+        return True
 
 
 def projected(case: Case) -> Projected:
@@ -117,11 +121,24 @@ def taps(case: Case) -> TapsProblem:
 def planned(case: Case, arch: int) -> LaunchPlan:
     """The plan with the config asked for."""
     config = getattr(table()[arch][projected(case).arithmetic], case.kernel)[case.config]
+    if case.kernel in ("deltas", "grouped_gemm"):
+        return _planned_in_two(case, config, Target(arch, MULTIPROCESSORS))
     if case.kernel == "project_taps":
         return plan_projection(taps(case), config)
     if case.kernel == "one_phase":
         return plan_one_phase(grouped(case), config)
     return plan_two_phase(grouped(case), config, Target(arch, MULTIPROCESSORS))
+
+
+def _planned_in_two(case: Case, config: Any, target: Target) -> LaunchPlan:
+    """The launch asked for, of both."""
+    problem = grouped(case)
+    gemm, tiles = choose_configs(problem, target)
+    if case.kernel == "grouped_gemm":
+        return plan_grouped_gemm(problem, config, tiles, target)
+    first = plan_grouped_gemm(problem, gemm, config if walks(problem.projected) else tiles, target).first
+    assert first is not None
+    return first
 
 
 def types_of(plan: LaunchPlan) -> tuple[list[Any], tuple[Any, ...]]:
@@ -135,6 +152,10 @@ def types_of(plan: LaunchPlan) -> tuple[list[Any], tuple[Any, ...]]:
         return [error, stored, each, each, each], plan.numbers
     layers, hidden = len(problem.widths_in), problem.hidden
     tensors = [error, stored, (x,) * layers, (x,) * hidden, (x,) * hidden]
+    if plan.name == "deltas":
+        return [*tensors[:2], *tensors[3:], x, x, "*fp32"], plan.numbers
+    if plan.name == "grouped_gemm":
+        tensors = _factor_types(plan, x, layers)
     if plan.counters:
         tensors = ["*i32", *tensors, (x,) * layers, "*fp32"]
     tensors += [(POINTERS[problem.parameter_dtype],) * layers] * 6
@@ -142,6 +163,15 @@ def types_of(plan: LaunchPlan) -> tuple[list[Any], tuple[Any, ...]]:
         return tensors, (*plan.numbers, (0.5,))
     numbers_of = RULES[problem.rule].tile_numbers
     return tensors, (*plan.numbers, numbers_of(*(0.5,) * len(inspect.signature(numbers_of).parameters)))
+
+
+def _factor_types(plan: LaunchPlan, x: str, layers: int) -> list[Any]:
+    """Of δ, the output layer's δ, the inputs together and one by one, and the sums."""
+    if not plan.uses_tma:
+        return [x, x, (x,) * layers, *(x,) * MOST_VIEWS, "*fp32"]
+    m, n, k = (plan.arguments[f"BLOCK_{side}"] for side in "MNK")
+    delta, view = f"tensordesc<{x[1:]}[1, {k}, {m}]>", f"tensordesc<{x[1:]}[{k}, {n}]>"
+    return [delta, delta, (x,), *(view,) * MOST_VIEWS, "*fp32"]
 
 
 def source_of(plan: LaunchPlan) -> ASTSource:
@@ -154,9 +184,10 @@ def source_of(plan: LaunchPlan) -> ASTSource:
     constants = {name: value for name, value in plan.arguments.items() if name.isupper()}
     runtime = [name for name in names if name not in constants]
     signature = dict(zip(runtime, [*tensors, *map(_number_type, numbers)], strict=True))
-    stride = names.index("stride_column")
-    constexprs = {(names.index(name),): value for name, value in constants.items()} | {(stride,): 1}
-    signature |= dict.fromkeys([*constants, "stride_column"], "constexpr")
+    # 1 is a constant to the compiler.
+    ones = {"stride_column": 1} if "stride_column" in names else {}
+    constexprs = {(names.index(name),): value for name, value in (constants | ones).items()}
+    signature |= dict.fromkeys([*constants, *ones], "constexpr")
     return ASTSource(
         fn=plan.kernel,
         signature={name: signature[name] for name in names},

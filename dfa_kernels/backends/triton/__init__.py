@@ -1,4 +1,4 @@
-"""The operators as Triton kernels: one launch for all layers.
+"""The operators as Triton kernels: one launch for all layers, or two where the layers are wide.
 
 operators.py (what is called) → route.py → choice.py (which kernel, and why) → plan_….py (one for each: its grid and
 constants) → launch.py → kernels/. What decides a plan is in problem.py, where U comes from in source.py, tiles in

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from .choice_wide import plan_wide
 from .configs import configs_for
 from .launch_plan import LaunchPlan, gradient_tiles, that_fills
 from .plan_small import plan_one_phase
-from .plan_wide import plan_two_phase, usable_two_phase
 from .problem import GroupedProblem, Target
 
 # A hidden layer's tile holds its rows of U: beyond this many components they do not fit beside the gradient.
@@ -17,7 +15,7 @@ MOST_REPEATED_DELTAS = 2**23
 
 
 def plan_grouped(problem: GroupedProblem, target: Target) -> LaunchPlan:
-    """The launch for this problem: in one phase or in two, with the tiles that fill the GPU."""
+    """The launch for this problem, or two of them, with the tiles that fill the GPU."""
     configs, projected = configs_for(target.capability, problem.projected.arithmetic), problem.projected
     one = configs.one_phase[that_fills([gradient_tiles(problem, c) for c in configs.one_phase], target)]
     repeated = sum(
@@ -27,9 +25,7 @@ def plan_grouped(problem: GroupedProblem, target: Target) -> LaunchPlan:
     why = _why_two_phases(problem, repeated)
     if not why:
         return plan_one_phase(problem, one)
-    usable = usable_two_phase(problem, target)
-    two = usable[that_fills([gradient_tiles(problem, c) for c in usable], target)]
-    return replace(plan_two_phase(problem, two, target), why=why)
+    return plan_wide(problem, target, why)
 
 
 def _why_two_phases(problem: GroupedProblem, repeated: int) -> str:

@@ -79,18 +79,44 @@ class TwoPhaseConfig(HasRegisters):
 
 
 @dataclass(frozen=True)
+class DeltasConfig(ProjectionConfig):
+    """The same of `deltas`, where U stays in the registers or e Uᵀ is given."""
+
+
+@dataclass(frozen=True)
+class GemmConfig(HasRegisters):
+    """Tiles [block_m outputs, block_n inputs] of weight gradients, block_k rows at a time, of persistent programs.
+
+    needs_tma: as for TwoPhaseConfig.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    programs: int
+    num_warps: int
+    num_stages: int
+    needs_tma: bool = False
+
+
+@dataclass(frozen=True)
 class Configs:
     """The table of one architecture and arithmetic; each list from large tiles to small."""
 
     one_phase: tuple[OnePhaseConfig, ...]
     two_phase: tuple[TwoPhaseConfig, ...]
     project_taps: tuple[ProjectionConfig, ...]
+    deltas: tuple[DeltasConfig, ...]
+    grouped_gemm: tuple[GemmConfig, ...]
 
 
 KINDS: dict[str, type[Any]] = {
     "one_phase": OnePhaseConfig,
     "two_phase": TwoPhaseConfig,
     "project_taps": ProjectionConfig,
+    "deltas": DeltasConfig,
+    "grouped_gemm": GemmConfig,
 }
 
 

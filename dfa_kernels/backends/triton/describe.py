@@ -35,12 +35,17 @@ def _describe(plan: LaunchPlan) -> str:
     arithmetic = {"half": str(how.dtype).removeprefix("torch."), "tf32": "tf32", "ieee": "float32"}[how.arithmetic]
     hidden = not isinstance(plan.problem, GroupedProblem) or plan.problem.hidden
     U = "; " + _origin(how) if hidden else ""
+    if plan.first:
+        return f"two launches ({arithmetic}{U}), {_launch(plan.first)}, then {_launch(plan)}: {plan.why}"
+    return f"one launch of {_launch(plan, arithmetic + U)}: {plan.why}"
+
+
+def _launch(plan: LaunchPlan, about: str = "") -> str:
+    """The kernel, its programs and its tiles; about: what else is said of the tiles."""
     tma = ", through TMA" if plan.uses_tma else ""
     tiles = " × ".join(f"{name.removeprefix('block_')} {n}" for name, n in vars(plan.config).items() if "block" in name)
-    return (
-        f"one launch of {plan.name} with {plan.programs} programs of {plan.config.num_warps} warps{tma} "
-        f"(tiles {tiles}; {arithmetic}{U}): {plan.why}"
-    )
+    tiles += about and f"; {about}"
+    return f"{plan.name} with {plan.programs} programs of {plan.config.num_warps} warps{tma} (tiles {tiles})"
 
 
 def _origin(how: Projected) -> str:

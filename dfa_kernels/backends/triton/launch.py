@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .kernels.wide_networks import two_phase
 from .launch_plan import LaunchPlan
 from .problem import Target
 
-Arguments = Sequence[Tensor | tuple[Tensor, ...]]
+Arguments = Sequence[Tensor | tuple[Tensor, ...] | TensorDescriptor]
 Hyper = tuple[tuple[float, ...], ...]
 
 INTERPRETED = type(two_phase).__name__ == "InterpretedFunction"
@@ -62,13 +63,16 @@ def _launch(plan: LaunchPlan, device: int, tensors: Arguments, hyper: Hyper) -> 
 
     Tensors at other than multiples of 16 always go through it: what it makes depends on which of them do not.
     """
-    addresses: list[int | tuple[int, ...]] = []
+    addresses: list[int | tuple[int, ...] | TensorDescriptor] = []
     bits = 0
     for argument in tensors:
         if isinstance(argument, tuple):
             group = tuple([tensor.data_ptr() for tensor in argument])
             bits = reduce(or_, group, bits)
             addresses.append(group)
+        elif isinstance(argument, TensorDescriptor):
+            # What the copy engine takes is made of it by the compiled kernel. It begins at a multiple of 16 bytes.
+            addresses.append(argument)
         else:
             addresses.append(argument.data_ptr())
             bits |= argument.data_ptr()

@@ -1,8 +1,8 @@
 """What a grouped launch runs: from the shapes of a step to a kernel, its grid and its constants.
 
 A plan is a pure function of a problem (`problem.py`), made once and saved; no tensor and no device is touched, so that
-any GPU's plan can be made and compiled anywhere. What all plans share is here; `plan_small.py`, `plan_wide.py` and
-`plan_taps.py` make those of one kernel each, and `choice.py` picks.
+any GPU's plan can be made and compiled anywhere. What all plans share is here; `plan_small.py`, `plan_wide.py`,
+`plan_gemm.py` and `plan_taps.py` make those of one kernel each, and `choice.py` picks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ...activations import ACTIVATIONS
 from ...feedback.hadamard import padded_bits
-from .configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, first_that_fills
+from .configs import GemmConfig, OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, first_that_fills
 from .problem import HALF, GroupedProblem, Projected, Target
 
 # A product of tiles has at least so many of each.
@@ -39,7 +39,7 @@ class LaunchPlan:
     problem: Any
     """The `GroupedProblem` or `TapsProblem` it is for."""
     kernel: Any
-    config: OnePhaseConfig | TwoPhaseConfig | ProjectionConfig
+    config: OnePhaseConfig | TwoPhaseConfig | ProjectionConfig | GemmConfig
     programs: int
     arguments: dict[str, Any]
     """By name, the kernel's arguments but the tensors and the update's numbers; what it does not take is left out."""
@@ -51,7 +51,11 @@ class LaunchPlan:
     copy_width: int = 0
     """Columns of the copy of the error that the launch makes, if any."""
     uses_tma: bool = False
-    """Whether tiles come by the tensor memory accelerator, whose descriptors need scratch memory."""
+    """Whether tiles come by the tensor memory accelerator; descriptors that the kernel makes need scratch memory."""
+    first: LaunchPlan | None = None
+    """The launch that goes before this one, which reads what it leaves behind."""
+    delta_row: int = 0
+    """Numbers of δ of all hidden layers in a row of the batch, if the launches share a workspace for them."""
     compiled: dict[int, Any] = field(default_factory=dict)
     """The kernel compiled for addresses that are multiples of 16, by the index of the GPU it is loaded on."""
     numbers: tuple[Any, ...] = field(init=False)
@@ -169,7 +173,7 @@ def derivatives_of(activations: Sequence[str]) -> tuple[Derivatives, tuple[int, 
     return functions, tuple(names.index(name) for name in activations) or (0,)
 
 
-def gradient_tiles(problem: GroupedProblem, config: OnePhaseConfig | TwoPhaseConfig) -> int:
+def gradient_tiles(problem: GroupedProblem, config: OnePhaseConfig | TwoPhaseConfig | GemmConfig) -> int:
     tiles = 0
     for i, (width_in, width_out) in enumerate(zip(problem.widths_in, problem.widths_out, strict=True)):
         wants_weight, wants_bias = problem.weights >> i & 1, problem.biases >> i & 1

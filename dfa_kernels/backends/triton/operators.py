@@ -1,4 +1,4 @@
-"""The operators on a GPU: each looks at its call, gets a plan for what it looks like, and launches it once."""
+"""The operators on a GPU: each looks at its call, gets a plan for what it looks like, and launches it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .launch_plan import LaunchPlan
 from .problem import TapsProblem, Target
 from .route import MOST_LAYERS, Route, looks_of, planners, route_of, split
 from .source import dense, looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
+from .wide_tensors import tensors_of_both
 
 
 def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
@@ -37,7 +38,7 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
 def layer_update_(
     call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
 ) -> None:
-    """Gradients and the optimizer's update in one launch; see `Backend.layer_update_`.
+    """Gradients and the optimizer's update in one go; see `Backend.layer_update_`.
 
     Nothing that the gradients are computed from may share memory with weights or state, nor these with each other.
     """
@@ -82,10 +83,15 @@ def _launch(
     # A kernel's tuple is never empty: any tensor stands in where there is none.
     anything = (inputs[0],)
     masks = tuple([inputs[0] if mask is None else dense(mask) for mask in call.dropout_mask])
-    tensors: Arguments = (error, stored, inputs, saved or anything, masks if plan.problem.dropout_mask else anything)
+    saved_or_any, masks = saved or anything, masks if plan.problem.dropout_mask else anything
+    tensors: Arguments = (error, stored, inputs, saved_or_any, masks)
     if plan.counters:
         sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
         tensors = (counters(plan.counters, error.device), *tensors, _delta_workspace(plan, error, inputs, saved), sums)
+    if plan.name == "grouped_gemm":
+        firsts, tensors = tensors_of_both(plan, error, stored, inputs, saved_or_any, masks)
+        if plan.first:
+            launch(plan.first, error.device, firsts)
     results = [tuple([destinations[i] for i in slots]) for slots in (route.weights, route.biases)]
     each = len(state) // len(destinations)
     for slots in (route.weights, route.biases):

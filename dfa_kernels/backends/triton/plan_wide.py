@@ -16,7 +16,7 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
     config = fitted(config, problem.projected)
     projected, has_output = problem.projected, len(problem.widths_in) > problem.hidden
     row_tiles, unit_tiles = -(-projected.rows // config.block_r), -(-max(problem.sizes, default=0) // config.block_u)
-    align, copy = _delta_layout(problem)
+    align, copy = delta_layout(problem)
     width = -(-projected.error_size // 16) * 16 if copy else projected.error_size
     copy_tiles = -(-width // config.block_u) if copy and has_output else 0
     uses_tma = can_use_tma(projected.dtype, align, target)
@@ -58,13 +58,13 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
 
 def usable_two_phase(problem: GroupedProblem, target: Target) -> list[TwoPhaseConfig]:
     """The configs whose tiles this problem's tensors allow."""
-    align, _ = _delta_layout(problem)
+    align, _ = delta_layout(problem)
     tma = can_use_tma(problem.projected.dtype, align, target)
     configs = configs_for(target.capability, problem.projected.arithmetic).two_phase
     return [config for config in configs if tma or not config.needs_tma]
 
 
-def _delta_layout(problem: GroupedProblem) -> tuple[int, bool]:
+def delta_layout(problem: GroupedProblem) -> tuple[int, bool]:
     """What all rows of inputs and δ are a multiple of, and whether the output layer's δ is a copy of the error.
 
     It is the error itself if that lies in memory as the other δ do.

@@ -77,7 +77,7 @@ class Looks(NamedTuple):
 
 @dataclass(frozen=True)
 class Route:
-    """One launch of ``plan``; without one the torch backend, for ``reason``."""
+    """What ``plan`` launches; without one the torch backend, for ``reason``."""
 
     plan: LaunchPlan | None
     reason: str

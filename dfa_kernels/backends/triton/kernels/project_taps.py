@@ -24,7 +24,7 @@ def project_taps_kernel(
     """δ = (e Bᵀ) ⊙ f' of every tap (paper, eq. 3); arguments as for `write_deltas`."""
     write_deltas(
         tl.program_id(0).to(INDEX), error, stored, saved, dropout_mask, deltas, error, error_size, stride_row,
-        stride_column, key0, key1, nonzeros, widest, rows, sizes, sizes, channels, scales, p, q,
+        stride_column, key0, key1, nonzeros, widest, rows, sizes, sizes, sizes, channels, scales, p, q,
         SOURCE, DERIVATIVES, WHICH, SAVED, DROPOUT, 0, CHANNELS_LAST, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN,
         ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
     )  # fmt: skip

@@ -11,9 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .delta import column_sums, write_deltas
+from .delta import column_sums, sum_over_tiles, write_deltas
 from .epilogue import finish_layer
 from .feedback_tile import error_tile
+from .product import product_of_pointers
 from .tiles import locate, multiple, pick, pick_flag
 
 RESET_BLOCK = tl.constexpr(1024)
@@ -59,7 +60,7 @@ def two_phase(
         elif ticket < copies + projections:
             write_deltas(
                 ticket - copies, error, stored, saved, dropout_mask, deltas, sums, error_size, stride_row,
-                stride_column, key0, key1, nonzeros, widest, rows, sizes, first_sums, sizes, scales, p, q,
+                stride_column, key0, key1, nonzeros, widest, rows, sizes, sizes, first_sums, sizes, scales, p, q,
                 SOURCE, DERIVATIVES, WHICH, (1 << HIDDEN) - 1, DROPOUT, BIASES, 0, ENTRY, DOT, DELTA_PRECISION, ROUND,
                 ALIGN, ALIGN_ERROR, INDEX, BLOCK_U, BLOCK_R, BLOCK_E, BITS,
             )  # fmt: skip
@@ -86,7 +87,7 @@ def two_phase(
                 if is_output:
                     bias_gradient = column_sums(error, rows, stride_row, out, error_size, stride_column)
                 elif pick_flag(BIASES, layer):
-                    bias_gradient = _sum_over_tiles(sums, pick(first_sums, layer), out, width_out, span, row_tiles)
+                    bias_gradient = sum_over_tiles(sums, pick(first_sums, layer), out, width_out, span, row_tiles)
             finish_layer(
                 gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases,
                 weight_state0, weight_state1, bias_state0, bias_state1, hyper,
@@ -155,37 +156,17 @@ def _product(
     PRECISION: tl.constexpr, INDEX: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """δᵀ x [BLOCK_M, BLOCK_N], over all `length` rows of δ and x.
-
-    Neither tile has a second use, nor may it: Triton (3.6 to 3.9) then gives it a slot of shared memory too few, and
-    the next copy overwrites what the asynchronous product still reads.
-    """
-    gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    """δᵀ x [BLOCK_M, BLOCK_N], over all `length` rows of δ and x."""
     if TMA:
         delta_view = tl.make_tensor_descriptor(delta, [length, width_out], [stride, 1], [BLOCK_K, BLOCK_M])
         x_view = tl.make_tensor_descriptor(x, [length, width_in], [width_in, 1], [BLOCK_K, BLOCK_N])
-    out = (first_out + tl.arange(0, BLOCK_M)).to(INDEX)
-    column = (first_in + tl.arange(0, BLOCK_N)).to(INDEX)
-    for first in range(0, length, BLOCK_K):
-        if TMA:
+        gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in range(0, length, BLOCK_K):
             delta_tile = delta_view.load([first, first_out])
-            x_tile = x_view.load([first, first_in])
-        else:
-            row = (first + tl.arange(0, BLOCK_K)).to(INDEX)
-            inside = (row < length)[:, None]
-            delta_at = delta + row[:, None] * stride + out[None, :]
-            delta_tile = tl.load(delta_at, mask=inside & (out < width_out)[None, :], other=0.0)
-            x_at = x + row[:, None] * width_in + column[None, :]
-            x_tile = tl.load(x_at, mask=inside & (column < width_in)[None, :], other=0.0)
-        gradient = tl.dot(tl.trans(delta_tile), x_tile, gradient, input_precision=PRECISION)
+            gradient = tl.dot(tl.trans(delta_tile), x_view.load([first, first_in]), gradient)
+    else:
+        gradient = product_of_pointers(
+            delta, x, first_out, first_in, width_out, stride, width_in, length,
+            PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     return gradient
-
-
-@triton.jit
-def _sum_over_tiles(sums, first_sum, out, width_out, span, row_tiles):
-    """Σ δ over all rows and positions at outputs `out` [M], from its sums over tiles of rows."""
-    total = tl.zeros((out.shape[0],), tl.float32)
-    first = row_tiles.to(out.dtype) * first_sum
-    for position in range(span):
-        total += column_sums(sums + first + position * width_out, row_tiles, span * width_out, out, width_out, 1)
-    return total

@@ -1,0 +1,48 @@
+"""The tensors of the two launches for wide networks: workspace for δ, and descriptors for the copy engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import Arguments
+from .launch_plan import LaunchPlan
+from .plan_gemm import MOST_VIEWS
+
+
+def tensors_of_both(
+    plan: LaunchPlan,
+    error: Tensor,
+    stored: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    saved: tuple[Tensor, ...],
+    dropout_mask: tuple[Tensor, ...],
+) -> tuple[Arguments, Arguments]:
+    """What `deltas` takes, and what `grouped_gemm` takes before the tensors that results go to."""
+    rows, dtype = error.shape[0], inputs[0].dtype
+    delta = torch.empty(rows * plan.delta_row, dtype=dtype, device=error.device)
+    # Without an output layer anything of the same type stands in for its δ.
+    output = error if len(inputs) > plan.problem.hidden else delta
+    if plan.copy_width:
+        output = torch.empty((rows, plan.copy_width), dtype=dtype, device=error.device)
+    sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
+    factors: tuple[Any, ...] = (delta, output, inputs, *inputs[:1] * MOST_VIEWS)
+    if plan.uses_tma:
+        factors = _views(plan, rows, delta, output, inputs)
+    return (error, stored, saved, dropout_mask, delta, output, sums), (*factors, sums)
+
+
+def _views(plan: LaunchPlan, rows: int, delta: Tensor, output: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Descriptors of δ of all hidden layers, of the output layer's, and of each layer's input."""
+    given, hidden = plan.arguments, plan.problem.hidden
+    block_m, block_n, block_k = (given[f"BLOCK_{side}"] for side in "MNK")
+    width, stride = plan.delta_row // hidden, given["delta_stride"]
+    tile = [1, block_k, block_m]
+    of_hidden = of_output = TensorDescriptor(delta, [hidden, rows, width], [rows * width, width, 1], tile)
+    if len(inputs) > hidden:
+        of_output = TensorDescriptor(output, [1, rows, given["delta_width"]], [rows * stride, stride, 1], tile)
+    of_inputs = [TensorDescriptor(x, [rows, x.shape[1]], [x.shape[1], 1], [block_k, block_n]) for x in inputs]
+    return (of_hidden, of_output, inputs[:1], *of_inputs, *of_inputs[:1] * (MOST_VIEWS - len(inputs)))
