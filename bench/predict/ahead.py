@@ -19,7 +19,7 @@ from dfa_kernels.backends.triton.configs import table
 from dfa_kernels.backends.triton.kernels.hadamard_tile import hadamard_kernel
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.operators import tile_of
-from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_taps import plan_projection
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Projected, TapsProblem, Target
@@ -119,8 +119,8 @@ def planned(case: Case, arch: int) -> LaunchPlan:
     config = getattr(table()[arch][projected(case).arithmetic], case.kernel)[case.config]
     if case.kernel == "project_taps":
         return plan_projection(taps(case), config)
-    if case.kernel == "one_phase":
-        return plan_one_phase(grouped(case), config)
+    if case.kernel == "strip":
+        return plan_strip(grouped(case), config, Target(arch, MULTIPROCESSORS))
     return plan_two_phase(grouped(case), config, Target(arch, MULTIPROCESSORS))
 
 

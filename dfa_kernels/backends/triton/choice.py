@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from .configs import configs_for
 from .launch_plan import LaunchPlan, gradient_tiles, that_fills
-from .plan_small import plan_one_phase
+from .plan_small import plan_strip
 from .plan_wide import plan_two_phase, usable_two_phase
 from .problem import GroupedProblem, Target
 

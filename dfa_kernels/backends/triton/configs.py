@@ -34,13 +34,13 @@ class HasRegisters:
 
 
 @dataclass(frozen=True)
-class OnePhaseConfig(HasRegisters):
-    """Tiles [block_m outputs, block_n inputs] of weight gradients, block_k rows of the batch at a time."""
+class StripConfig(HasRegisters):
+    """Tiles [block_m outputs, block_n inputs] of weight gradients; δ in at most `parts` parts of block_r rows."""
 
     block_m: int
     block_n: int
-    block_k: int
-    group_m: int
+    block_r: int
+    parts: int
     num_warps: int
     num_stages: int
     programs: int = 1
@@ -82,13 +82,13 @@ class TwoPhaseConfig(HasRegisters):
 class Configs:
     """The table of one architecture and arithmetic; each list from large tiles to small."""
 
-    one_phase: tuple[OnePhaseConfig, ...]
+    strip: tuple[StripConfig, ...]
     two_phase: tuple[TwoPhaseConfig, ...]
     project_taps: tuple[ProjectionConfig, ...]
 
 
 KINDS: dict[str, type[Any]] = {
-    "one_phase": OnePhaseConfig,
+    "strip": StripConfig,
     "two_phase": TwoPhaseConfig,
     "project_taps": ProjectionConfig,
 }
