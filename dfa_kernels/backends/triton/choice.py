@@ -4,41 +4,64 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .configs import configs_for
+from .configs import StripConfig, configs_for
 from .launch_plan import LaunchPlan, gradient_tiles, that_fills
-from .plan_small import plan_strip
+from .plan_small import LARGEST_HELD_ERROR, chunks_of, fits, fitted_strip, is_held, plan_strip, row_parts
 from .plan_wide import plan_two_phase, usable_two_phase
 from .problem import GroupedProblem, Target
 
-# A hidden layer's tile holds its rows of U: beyond this many components they do not fit beside the gradient.
-LARGEST_HELD_ERROR = 64
-# δ made again by every tile costs arithmetic, δ written once costs a wait in the launch. Estimated, not yet measured.
-MOST_REPEATED_DELTAS = 2**23
+# Multiplications and additions for each multiprocessor beyond which larger tiles, that read less, pay for two phases.
+MOST_PRODUCTS = 2**25
+# Several times as many as the gradients take are better spent once. Estimated, as is what an entry of U costs that is
+# made anew. Both measured on no card.
+MOST_REPEATED = 2
+ENTRY = 256
 
 
 def plan_grouped(problem: GroupedProblem, target: Target) -> LaunchPlan:
-    """The launch for this problem: in one phase or in two, with the tiles that fill the GPU."""
-    configs, projected = configs_for(target.capability, problem.projected.arithmetic), problem.projected
-    one = configs.one_phase[that_fills([gradient_tiles(problem, c) for c in configs.one_phase], target)]
-    repeated = sum(
-        projected.rows * size * -(-width // one.block_n)
-        for size, width in zip(problem.sizes, problem.widths_in, strict=False)
-    )
-    why = _why_two_phases(problem, repeated)
-    if not why:
-        return plan_one_phase(problem, one)
+    """The launch for this problem: by strips or in two phases, with the tiles that fill the GPU."""
+    configs = configs_for(target.capability, problem.projected.arithmetic)
+    strips = [config for config in configs.strip if fits(problem, config)]
+    one = strips[that_fills([gradient_tiles(problem, c) for c in strips], target)] if strips else None
+    why = _why_two_phases(problem, one, target)
+    if one and not why:
+        return plan_strip(problem, one, target)
     usable = usable_two_phase(problem, target)
     two = usable[that_fills([gradient_tiles(problem, c) for c in usable], target)]
     return replace(plan_two_phase(problem, two, target), why=why)
 
 
-def _why_two_phases(problem: GroupedProblem, repeated: int) -> str:
-    """Why this cannot or should not be one phase; empty if it should. repeated: values of δ that tiles would make."""
-    projected = problem.projected
-    if projected.source != "projection" and projected.error_size > LARGEST_HELD_ERROR:
-        return f"{projected.error_size} error components, more than {LARGEST_HELD_ERROR}, do not fit beside a tile"
-    if projected.tile == "blocks" and any(t > 1 for t in problem.positions):
-        return "with several positions, tiles of gradients do not begin where blocks of Fastfood do"
-    if repeated > MOST_REPEATED_DELTAS:
-        return f"{repeated} values of δ would be made again in tiles, more than {MOST_REPEATED_DELTAS}"
+def _why_two_phases(problem: GroupedProblem, config: StripConfig | None, target: Target) -> str:
+    """Why this cannot or should not be done by strips; empty if it should."""
+    projected, most = problem.projected, MOST_PRODUCTS * target.multiprocessors
+    if config is None:
+        return f"δ of {projected.rows * max(problem.positions)} rows does not fit beside a tile"
+    if projected.tile == "blocks":
+        if projected.error_size > LARGEST_HELD_ERROR:
+            return f"blocks of Fastfood for {projected.error_size} error components are larger than a tile"
+        if max(problem.positions) > 1:
+            return "with several positions, tiles of gradients do not begin where blocks of Fastfood do"
+    if (products := _products(problem)) > most:
+        return f"{products} products, more than {most}, are worth larger tiles"
+    if (repeated := _repeated(problem, config, target)) > MOST_REPEATED * products:
+        return f"{repeated} products would make δ again for every strip, more than {MOST_REPEATED} times the gradients'"
     return ""
+
+
+def _products(problem: GroupedProblem) -> int:
+    """Multiplications of all weight gradients."""
+    layers = zip(problem.positions, problem.widths_in, problem.widths_out, strict=True)
+    rows = problem.projected.rows
+    return sum(rows * t * width * out for i, (t, width, out) in enumerate(layers) if problem.weights >> i & 1)
+
+
+def _repeated(problem: GroupedProblem, config: StripConfig, target: Target) -> int:
+    """Multiplications of all strips for their projections; of what is made otherwise, as many as take as long."""
+    fitted, projected = fitted_strip(problem, config), problem.projected
+    if projected.source == "projection":
+        return 0
+    chunks = chunks_of(problem, fitted, target.multiprocessors * fitted.programs)
+    regenerated = projected.source == projected.feedback.row.seed_source and projected.tile != "blocks"
+    made = ENTRY * (1 if is_held(projected) else row_parts(problem, fitted)) if regenerated else 0
+    units = sum(size * n for size, n in zip(problem.sizes, chunks, strict=False))
+    return units * projected.error_size * (max(1, projected.rows) + made)

@@ -35,12 +35,12 @@ class HasRegisters:
 
 @dataclass(frozen=True)
 class StripConfig(HasRegisters):
-    """Tiles [block_m outputs, block_n inputs] of weight gradients; δ in at most `parts` parts of block_r rows."""
+    """Tiles [block_m outputs, block_n inputs] of weight gradients; δ of at most `rows` rows, in parts of block_r."""
 
     block_m: int
     block_n: int
     block_r: int
-    parts: int
+    rows: int
     num_warps: int
     num_stages: int
     programs: int = 1

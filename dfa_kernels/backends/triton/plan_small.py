@@ -4,42 +4,37 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
-import torch
 import triton
 
 from .configs import StripConfig
 from .kernels.small_networks import strip
-from .launch_plan import SMALLEST_FACTOR, LaunchPlan, fastfood_block, grouped_arguments
+from .launch_plan import SMALLEST_FACTOR, LaunchPlan, fastfood_block, grouped_arguments, rows_of_16_bytes
 from .problem import GroupedProblem, Projected, Target, alignment
 
 LARGEST_HELD_ERROR = 64
 """Components of the error up to which a tile of U has them all; beyond, they come in blocks."""
 BLOCK_E = 32
+ROOMY_WARPS = 8
+SPLIT = "bf16x6"
 
 
 def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> LaunchPlan:
-    """Strips of all layers in one launch; the problem is one that `parts_of` says fits."""
+    """Strips of all layers in one launch; whether δ fits beside a tile, `fits` says."""
     config, projected = fitted_strip(problem, config), problem.projected
-    positions = max(problem.positions)
     chunks = chunks_of(problem, config, target.multiprocessors * config.programs)
     programs = [count * -(-out // config.block_m) for count, out in zip(chunks, problem.widths_out, strict=True)]
-    tf32 = projected.arithmetic == "tf32"
-    held = projected.tile in ("entries", "signs", "nonzeros") and projected.error_size <= LARGEST_HELD_ERROR
+    positions, parts, held = max(problem.positions), row_parts(problem, config), is_held(projected)
     arguments = grouped_arguments(problem)
-    exact = _exact_products(projected)
-    arguments |= dict(
+    arguments |= _precisions(projected, arguments) | dict(
         firsts=tuple(accumulate(programs, initial=0))[:-1],
         chunks=chunks,
-        PRECISION=exact or arguments["PRECISION"],
-        DELTA_PRECISION=exact or arguments["DELTA_PRECISION"],
-        ROUND=arguments["ROUND"] or (tf32 and arguments["DELTA_PRECISION"] == "tf32"),
-        ALIGN=alignment(problem.widths_in, problem.widths_out[: problem.hidden]),
-        # Tensor cores of sm_90 read a second factor of float32 only along the rows: of δ, which is laid out once.
-        SWAP=tf32 or config.parts > 1,
+        ALIGN=_alignment(problem),
+        SWAP=_swaps(projected.arithmetic, parts * positions),
         HELD=held,
         POSITIONS=positions,
-        PARTS=config.parts // positions,
+        PARTS=parts,
         EVEN=positions == 1 and projected.rows % config.block_r == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -49,34 +44,79 @@ def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> 
     return LaunchPlan(problem, strip, config, sum(programs), arguments, _why_strips(problem))
 
 
+def fits(problem: GroupedProblem, config: StripConfig) -> bool:
+    """Whether δ of the whole batch, at all positions, fits beside a tile."""
+    fitted = fitted_strip(problem, config)
+    return row_parts(problem, fitted) * max(problem.positions) * fitted.block_r <= config.rows
+
+
 def fitted_strip(problem: GroupedProblem, config: StripConfig) -> StripConfig:
-    """The config with as many parts as the batch has, and no larger ones; with tiles that hold blocks of Fastfood."""
-    projected = problem.projected
+    """The config with parts that suit the batch, and as many warps as have registers for what the problem needs."""
+    projected, positions = problem.projected, max(problem.positions)
     block_m = max(config.block_m, fastfood_block(projected)) if projected.tile == "blocks" else config.block_m
-    block_r = min(config.block_r, max(SMALLEST_FACTOR, triton.next_power_of_2(projected.rows)))
-    parts = max(1, -(-projected.rows // block_r)) * max(problem.positions)
+    one_part = positions == 1 and projected.rows <= config.block_r
+    # Rows that begin anywhere are read number by number, each with an address of its own.
+    aligned = rows_of_16_bytes(projected.dtype, _alignment(problem))
+    plain = problem.rule == "store" and positions == 1 and is_held(projected) and not _is_regenerated(projected)
+    block_r, warps, programs = config.block_r, config.num_warps, config.programs
+    if not aligned or not (one_part or plain):
+        block_r, warps = block_r // 2, max(warps, ROOMY_WARPS)
+        programs = max(1, programs * config.num_warps // warps)
+    block_r = min(block_r, max(SMALLEST_FACTOR, triton.next_power_of_2(projected.rows)))
     # Several parts of x on their way would take the memory that several parts of δ lie in.
-    stages = config.num_stages if parts == 1 else 1
-    return replace(config, block_m=block_m, block_r=block_r, parts=parts, num_stages=stages)
+    stages = config.num_stages if positions == 1 and projected.rows <= block_r else 1
+    return replace(
+        config, block_m=block_m, block_r=block_r, num_warps=warps, num_stages=stages, programs=programs
+    )
+
+
+def row_parts(problem: GroupedProblem, fitted: StripConfig) -> int:
+    """Parts of δ at each position."""
+    return max(1, -(-problem.projected.rows // fitted.block_r))
+
+
+def is_held(projected: Projected) -> bool:
+    """Whether a tile of U has all components of the error."""
+    return projected.tile in ("entries", "signs", "nonzeros") and projected.error_size <= LARGEST_HELD_ERROR
 
 
 def chunks_of(problem: GroupedProblem, config: StripConfig, programs: int) -> tuple[int, ...]:
     """Into how many runs of tiles each layer's inputs are cut: the longest run is as short as `programs` allow."""
     layers = list(zip(problem.widths_in, problem.widths_out, strict=True))
     tiles = [-(-width // config.block_n) * (problem.weights >> i & 1) for i, (width, _) in enumerate(layers)]
-    least = [min(1, problem.weights >> i & 1 | problem.biases >> i & 1) for i in range(len(layers))]
+    least = [(problem.weights | problem.biases) >> i & 1 for i in range(len(layers))]
     heights = [-(-out // config.block_m) for _, out in layers]
-    longest = 1
+    longest = 0
     while True:
+        longest += 1
         chunks = tuple(max(-(-n // longest), one) for n, one in zip(tiles, least, strict=True))
         if sum(n * m for n, m in zip(chunks, heights, strict=True)) <= programs or longest >= max(tiles):
             return chunks
-        longest += 1
 
 
-def _exact_products(projected: Projected) -> str:
-    """How tensor cores multiply float32 in full: as six products of three bfloat16 each. Empty if they need not."""
-    return "bf16x6" if projected.arithmetic == "ieee" and projected.error_dtype == torch.float32 else ""
+def _alignment(problem: GroupedProblem) -> int:
+    return alignment(problem.widths_in, problem.widths_out[: problem.hidden])
+
+
+def _is_regenerated(projected: Projected) -> bool:
+    return projected.source == projected.feedback.row.seed_source
+
+
+def _swaps(arithmetic: str, parts: int) -> bool:
+    """Whether δ is the second factor: in shared memory, where several parts have room.
+
+    And of float32, which tensor cores of sm_90 read only along the rows there: δ is laid out so once, x would be by
+    every tile. Split into bfloat16 neither needs it, and splitting x in registers takes too many of them.
+    """
+    return arithmetic == "tf32" or (arithmetic == "half" and parts > 1)
+
+
+def _precisions(projected: Projected, arguments: dict[str, Any]) -> dict[str, Any]:
+    """float32 in full by tensor cores: as six products of three bfloat16 each. tf32 rounded, not truncated."""
+    if projected.arithmetic == "ieee":
+        return dict(PRECISION=SPLIT, DELTA_PRECISION=SPLIT)
+    rounded = projected.arithmetic == "tf32" and arguments["DELTA_PRECISION"] == "tf32"
+    return dict(ROUND=arguments["ROUND"] or rounded)
 
 
 def _why_strips(problem: GroupedProblem) -> str:

@@ -165,14 +165,16 @@ def _product(
     M: tl.constexpr = deltas[0].shape[1 if SWAP else 0]
     N: tl.constexpr = column.shape[0]
     gradient = tl.zeros((N, M) if SWAP else (M, N), tl.float32)
+    row = tl.arange(0, BLOCK_R).to(column.dtype)
+    # The same for all parts, which differ in where they begin: offsets of each would not fit into the registers.
+    at = (row * span)[:, None] * width_in + column[None, :]
     for position in tl.static_range(POSITIONS):
         for part in tl.static_range(PARTS):
-            row = (part * BLOCK_R + tl.arange(0, BLOCK_R)).to(column.dtype)
             inside = (column < width_in)[None, :]
             if not EVEN:
-                inside = inside & (row < tl.where(position < span, rows, 0))[:, None]
-            at = (row * span + position)[:, None] * width_in + column[None, :]
-            x_tile = _factor(tl.load(x + at, mask=inside, other=0.0), x.dtype.element_ty, PRECISION)
+                inside = inside & (row < tl.where(position < span, rows - part * BLOCK_R, 0))[:, None]
+            first = x + (part * BLOCK_R * span + position) * width_in.to(column.dtype)
+            x_tile = _factor(tl.load(first + at, mask=inside, other=0.0), x.dtype.element_ty, PRECISION)
             delta = deltas[position * PARTS + part]
             if SWAP:
                 gradient = tl.dot(tl.trans(x_tile), delta, gradient, input_precision=PRECISION)
