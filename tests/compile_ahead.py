@@ -52,7 +52,7 @@ def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
         configs = table()[arch]["ieee" if dtype == "ieee" else "tf32" if dtype == "fp32" else "half"]
         # float16 has bfloat16's configs, and another product's instruction only.
         yield from _tables(dtype, configs, first_only=usual_only and dtype == "fp16")
-        one, two = Case("one_phase", 0, dtype), Case("two_phase", 0, dtype, error_size=1000)
+        one, two = Case("strip", 0, dtype), Case("two_phase", 0, dtype, error_size=1000)
         if dtype in ("fp32", "bf16"):
             # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
             yield replace(two, error_size=10)
@@ -66,7 +66,7 @@ def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
 
 def _tables(dtype: str, configs: Configs, first_only: bool) -> Iterator[Case]:
     """Every config with plain gradients."""
-    for kernel, error_size in {"one_phase": 10, "two_phase": 1000, "project_taps": 1000}.items():
+    for kernel, error_size in {"strip": 10, "two_phase": 1000, "project_taps": 1000}.items():
         for config in range(1 if first_only else len(getattr(configs, kernel))):
             yield Case(kernel, config, dtype, error_size=error_size)
 

@@ -30,7 +30,7 @@ from dfa_kernels.updates import RULES as UPDATE_RULES
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = {"one_phase": 33, "two_phase": 97}
+KERNELS = {"strip": 33, "two_phase": 97}
 """The kernels, each with an error of a size that it is for."""
 PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RULES = ["sgd", "momentum", "adamw"]
@@ -348,7 +348,7 @@ def test_auto_runs_one_kernel_whatever_the_size_of_the_error(classes: int) -> No
     check_model(found, exact, same)
     model = dfa.DFA(copy.deepcopy(net).cuda())
     model(x.cuda())
-    assert {5: "one_phase", 1000: "two_phase"}[classes] in str(model.plan())
+    assert {5: "strip", 1000: "two_phase"}[classes] in str(model.plan())
 
 
 @either_kernel_fits

@@ -70,7 +70,7 @@ def test_auto_says_what_was_picked():
 def test_launches_and_reason_of_the_kernels():
     small, large = mlp(), nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 100))
     lines = lines_of(dfa.DFA(small, backend="triton"), 4, 5)
-    assert "one launch of one_phase with " in lines[1]
+    assert "one launch of strip with " in lines[1]
     assert "float32; U from memory" in lines[1]
     assert "3 components" in lines[1]
     lines = lines_of(dfa.DFA(large, dfa.Feedback(storage="procedural"), backend="triton"), 4, 5)

@@ -33,7 +33,7 @@ from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.feedback.spec import KINDS
 
-KERNELS = ["one_phase", "two_phase"]
+KERNELS = ["strip", "two_phase"]
 both_kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
@@ -87,9 +87,9 @@ def test_cases_are_all_activations() -> None:
 def test_every_feedback(kernel: str, place: tuple[str, str]) -> None:
     """Errors so wide that packed signs take several words and, where the kernel takes them, several Philox calls."""
     # With several positions the plan leaves Fastfood to the other kernel.
-    several = 1 if kernel == "one_phase" and place[0] == "fastfood" else 2
+    several = 1 if kernel == "strip" and place[0] == "fastfood" else 2
     layers = [plain_layer(width_out=35), plain_layer(positions=several), plain_layer(width_out=17)]
-    network = plain_network(layers, error_size=61 if kernel == "one_phase" else 130)
+    network = plain_network(layers, error_size=61 if kernel == "strip" else 130)
     network["feedback"].update(place=place, gain=-0.5)
     call = make_call(network)
     check(call, run(call, kernel, 1))
@@ -163,7 +163,7 @@ def test_the_same_bits_again(kernel: str, random: Random) -> None:
     note(str(network))
     call = make_call(network)
     first = run(call, kernel, network["config"])
-    for multiprocessors in (4, 1, 7) if kernel == "two_phase" else (4,):
+    for multiprocessors in (4, 1, 7):
         assert_same(run(call, kernel, network["config"], multiprocessors), first)
 
 
@@ -224,7 +224,7 @@ def test_by_the_plan_and_tables_of_the_package(error_size: int) -> None:
     for _ in range(2):
         with watched() as seen:
             found = triton_backend.layer_grads(call.arguments(), torch.float32)
-        assert seen.kernels == ["one_phase" if error_size == 10 else "two_phase"]
+        assert seen.kernels == ["strip" if error_size == 10 else "two_phase"]
         check(call, found)
 
 

@@ -32,10 +32,10 @@ from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
 from dfa_kernels.backends.triton import choice, configs, plan_taps
 from dfa_kernels.backends.triton.choice import plan_grouped
-from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton.configs import StripConfig, ProjectionConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, needs_int64
 from dfa_kernels.backends.triton.operators import plan_project_taps
-from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
 from dfa_kernels.backends.triton.route import looks_of, route_of
@@ -169,29 +169,29 @@ def test_tiles_that_need_the_accelerator() -> None:
     "programs, warps, registers", [(1, 8, 255), (2, 4, 255), (2, 8, 128), (3, 4, 168), (4, 4, 128)]
 )
 def test_registers_that_the_programs_of_a_multiprocessor_share(programs: int, warps: int, registers: int) -> None:
-    config = OnePhaseConfig(64, 64, 32, 8, warps, 2, programs)
+    config = StripConfig(64, 64, 32, 8, warps, 2, programs)
     assert config.registers == registers
     assert registers * warps * 32 * programs <= 65536
     problem = layers_plan((8, 8)).problem
-    assert plan_one_phase(problem, config).options["maxnreg"] == registers
+    assert plan_strip(problem, config).options["maxnreg"] == registers
 
 
 def test_small_errors_go_in_one_phase_and_large_ones_in_two() -> None:
     one, two = layers_plan(error_size=64), layers_plan(error_size=65)
-    assert (one.name, two.name) == ("one_phase", "two_phase")
+    assert (one.name, two.name) == ("strip", "two_phase")
     assert "64 components" in one.why
     assert "65 error components, more than 64" in two.why
 
 
 def test_delta_that_would_be_made_too_often_is_made_once() -> None:
     small, large = layers_plan((3072, 800, 800), rows=128), layers_plan((8192, 8192, 8192), rows=4096)
-    assert (small.name, large.name) == ("one_phase", "two_phase")
+    assert (small.name, large.name) == ("strip", "two_phase")
     assert f"more than {choice.MOST_REPEATED_DELTAS}" in large.why
 
 
 def test_a_projection_in_memory_needs_no_room_beside_a_tile() -> None:
     found = layers_plan(error_size=LARGEST_FASTFOOD_ERROR + 1, kind="fastfood")
-    assert found.name == "one_phase"
+    assert found.name == "strip"
     assert found.arguments["SOURCE"] == "projection"
 
 
@@ -218,8 +218,8 @@ def check_blocks(made: LaunchPlan, block: int) -> None:
 
 def test_fastfood_is_held_like_any_other_feedback() -> None:
     """By tiles that are as high as its blocks; several positions begin elsewhere than its blocks do."""
-    assert layers_plan(error_size=50, kind="fastfood").name == "one_phase"
-    small = plan_one_phase(layers_plan(error_size=50, kind="fastfood").problem, ONE_PHASE[0])
+    assert layers_plan(error_size=50, kind="fastfood").name == "strip"
+    small = plan_strip(layers_plan(error_size=50, kind="fastfood").problem, ONE_PHASE[0])
     assert ONE_PHASE[0].block_m < small.arguments["BLOCK_M"] == 64
     several = layers_plan(error_size=50, kind="fastfood", positions=2)
     assert several.name == "two_phase"
@@ -236,7 +236,7 @@ def test_a_regenerated_tile_serves_as_many_rows_as_there_are_registers(rows: int
 
 def test_output_layer_alone() -> None:
     found = layers_plan((), output_width=20)
-    assert found.name == "one_phase"
+    assert found.name == "strip"
     assert "the output layer alone" in found.why
 
 
@@ -279,7 +279,7 @@ def tiles_one_by_one(problem: GroupedProblem, config: Any) -> int:
 @settings(**FRESH, max_examples=60)
 @given(random=randoms)
 def test_tiles_are_counted_right(random: Random) -> None:
-    kernel = random.choice(["one_phase", "two_phase"])
+    kernel = random.choice(["strip", "two_phase"])
     network = some_network(random, kernel)
     note(str(network))
     call = make_call(network).arguments()
@@ -287,7 +287,7 @@ def test_tiles_are_counted_right(random: Random) -> None:
     assert found is not None
     config: Any
     for config in ONE_PHASE:
-        made = plan_one_phase(found.problem, config)
+        made = plan_strip(found.problem, config)
         assert made.programs == tiles_one_by_one(found.problem, made.config)
     for config in TWO_PHASE:
         made = plan_two_phase(found.problem, config, H200)
@@ -343,7 +343,7 @@ def test_a_changed_problem_has_another_plan(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("kernel", ["one_phase", "two_phase"])
+@pytest.mark.parametrize("kernel", ["strip", "two_phase"])
 def test_precision_of_float32_products_is_torchs(kernel: str, precision: str) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -362,7 +362,7 @@ def test_what_a_sparse_matrix_picks_of_the_error_is_not_rounded() -> None:
     """It is exact wherever it is a sum, and so it is where it is a product."""
     with tf32(True):
         found = layers_plan(kind="sparse")
-    assert (found.name, found.arguments["DELTA_PRECISION"]) == ("one_phase", "tf32x3")
+    assert (found.name, found.arguments["DELTA_PRECISION"]) == ("strip", "tf32x3")
 
 
 def test_sums_over_tiles_of_rows_need_wide_offsets_by_themselves() -> None:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from dfa_kernels.backends.triton.configs import OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, configs_for
+from dfa_kernels.backends.triton.configs import StripConfig, ProjectionConfig, TwoPhaseConfig, configs_for
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
-from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_taps import plan_projection
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase, usable_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, TapsProblem, Target
 from dfa_kernels.backends.triton.route import Planner, planned_by
 
-Config = OnePhaseConfig | TwoPhaseConfig | ProjectionConfig
+Config = StripConfig | TwoPhaseConfig | ProjectionConfig
 
 
 def with_config(config: Config) -> AbstractContextManager[None]:
@@ -24,10 +24,10 @@ def with_config(config: Config) -> AbstractContextManager[None]:
     return planned_by(planner_for(config))
 
 
-def planner_for(config: OnePhaseConfig | TwoPhaseConfig) -> Planner:
+def planner_for(config: StripConfig | TwoPhaseConfig) -> Planner:
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
-        if isinstance(config, OnePhaseConfig):
-            return plan_one_phase(problem, config)
+        if isinstance(config, StripConfig):
+            return plan_strip(problem, config, target)
         return plan_two_phase(problem, config, target)
 
     return plan

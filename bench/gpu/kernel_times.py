@@ -114,7 +114,7 @@ def _ways(problem: Problem, operator: Operator) -> list[tuple[str, AbstractConte
     ways: list[tuple[str, AbstractContextManager[None]]] = [(CHOSEN, nullcontext())]
     if operator.backend == "triton":
         held = problem.case.classes <= LARGEST_HELD_ERROR
-        ways += [("one_phase", planned_by(kernel_planner("one_phase")))] if held else []
+        ways += [("strip", planned_by(kernel_planner("strip")))] if held else []
         ways += [("two_phase", planned_by(kernel_planner("two_phase")))]
     return ways
 

@@ -87,8 +87,8 @@ class Check:
 
 
 CHECKS = (
-    Check("one_phase", grads, "tf32", ODD, 10),
-    Check("one_phase", update, "bfloat16", EVEN, 10),
+    Check("strip", grads, "tf32", ODD, 10),
+    Check("strip", update, "bfloat16", EVEN, 10),
     Check("two_phase", grads, "bfloat16", EVEN, 70),
     Check("two_phase", update, "tf32", ODD, 70),
     Check("project_taps_kernel", taps, "tf32", ODD, 10),

@@ -37,7 +37,7 @@ from bench.gpu.tuning_workloads import Workload, make_workload, problem_of, run_
 from dfa_kernels.backends.triton.configs import (
     ARITHMETICS,
     KINDS,
-    OnePhaseConfig,
+    StripConfig,
     ProjectionConfig,
     TwoPhaseConfig,
     first_that_fills,
@@ -251,8 +251,8 @@ def candidates(kernel: str, arithmetic: str) -> Iterator[Config]:
 
 
 def _configs(kernel: str, m: int, n: int, depth: int, warps: int, stages: int, small: bool) -> Iterator[Config]:
-    if kernel == "one_phase":
-        yield OnePhaseConfig(m, n, depth, 8, warps, stages)
+    if kernel == "strip":
+        yield StripConfig(m, n, depth, 8, warps, stages)
     elif kernel == "project_taps":
         yield ProjectionConfig(m, n, depth, warps, stages)
     else:

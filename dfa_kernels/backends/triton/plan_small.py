@@ -17,7 +17,8 @@ LARGEST_HELD_ERROR = 64
 """Components of the error up to which a tile of U has them all; beyond, they come in blocks."""
 BLOCK_E = 32
 ROOMY_WARPS = 8
-SPLIT = "bf16x6"
+# The interpreter multiplies in full anyway, and does not know the word.
+SPLIT = "ieee" if triton.knobs.runtime.interpret else "bf16x6"
 
 
 def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> LaunchPlan:
@@ -35,7 +36,7 @@ def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> 
         HELD=held,
         POSITIONS=positions,
         PARTS=parts,
-        EVEN=positions == 1 and projected.rows % config.block_r == 0,
+        EVEN=positions == 1 and projected.rows == parts * config.block_r,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
