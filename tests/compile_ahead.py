@@ -27,8 +27,8 @@ from triton.compiler import ASTSource
 
 from bench.predict import ahead, sass
 from bench.predict.ahead import BLOCKS, DTYPES, WIDTHS, Case, compiled, hadamard_source, planned, source_of
-from dfa_kernels.backends.triton.choice import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.configs import Configs, table
+from dfa_kernels.backends.triton.plan_small import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR
 
 SOURCES = ("matrix", "signs", "sparse", "gaussian", "uniform", "rademacher", "sparse_seed", *BLOCKS, "projection")
@@ -44,7 +44,9 @@ INSTRUCTIONS = {
 THOROUGH = {(86, "bf16"), (90, "bf16"), (100, "fp32")}
 # Where products go on while the program does, and rings of tiles come with the copy engine or without it.
 ASYNCHRONOUS = (90, 100)
-RARE = ("dropout_mask", "positions", "activations")
+RARE = ("dropout_mask", "activations")
+# Of the batch that small networks are compiled for: δ of it is one part.
+ROWS = 128
 
 
 def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
@@ -52,7 +54,13 @@ def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
         configs = table()[arch]["ieee" if dtype == "ieee" else "tf32" if dtype == "fp32" else "half"]
         # float16 has bfloat16's configs, and another product's instruction only.
         yield from _tables(dtype, configs, first_only=usual_only and dtype == "fp16")
-        one, two = Case("strip", 0, dtype), Case("two_phase", 0, dtype, error_size=1000)
+        one, two = Case("strip", 0, dtype, rows=ROWS), Case("two_phase", 0, dtype, error_size=1000)
+        # As many rows as fit, in parts: those of plain gradients are the larger ones.
+        largest = max(range(len(configs.strip)), key=lambda i: configs.strip[i].rows)
+        if dtype != "fp16":
+            several = replace(one, config=largest, rows=configs.strip[largest].rows)
+            yield from (several, replace(several, rule="adamw"))
+            yield from (replace(one, rule=rule) for rule in ("sgd", "momentum"))
         if dtype in ("fp32", "bf16"):
             # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
             yield replace(two, error_size=10)
@@ -66,9 +74,9 @@ def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
 
 def _tables(dtype: str, configs: Configs, first_only: bool) -> Iterator[Case]:
     """Every config with plain gradients."""
-    for kernel, error_size in {"strip": 10, "two_phase": 1000, "project_taps": 1000}.items():
+    for kernel, error_size, rows in (("strip", 10, ROWS), ("two_phase", 1000, 1024), ("project_taps", 1000, 1024)):
         for config in range(1 if first_only else len(getattr(configs, kernel))):
-            yield Case(kernel, config, dtype, error_size=error_size)
+            yield Case(kernel, config, dtype, error_size=error_size, rows=rows)
 
 
 def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
@@ -81,9 +89,12 @@ def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
         yield from (replace(case, source=source) for source in SOURCES if source not in ("matrix", "gaussian"))
         yield from (replace(case, rule=rule) for rule in ("sgd", "momentum", "adamw"))
         yield from (replace(case, rule="adamw", network=network) for network in RARE)
+        yield replace(case, rule="adamw", network="positions", rows=case.rows // 4)
     for case in (one, two_without_tma):
         yield from (replace(case, rule="adamw", network=network) for network in WIDTHS)
     yield replace(one, rule="adamw", error_size=LARGEST_HELD_ERROR)
+    yield from (replace(one, source=source, error_size=1000) for source in ("matrix", "gaussian", "sparse"))
+    yield from (replace(one, source=source, error_size=LARGEST_HELD_ERROR) for source in ("gaussian", *BLOCKS))
 
 
 def describe(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from .problem import GroupedProblem, Projected, Target, alignment
 LARGEST_HELD_ERROR = 64
 """Components of the error up to which a tile of U has them all; beyond, they come in blocks."""
 BLOCK_E = 32
+PRODUCTS = ("entries", "signs", "nonzeros")
+"""Tiles of U that the error is multiplied by, if they have all its components."""
 ROOMY_WARPS = 8
 # The interpreter multiplies in full anyway, and does not know the word.
 SPLIT = "ieee" if triton.knobs.runtime.interpret else "bf16x6"
@@ -56,12 +58,13 @@ def fitted_strip(problem: GroupedProblem, config: StripConfig) -> StripConfig:
     projected, positions = problem.projected, max(problem.positions)
     block_m = max(config.block_m, fastfood_block(projected)) if projected.tile == "blocks" else config.block_m
     one_part = positions == 1 and projected.rows <= config.block_r
+    by_blocks = projected.tile in PRODUCTS and not is_held(projected)
     # Rows that begin anywhere are read number by number, each with an address of its own.
     aligned = rows_of_16_bytes(projected.dtype, _alignment(problem))
-    plain = problem.rule == "store" and positions == 1 and is_held(projected) and not _is_regenerated(projected)
+    plain = problem.rule == "store" and positions == 1 and not _is_regenerated(projected)
     block_r, warps, programs = config.block_r, config.num_warps, config.programs
-    if not aligned or not (one_part or plain):
-        block_r, warps = block_r // 2, max(warps, ROOMY_WARPS)
+    if by_blocks or not aligned or not (one_part or plain):
+        block_r, warps = max(SMALLEST_FACTOR, block_r // (2 if aligned else 4)), max(warps, ROOMY_WARPS)
         programs = max(1, programs * config.num_warps // warps)
     block_r = min(block_r, max(SMALLEST_FACTOR, triton.next_power_of_2(projected.rows)))
     # Several parts of x on their way would take the memory that several parts of δ lie in.
@@ -78,7 +81,7 @@ def row_parts(problem: GroupedProblem, fitted: StripConfig) -> int:
 
 def is_held(projected: Projected) -> bool:
     """Whether a tile of U has all components of the error."""
-    return projected.tile in ("entries", "signs", "nonzeros") and projected.error_size <= LARGEST_HELD_ERROR
+    return projected.tile in PRODUCTS and projected.error_size <= LARGEST_HELD_ERROR
 
 
 def chunks_of(problem: GroupedProblem, config: StripConfig, programs: int) -> tuple[int, ...]:
