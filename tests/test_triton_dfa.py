@@ -68,7 +68,7 @@ NETS: dict[str, tuple[Any, tuple[int, ...], list[str]]] = {
     "mlp": (mlp, (9, 20), ["strip"]),
     "one row": (mlp, (1, 20), ["strip"]),
     "frozen": (frozen, (9, 20), ["strip"]),
-    "wide output": (wide_output, (9, 20), ["two_phase"]),
+    "wide output": (wide_output, (9, 20), ["strip"]),
     "positions as units": (sequence, (4, 3, 6), ["strip"]),
     "positions as rows": (mlp, (4, 3, 20), ["strip"]),
     "mixed": (mixed, (9, 20), ["project_taps_kernel", "strip"]),

@@ -86,10 +86,10 @@ def test_cases_are_all_activations() -> None:
 @pytest.mark.parametrize("place", FEEDBACKS, ids="-".join)
 def test_every_feedback(kernel: str, place: tuple[str, str]) -> None:
     """Errors so wide that packed signs take several words and, where the kernel takes them, several Philox calls."""
-    # With several positions the plan leaves Fastfood to the other kernel.
-    several = 1 if kernel == "strip" and place[0] == "fastfood" else 2
-    layers = [plain_layer(width_out=35), plain_layer(positions=several), plain_layer(width_out=17)]
-    network = plain_network(layers, error_size=61 if kernel == "strip" else 130)
+    # With several positions the plan leaves Fastfood to the other kernel, and with blocks larger than a tile.
+    small = kernel == "strip" and place[0] == "fastfood"
+    layers = [plain_layer(width_out=35), plain_layer(positions=1 if small else 2), plain_layer(width_out=17)]
+    network = plain_network(layers, error_size=61 if small else 130)
     network["feedback"].update(place=place, gain=-0.5)
     call = make_call(network)
     check(call, run(call, kernel, 1))
@@ -216,15 +216,15 @@ def test_activations_that_differ_in_dtype_are_left_to_the_torch_backend() -> Non
     assert_same(found, torch_backend.layer_grads(call.arguments(), torch.float32))
 
 
-@pytest.mark.parametrize("error_size", [10, 70])
-def test_by_the_plan_and_tables_of_the_package(error_size: int) -> None:
+@pytest.mark.parametrize(("kernel", "error_size"), [("strip", 10), ("strip", 70), ("two_phase", 200)])
+def test_by_the_plan_and_tables_of_the_package(kernel: str, error_size: int) -> None:
     """The kernel that the plan chooses, with tiles from its table, gives the same gradients again."""
     network = plain_network([plain_layer(), plain_layer(positions=2, mask=True)], error_size=error_size)
     call = make_call(network)
     for _ in range(2):
         with watched() as seen:
             found = triton_backend.layer_grads(call.arguments(), torch.float32)
-        assert seen.kernels == ["strip" if error_size == 10 else "two_phase"]
+        assert seen.kernels == [kernel]
         check(call, found)
 
 

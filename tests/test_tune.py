@@ -17,7 +17,7 @@ from dfa_kernels.backends.triton.configs import ARITHMETICS, KINDS, StripConfig,
 from dfa_kernels.backends.triton.launch import INTERPRETED, target_of
 
 CPU = torch.device("cpu")
-LARGE, MIDDLE, SMALL = (StripConfig(side, side, 16, 8, 4, 2) for side in (128, 64, 32))
+LARGE, MIDDLE, SMALL = (StripConfig(side, side, 128, 256, 4, 2) for side in (128, 64, 32))
 
 
 @pytest.fixture

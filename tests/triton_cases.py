@@ -360,9 +360,9 @@ FRESH: dict[str, Any] = {"deadline": None, "derandomize": True, "phases": [Phase
 def some_network(random: Random, kernel: str, most_hidden: int = 5) -> dict[str, Any]:
     """All of a call but its numbers. Without hidden layers there is an output layer."""
     feedback = some_feedback(random)
-    # The plan leaves larger errors to the other kernel, and Fastfood at several positions.
-    small = kernel == "strip"
-    positions = [1] if small and feedback["place"][0] == "fastfood" else [1, 1, 1, 2, 3]
+    # The plan leaves Fastfood of larger errors to the other kernel, and at several positions.
+    small = kernel == "strip" and feedback["place"][0] == "fastfood"
+    positions = [1] if small else [1, 1, 1, 2, 3]
     hidden = random.randint(0, most_hidden)
     has_output = hidden == 0 or random.random() < 0.5
     return {

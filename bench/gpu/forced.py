@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from dfa_kernels.backends.triton.configs import StripConfig, ProjectionConfig, TwoPhaseConfig, configs_for
+from dfa_kernels.backends.triton.configs import StripConfig, ProjectionConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton import launch_plan
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
-from dfa_kernels.backends.triton.plan_small import plan_strip
+from dfa_kernels.backends.triton.plan_small import plan_strip, usable_strips
 from dfa_kernels.backends.triton.plan_taps import plan_projection
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase, usable_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, TapsProblem, Target
@@ -37,9 +38,8 @@ def kernel_planner(kernel: str) -> Planner:
     """The kernel of that name, with the first of its committed configs that fills the GPU."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
-        configs: Sequence[Any] = configs_for(target.capability, problem.projected.arithmetic).one_phase
-        if kernel == "two_phase":
-            configs = usable_two_phase(problem, target)
+        usable: Any = usable_strips if kernel == "strip" else usable_two_phase
+        configs: Sequence[Any] = usable(problem, target)
         plans = [planner_for(config)(problem, target) for config in configs]
         return next((p for p in plans if gradient_tiles(p) >= target.multiprocessors), plans[-1])
 
@@ -48,7 +48,4 @@ def kernel_planner(kernel: str) -> Planner:
 
 def gradient_tiles(plan: LaunchPlan) -> int:
     """Tiles of weight gradients, of which `first_that_fills` wants one for each multiprocessor."""
-    if plan.name == "two_phase":
-        numbers = plan.arguments
-        return int(numbers["total"] - numbers["copies"] - numbers["projections"])
-    return plan.programs
+    return launch_plan.gradient_tiles(plan.problem, plan.config)

@@ -240,6 +240,9 @@ def attempt(config: Config, workload: Workload, clock: Clock) -> float:
 
 def candidates(kernel: str, arithmetic: str) -> Iterator[Config]:
     """Tiles worth trying, those first that are near to what usually wins."""
+    if kernel == "strip":
+        yield from _strips(arithmetic)
+        return
     small = arithmetic == "ieee"
     sides = (16, 32, 64) if small else (32, 64, 128, 256)
     depths = {"half": (64, 32, 128), "tf32": (32, 64, 16), "ieee": (16, 8, 32)}[arithmetic]
@@ -250,10 +253,16 @@ def candidates(kernel: str, arithmetic: str) -> Iterator[Config]:
                 yield from _configs(kernel, m, n, depth, warps, stages, small)
 
 
+def _strips(arithmetic: str) -> Iterator[Config]:
+    """Products as deep as the batch, of no more rows than the workloads have."""
+    tiles = ((64, 64), (128, 32), (32, 64), (64, 32), (128, 64), (64, 128), (32, 32), (128, 128))
+    for warps, (m, n), stages in itertools.product((4, 8), tiles, (3, 2, 1) if arithmetic == "half" else (1,)):
+        for programs in (2, 3, 1) if warps == 4 else (1,):
+            yield StripConfig(m, n, 128, 256, warps, stages, programs)
+
+
 def _configs(kernel: str, m: int, n: int, depth: int, warps: int, stages: int, small: bool) -> Iterator[Config]:
-    if kernel == "strip":
-        yield StripConfig(m, n, depth, 8, warps, stages)
-    elif kernel == "project_taps":
+    if kernel == "project_taps":
         yield ProjectionConfig(m, n, depth, warps, stages)
     else:
         u, e = (64, 16) if small else (128 if m >= 128 else 64, 32)

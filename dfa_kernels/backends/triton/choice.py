@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .configs import StripConfig, configs_for
+from .configs import StripConfig
 from .launch_plan import LaunchPlan, gradient_tiles, that_fills
-from .plan_small import LARGEST_HELD_ERROR, chunks_of, fits, fitted_strip, is_held, plan_strip, row_parts
+from .plan_small import LARGEST_HELD_ERROR, chunks_of, fitted_strip, is_held, plan_strip, row_parts, usable_strips
 from .plan_wide import plan_two_phase, usable_two_phase
 from .problem import GroupedProblem, Target
 
@@ -20,8 +20,7 @@ ENTRY = 256
 
 def plan_grouped(problem: GroupedProblem, target: Target) -> LaunchPlan:
     """The launch for this problem: by strips or in two phases, with the tiles that fill the GPU."""
-    configs = configs_for(target.capability, problem.projected.arithmetic)
-    strips = [config for config in configs.strip if fits(problem, config)]
+    strips = usable_strips(problem, target)
     one = strips[that_fills([gradient_tiles(problem, c) for c in strips], target)] if strips else None
     why = _why_two_phases(problem, one, target)
     if one and not why:

@@ -8,7 +8,7 @@ from typing import Any
 
 import triton
 
-from .configs import StripConfig
+from .configs import StripConfig, configs_for
 from .kernels.small_networks import strip
 from .launch_plan import SMALLEST_FACTOR, LaunchPlan, fastfood_block, grouped_arguments, rows_of_16_bytes
 from .problem import GroupedProblem, Projected, Target, alignment
@@ -24,7 +24,7 @@ SPLIT = "ieee" if triton.knobs.runtime.interpret else "bf16x6"
 
 
 def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> LaunchPlan:
-    """Strips of all layers in one launch; whether δ fits beside a tile, `fits` says."""
+    """Strips of all layers in one launch; see `usable_strips`."""
     config, projected = fitted_strip(problem, config), problem.projected
     chunks = chunks_of(problem, config, target.multiprocessors * config.programs)
     programs = [count * -(-out // config.block_m) for count, out in zip(chunks, problem.widths_out, strict=True)]
@@ -47,8 +47,13 @@ def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> 
     return LaunchPlan(problem, strip, config, sum(programs), arguments, _why_strips(problem))
 
 
-def fits(problem: GroupedProblem, config: StripConfig) -> bool:
-    """Whether δ of the whole batch, at all positions, fits beside a tile."""
+def usable_strips(problem: GroupedProblem, target: Target) -> list[StripConfig]:
+    """The configs beside whose tiles δ of the whole batch has room, at all positions."""
+    configs = configs_for(target.capability, problem.projected.arithmetic).strip
+    return [config for config in configs if _fits(problem, config)]
+
+
+def _fits(problem: GroupedProblem, config: StripConfig) -> bool:
     fitted = fitted_strip(problem, config)
     return row_parts(problem, fitted) * max(problem.positions) * fitted.block_r <= config.rows
 
@@ -69,9 +74,7 @@ def fitted_strip(problem: GroupedProblem, config: StripConfig) -> StripConfig:
     block_r = min(block_r, max(SMALLEST_FACTOR, triton.next_power_of_2(projected.rows)))
     # Several parts of x on their way would take the memory that several parts of δ lie in.
     stages = config.num_stages if positions == 1 and projected.rows <= block_r else 1
-    return replace(
-        config, block_m=block_m, block_r=block_r, num_warps=warps, num_stages=stages, programs=programs
-    )
+    return replace(config, block_m=block_m, block_r=block_r, num_warps=warps, num_stages=stages, programs=programs)
 
 
 def row_parts(problem: GroupedProblem, fitted: StripConfig) -> int:
