@@ -536,9 +536,7 @@ RAN = {"a": {"launched": {"strip": 1}}, "b": {"launched": {"strip": 1, "two_phas
 def test_what_the_memory_checker_says(code, text, rows, clean):
     found = sanitizer.verdict(sanitizer.Ended(code, text, rows), ["a", "b"])
     assert found["clean"] is clean
-    assert found["launched"] == (
-        {"strip": 2, "two_phase": 2} if len(rows) == 2 else {"strip": 1} if rows else {}
-    )
+    assert found["launched"] == ({"strip": 2, "two_phase": 2} if len(rows) == 2 else {"strip": 1} if rows else {})
 
 
 CHECKER = """#!{python}

@@ -12,9 +12,9 @@ from .problem import GroupedProblem, Target
 
 # Multiplications and additions for each multiprocessor beyond which larger tiles, that read less, pay for two phases.
 MOST_PRODUCTS = 2**25
-# Several times as many as the gradients take are better spent once. Estimated, as is what an entry of U costs that is
-# made anew. Both measured on no card.
-MOST_REPEATED = 2
+# As many as a multiprocessor could do while δ travels through memory and programs wait for each other, and as an entry
+# of U takes that is made anew. Both estimated, not measured.
+WAIT = 2**22
 ENTRY = 256
 
 
@@ -42,8 +42,9 @@ def _why_two_phases(problem: GroupedProblem, config: StripConfig | None, target:
             return "with several positions, tiles of gradients do not begin where blocks of Fastfood do"
     if (products := _products(problem)) > most:
         return f"{products} products, more than {most}, are worth larger tiles"
-    if (repeated := _repeated(problem, config, target)) > MOST_REPEATED * products:
-        return f"{repeated} products would make δ again for every strip, more than {MOST_REPEATED} times the gradients'"
+    once = products + WAIT * target.multiprocessors
+    if (repeated := _repeated(problem, config, target)) > once:
+        return f"{repeated} products would make δ anew in every strip, more than the {once} that making it once costs"
     return ""
 
 
