@@ -32,7 +32,7 @@ from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
 from dfa_kernels.backends.triton import choice, configs, plan_taps
 from dfa_kernels.backends.triton.choice import plan_grouped
-from dfa_kernels.backends.triton.configs import StripConfig, ProjectionConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton.configs import ProjectionConfig, StripConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, needs_int64
 from dfa_kernels.backends.triton.operators import plan_project_taps
 from dfa_kernels.backends.triton.plan_small import plan_strip

@@ -25,7 +25,7 @@ from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton import launch, operators, route
 from dfa_kernels.backends.triton import launch_plan as plan_module
-from dfa_kernels.backends.triton.configs import StripConfig, ProjectionConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton.configs import ProjectionConfig, StripConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase

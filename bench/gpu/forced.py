@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from dfa_kernels.backends.triton.configs import StripConfig, ProjectionConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton import launch_plan
+from dfa_kernels.backends.triton.configs import ProjectionConfig, StripConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.plan_small import plan_strip, usable_strips
 from dfa_kernels.backends.triton.plan_taps import plan_projection

@@ -37,8 +37,8 @@ from bench.gpu.tuning_workloads import Workload, make_workload, problem_of, run_
 from dfa_kernels.backends.triton.configs import (
     ARITHMETICS,
     KINDS,
-    StripConfig,
     ProjectionConfig,
+    StripConfig,
     TwoPhaseConfig,
     first_that_fills,
 )

@@ -1,8 +1,8 @@
 """The grouped launch for small networks: a program makes δ of its outputs once and goes along the layer's inputs.
 
-A program has a strip of one layer's weight gradient: BLOCK_M outputs, and a run of the tiles of BLOCK_N inputs. It makes
-δ of its outputs for the whole batch, which then stays where the product reads it, and each tile is one product as deep
-as the batch: no program waits for another, and δ never travels through memory.
+A program has a strip of one layer's weight gradient: BLOCK_M outputs, and a run of the tiles of BLOCK_N inputs. It
+makes δ of its outputs for the whole batch, which then stays where the product reads it, and each tile is one product as
+deep as the batch: no program waits for another, and δ never travels through memory.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def strip(
                 )  # fmt: skip
             if BIASES and chunk == 0:
                 bias_gradient += tl.sum(delta, axis=1)
-            deltas = deltas + (_factor(tl.trans(delta) if SWAP else delta, x.dtype.element_ty, PRECISION),)
+            delta = _factor(tl.trans(delta) if SWAP else delta, x.dtype.element_ty, PRECISION)
+            deltas = deltas + (delta,)  # type: ignore[assignment]  # noqa: RUF005
 
     if BIASES and chunk == 0:
         finish(
@@ -150,7 +151,7 @@ def _hidden_delta(
 @triton.jit
 def _factor(tile, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """A tile as a factor of a product; rounded to the tf32 that tensor cores would else truncate it to."""
-    if PRECISION == "tf32" and DTYPE == tl.float32:
+    if PRECISION == "tf32" and DTYPE.is_fp32():
         return nearest_tf32(tile.to(tl.float32))
     return tile.to(DTYPE)
 
