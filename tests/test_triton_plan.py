@@ -210,18 +210,10 @@ def test_delta_that_would_be_made_too_often_is_made_once() -> None:
     assert "would make δ anew" in large.why
     given = layers_plan(widths, rows=128, error_size=LARGEST_FASTFOOD_ERROR + 1, kind="fastfood")
     assert (given.name, given.arguments["SOURCE"]) == ("strip", "projection")
-    costs = [
-        choice._repeated(replace(large.problem, projected=p), large_config(), H200) for p in sources(large.problem)
-    ]
-    assert costs[0] < costs[1]
-
-
-def large_config() -> StripConfig:
-    return configs.table()[90]["ieee"].strip[0]
-
-
-def sources(problem: GroupedProblem) -> list[Any]:
-    return [replace(problem.projected, source=source) for source in ("matrix", "gaussian")]
+    config, problem = configs.table()[90]["ieee"].strip[0], large.problem
+    sources = [replace(problem.projected, source=source) for source in ("matrix", "gaussian")]
+    stored, regenerated = (choice._repeated(replace(problem, projected=p), config, H200) for p in sources)
+    assert stored < regenerated
 
 
 def test_strips_fill_the_gpu_and_no_run_is_longer_than_it_has_to_be() -> None:

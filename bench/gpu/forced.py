@@ -48,4 +48,5 @@ def kernel_planner(kernel: str) -> Planner:
 
 def gradient_tiles(plan: LaunchPlan) -> int:
     """Tiles of weight gradients, of which `first_that_fills` wants one for each multiprocessor."""
+    assert not isinstance(plan.config, ProjectionConfig)
     return launch_plan.gradient_tiles(plan.problem, plan.config)

@@ -256,9 +256,10 @@ def candidates(kernel: str, arithmetic: str) -> Iterator[Config]:
 def _strips(arithmetic: str) -> Iterator[Config]:
     """Products as deep as the batch, of no more rows than the workloads have."""
     tiles = ((64, 64), (128, 32), (32, 64), (64, 32), (128, 64), (64, 128), (32, 32), (128, 128))
-    for warps, (m, n), stages in itertools.product((4, 8), tiles, (3, 2, 1) if arithmetic == "half" else (1,)):
+    stages = (3, 2, 1) if arithmetic == "half" else (1,)
+    for rows, warps, (m, n), depth in itertools.product((128, 64), (4, 8), tiles, stages):
         for programs in (2, 3, 1) if warps == 4 else (1,):
-            yield StripConfig(m, n, 128, 256, warps, stages, programs)
+            yield StripConfig(m, n, rows, 256, warps, depth, programs)
 
 
 def _configs(kernel: str, m: int, n: int, depth: int, warps: int, stages: int, small: bool) -> Iterator[Config]:
