@@ -635,7 +635,9 @@ def test_every_kernel_has_a_check_that_launches_it(tmp_path):
     assert sanitizer_checks.main(["--json", str(path)]) == 0
     found = processes.read(path)
     assert list(found) == [check.name for check in sanitizer_checks.CHECKS]
-    assert all(row["correct"] and row["off"] < 1e-5 for row in found.values())
+    # Interpreted products are in float32; what strips round to tf32 before them is rounded here as well.
+    rounded = "strip grads tf32"
+    assert all(row["correct"] and row["off"] < (1e-3 if name == rounded else 1e-5) for name, row in found.items())
     launched = [found[check.name]["launched"] for check in sanitizer_checks.CHECKS]
     assert launched == [{check.kernel: 1} for check in sanitizer_checks.CHECKS]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from oracle import assert_close_to_oracle
+from test_triton_philox import to_tf32
 from torch import Tensor
 from triton_cases import (
     CASES,
@@ -28,6 +29,7 @@ from triton_cases import (
 )
 
 import dfa_kernels as dfa
+from bench.gpu.precision import tf32
 from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
@@ -248,6 +250,20 @@ def test_an_error_that_is_not_finite_stays_in_its_own_bias(kernel: str) -> None:
     found = run(call, kernel)[-1]
     assert found.isfinite().tolist() == [True, True, True, False, True]
     torch.testing.assert_close(found[:3], call.error[:, :3].sum(0), rtol=1e-5, atol=1e-6)
+
+
+def test_factors_are_rounded_to_the_nearest_tf32_but_not_what_biases_are_summed_from() -> None:
+    """Tensor cores would truncate them. What is no number stays none."""
+    call = make_call(plain_network([], error_size=17))
+    with tf32(True):
+        weight, bias = run(call, "strip")
+    exact = to_tf32(call.error.cpu()).T @ to_tf32(call.inputs[0].cpu())
+    torch.testing.assert_close(weight.cpu().double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(bias, call.error.sum(0), rtol=1e-6, atol=1e-6)
+    call.error[3, 4] = torch.nan
+    with tf32(True):
+        weight, bias = run(call, "strip")
+    assert weight.isnan().any(1).nonzero().tolist() == bias.isnan().nonzero().tolist() == [[4]]
 
 
 @both_kernels
