@@ -70,8 +70,8 @@ def strip(
                 )  # fmt: skip
             if BIASES and chunk == 0:
                 bias_gradient += tl.sum(delta, axis=1)
-            delta = _factor(tl.trans(delta) if SWAP else delta, x.dtype.element_ty, PRECISION)
-            deltas = deltas + (delta,)  # type: ignore[assignment]  # noqa: RUF005
+            factor = _factor(tl.trans(delta) if SWAP else delta, x.dtype.element_ty, PRECISION)
+            deltas = deltas + (factor,)  # type: ignore[assignment]  # noqa: RUF005
 
     if BIASES and chunk == 0:
         finish(
