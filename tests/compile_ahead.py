@@ -27,13 +27,13 @@ from triton.compiler import ASTSource
 
 from bench.predict import ahead, sass
 from bench.predict.ahead import BLOCKS, DTYPES, WIDTHS, Case, compiled, hadamard_source, planned, source_of
-from dfa_kernels.backends.triton.choice import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.configs import Configs, table
+from dfa_kernels.backends.triton.plan_small import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR
 from dfa_kernels.backends.triton.transform import programs_ahead
 
 SOURCES = ("matrix", "signs", "sparse", "gaussian", "uniform", "rademacher", "sparse_seed", *BLOCKS, "projection")
-ERROR_SIZES = {"one_phase": 10, "two_phase": 1000, "project_taps": 1000, "deltas": 10, "grouped_gemm": 10}
+ERROR_SIZES = {"strip": 10, "two_phase": 1000, "project_taps": 1000, "deltas": 10, "grouped_gemm": 10}
 HADAMARD_LENGTHS = (2, 64, 256, 1024, 8192, 16384, 32768)
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync",
@@ -46,9 +46,11 @@ INSTRUCTIONS = {
 THOROUGH = {(86, "bf16"), (90, "bf16"), (100, "fp32")}
 # Where products go on while the program does, and rings of tiles come with the copy engine or without it.
 ASYNCHRONOUS = (90, 100)
-RARE = ("dropout_mask", "positions", "activations")
+RARE = ("dropout_mask", "activations")
 # In these dtypes the launches for wide networks differ from the others by an instruction that `two_phase` has as well.
 SPARED = ("fp16", "ieee")
+# Of the batch that small networks are compiled for: δ of it is one part.
+ROWS = 128
 
 
 def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
@@ -57,7 +59,13 @@ def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
         # float16 has bfloat16's configs, and another product's instruction only.
         kernels = [kernel for kernel in ERROR_SIZES if is_compiled(kernel, dtype, arch, usual_only)]
         yield from _tables(dtype, configs, kernels, first_only=usual_only and dtype == "fp16")
-        one, two = Case("one_phase", 0, dtype), Case("two_phase", 0, dtype, error_size=1000)
+        one, two = Case("strip", 0, dtype, rows=ROWS), Case("two_phase", 0, dtype, error_size=1000)
+        # As many rows as fit, in parts: those of plain gradients are the larger ones.
+        largest = max(range(len(configs.strip)), key=lambda i: configs.strip[i].rows)
+        if dtype != "fp16":
+            several = replace(one, config=largest, rows=configs.strip[largest].rows)
+            yield from (several, replace(several, rule="adamw"))
+            yield from (replace(one, rule=rule) for rule in ("sgd", "momentum"))
         if dtype in ("fp32", "bf16"):
             # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
             yield replace(two, error_size=10)
@@ -82,7 +90,8 @@ def _tables(dtype: str, configs: Configs, kernels: list[str], first_only: bool) 
     """Every config with plain gradients."""
     for kernel in kernels:
         for config in range(1 if first_only else len(getattr(configs, kernel))):
-            yield Case(kernel, config, dtype, error_size=ERROR_SIZES[kernel])
+            rows = ROWS if kernel == "strip" else 1024
+            yield Case(kernel, config, dtype, error_size=ERROR_SIZES[kernel], rows=rows)
 
 
 def _wide(dtype: str, configs: Configs) -> Iterator[Case]:
@@ -104,6 +113,7 @@ def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
         yield from (replace(case, source=source) for source in SOURCES if source not in ("matrix", "gaussian"))
         yield from (replace(case, rule=rule) for rule in ("sgd", "momentum", "adamw"))
         yield from (replace(case, rule="adamw", network=network) for network in RARE)
+        yield replace(case, rule="adamw", network="positions", rows=case.rows // 4)
     for case in (one, two_without_tma):
         yield from (replace(case, rule="adamw", network=network) for network in WIDTHS)
     yield replace(one, rule="adamw", error_size=LARGEST_HELD_ERROR)
@@ -113,6 +123,8 @@ def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
     )
     yield from (replace(deltas, source=source, error_size=1000) for source in ("gaussian", "fastfood_seed"))
     yield from (replace(deltas, network=network) for network in RARE)
+    yield from (replace(one, source=source, error_size=1000) for source in ("matrix", "gaussian", "sparse"))
+    yield from (replace(one, source=source, error_size=LARGEST_HELD_ERROR) for source in ("gaussian", *BLOCKS))
 
 
 def describe(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:

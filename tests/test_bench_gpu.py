@@ -420,10 +420,10 @@ def test_the_kernels_are_compared():
     own = make_problem(QUICK[0], CPU, "triton")
     reference = make_reference(own, "DFA", given_error=True)
     rows = kernel_times.compare_kernels(own, reference, Clock(CPU), 0.0)
-    assert list(rows) == ["layer_grads", "one_phase", "two_phase", kernel_times.LIBRARY]
+    assert list(rows) == ["layer_grads", "strip", "two_phase", kernel_times.LIBRARY]
     assert all(row["correct"] and row["seconds"] > 0 for row in rows.values())
-    assert all(rows[name]["repeats"] for name in ("layer_grads", "one_phase", "two_phase"))
-    assert "one_phase" in rows["layer_grads"]["plan"]
+    assert all(rows[name]["repeats"] for name in ("layer_grads", "strip", "two_phase"))
+    assert "strip" in rows["layer_grads"]["plan"]
     for gradients in (reference.exact, *reference.plain):
         gradients[0] *= 1.01
     rows = kernel_times.compare_kernels(own, reference, Clock(CPU), 0.0)
@@ -509,15 +509,15 @@ def test_device_activities_are_those_of_the_device():
         {"name": "without a category"},
     ]
     assert kernel_counts.names_in_trace({"traceEvents": events}) == ["Memset", "second"]
-    assert kernel_counts.Counted(("one_phase",)).are_ours
+    assert kernel_counts.Counted(("strip",)).are_ours
     assert kernel_counts.Counted(("deltas", "grouped_gemm")).are_ours
-    assert not kernel_counts.Counted(("one_phase", "sgemm")).are_ours
+    assert not kernel_counts.Counted(("strip", "sgemm")).are_ours
     assert not kernel_counts.Counted(()).are_ours
 
 
 CLEAN = "========= ERROR SUMMARY: 0 errors"
 RACES = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
-RAN = {"a": {"launched": {"one_phase": 1}}, "b": {"launched": {"one_phase": 1, "two_phase": 2}}}
+RAN = {"a": {"launched": {"strip": 1}}, "b": {"launched": {"strip": 1, "two_phase": 2}}}
 
 
 @pytest.mark.parametrize(
@@ -537,9 +537,7 @@ RAN = {"a": {"launched": {"one_phase": 1}}, "b": {"launched": {"one_phase": 1, "
 def test_what_the_memory_checker_says(code, text, rows, clean):
     found = sanitizer.verdict(sanitizer.Ended(code, text, rows), ["a", "b"])
     assert found["clean"] is clean
-    assert found["launched"] == (
-        {"one_phase": 2, "two_phase": 2} if len(rows) == 2 else {"one_phase": 1} if rows else {}
-    )
+    assert found["launched"] == ({"strip": 2, "two_phase": 2} if len(rows) == 2 else {"strip": 1} if rows else {})
 
 
 CHECKER = """#!{python}
@@ -638,7 +636,9 @@ def test_every_kernel_has_a_check_that_launches_it(tmp_path):
     assert sanitizer_checks.main(["--json", str(path)]) == 0
     found = processes.read(path)
     assert list(found) == [check.name for check in sanitizer_checks.CHECKS]
-    assert all(row["correct"] and row["off"] < 1e-5 for row in found.values())
+    # Interpreted products are in float32; what strips round to tf32 before them is rounded here as well.
+    rounded = "strip grads tf32"
+    assert all(row["correct"] and row["off"] < (1e-3 if name == rounded else 1e-5) for name, row in found.items())
     launched = [found[check.name]["launched"] for check in sanitizer_checks.CHECKS]
     first = {"grouped_gemm": {"deltas": 1}}
     assert launched == [first.get(check.kernel, {}) | {check.kernel: 1} for check in sanitizer_checks.CHECKS]
@@ -646,7 +646,7 @@ def test_every_kernel_has_a_check_that_launches_it(tmp_path):
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, under the tool itself")
 def test_a_check_without_its_kernel_fails_and_a_wrong_one_is_told(tmp_path, monkeypatch):
-    check = sanitizer_checks.Check("one_phase", sanitizer_checks.hadamard, "float32", sanitizer_checks.EVEN, 10)
+    check = sanitizer_checks.Check("strip", sanitizer_checks.hadamard, "float32", sanitizer_checks.EVEN, 10)
     monkeypatch.setattr(sanitizer_checks, "CHECKS", (check,))
     monkeypatch.setattr(sanitizer_checks.torch_backend, "hadamard", lambda x, scale: torch.full_like(x, math.nan))
     path = tmp_path / "s.json"
@@ -667,7 +667,7 @@ def made_up(**changes: float) -> dict[str, Any]:
     """Results in which everything is reached, but for the changes."""
     speed = {"large": 1.9, "step": 3.5, "graphed": 2.5, "update": 3.2, "library": 0.95, "host": 20e-6, "kernels": 1}
     speed |= changes
-    one = ["one_phase"] * int(speed["kernels"])
+    one = ["strip"] * int(speed["kernels"])
     counted = {
         "backward is by our kernels": speed["kernels"] > 0,
         "backward and SGD are by our kernels": speed["kernels"] > 0,

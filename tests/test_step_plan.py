@@ -72,13 +72,13 @@ def test_auto_says_what_was_picked():
 def test_launches_and_reason_of_the_kernels():
     small, large = mlp(), nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 100))
     lines = lines_of(dfa.DFA(small, backend="triton"), 4, 5)
-    assert "one launch of one_phase with " in lines[1]
+    assert "one launch of strip with " in lines[1]
     assert "float32; U from memory" in lines[1]
-    assert "3 components" in lines[1]
-    lines = lines_of(dfa.DFA(large, dfa.Feedback(storage="procedural"), backend="triton"), 4, 5)
+    assert "δ of 4 rows fits beside a tile" in lines[1]
+    lines = lines_of(dfa.DFA(large, dfa.Feedback("fastfood", "procedural"), backend="triton"), 4, 5)
     assert "one launch of two_phase with " in lines[1]
     assert "U regenerated from its seed" in lines[1]
-    assert "100 error components, more than 64" in lines[1]
+    assert "100 error components are larger than a tile" in lines[1]
 
 
 def test_update(backend):

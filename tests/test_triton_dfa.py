@@ -66,15 +66,15 @@ def cnn() -> nn.Module:
 
 
 NETS: dict[str, tuple[Any, tuple[int, ...], list[str]]] = {
-    "mlp": (mlp, (9, 20), ["one_phase"]),
-    "one row": (mlp, (1, 20), ["one_phase"]),
-    "frozen": (frozen, (9, 20), ["one_phase"]),
-    "wide output": (wide_output, (9, 20), ["two_phase"]),
-    "positions as units": (sequence, (4, 3, 6), ["one_phase"]),
-    "positions as rows": (mlp, (4, 3, 20), ["one_phase"]),
-    "mixed": (mixed, (9, 20), ["project_taps_kernel", "one_phase"]),
-    "cnn": (cnn, (4, 3, 10, 10), ["project_taps_kernel", "one_phase"]),
-    "cnn, channels last": (cnn, (4, 3, 10, 10), ["project_taps_kernel", "one_phase"]),
+    "mlp": (mlp, (9, 20), ["strip"]),
+    "one row": (mlp, (1, 20), ["strip"]),
+    "frozen": (frozen, (9, 20), ["strip"]),
+    "wide output": (wide_output, (9, 20), ["strip"]),
+    "positions as units": (sequence, (4, 3, 6), ["strip"]),
+    "positions as rows": (mlp, (4, 3, 20), ["strip"]),
+    "mixed": (mixed, (9, 20), ["project_taps_kernel", "strip"]),
+    "cnn": (cnn, (4, 3, 10, 10), ["project_taps_kernel", "strip"]),
+    "cnn, channels last": (cnn, (4, 3, 10, 10), ["project_taps_kernel", "strip"]),
 }
 every_net = pytest.mark.parametrize("name", NETS)
 
@@ -144,7 +144,7 @@ def test_gradients_with_each_tap_in_its_turn(name: str, storage: str, monkeypatc
     with watched() as seen:
         loss.backward()
     made = {"dense": "one product", "procedural": "one launch of project_taps_kernel"}[storage]
-    assert seen.kernels == ["project_taps_kernel"] * (storage == "procedural") + ["one_phase"]
+    assert seen.kernels == ["project_taps_kernel"] * (storage == "procedural") + ["strip"]
     assert f"e Uᵀ by {made}" in str(model.plan())
     assert_close([p.grad for p in model.parameters() if p.grad is not None], exact, same)
 
@@ -196,7 +196,7 @@ def test_two_backward_passes_before_a_step() -> None:
             loss_of(model, "mlp", seed).backward()
         with watched() as seen:
             optimizer.step()
-        assert seen.kernels == (["one_phase"] * 2 if backend == "triton" else [])
+        assert seen.kernels == (["strip"] * 2 if backend == "triton" else [])
         results.append(list(model.parameters()))
     assert_close(results[2], results[0], results[1])
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from oracle import assert_close_to_oracle
+from test_triton_philox import to_tf32
 from torch import Tensor
 from triton_cases import (
     CASES,
@@ -29,13 +30,14 @@ from triton_cases import (
 )
 
 import dfa_kernels as dfa
+from bench.gpu.precision import tf32
 from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.triton import launch, operators
 from dfa_kernels.feedback.spec import KINDS
 
-KERNELS = ["one_phase", "two_phase", "grouped_gemm"]
+KERNELS = ["strip", "two_phase", "grouped_gemm"]
 both_kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
@@ -87,10 +89,10 @@ def test_cases_are_all_activations() -> None:
 @pytest.mark.parametrize("place", FEEDBACKS, ids="-".join)
 def test_every_feedback(kernel: str, place: tuple[str, str]) -> None:
     """Errors so wide that packed signs take several words and, where the kernel takes them, several Philox calls."""
-    # With several positions the plan leaves Fastfood to the other kernel.
-    several = 1 if kernel == "one_phase" and place[0] == "fastfood" else 2
-    layers = [plain_layer(width_out=35), plain_layer(positions=several), plain_layer(width_out=17)]
-    network = plain_network(layers, error_size=61 if kernel == "one_phase" else 130)
+    # With several positions the plan leaves Fastfood to the other kernel, and with blocks larger than a tile.
+    small = kernel == "strip" and place[0] == "fastfood"
+    layers = [plain_layer(width_out=35), plain_layer(positions=1 if small else 2), plain_layer(width_out=17)]
+    network = plain_network(layers, error_size=61 if small else 130)
     network["feedback"].update(place=place, gain=-0.5)
     call = make_call(network)
     check(call, run(call, kernel, 1))
@@ -164,7 +166,7 @@ def test_the_same_bits_again(kernel: str, random: Random) -> None:
     note(str(network))
     call = make_call(network)
     first = run(call, kernel, network["config"])
-    for multiprocessors in (4, 1, 7) if kernel == "two_phase" else (4,):
+    for multiprocessors in (4, 1, 7):
         assert_same(run(call, kernel, network["config"], multiprocessors), first)
 
 
@@ -294,15 +296,16 @@ def test_activations_that_differ_in_dtype_are_left_to_the_torch_backend() -> Non
     assert_same(found, torch_backend.layer_grads(call.arguments(), torch.float32))
 
 
-@pytest.mark.parametrize("error_size", [10, 70])
-def test_by_the_plan_and_tables_of_the_package(error_size: int) -> None:
+@pytest.mark.parametrize(("kernel", "error_size"), [("strip", 10), ("strip", 130), ("two_phase", 70)])
+def test_by_the_plan_and_tables_of_the_package(kernel: str, error_size: int) -> None:
     """The kernel that the plan chooses, with tiles from its table, gives the same gradients again."""
     network = plain_network([plain_layer(), plain_layer(positions=2, mask=True)], error_size=error_size)
+    network["feedback"]["place"] = ("gaussian" if kernel == "strip" else "fastfood", "dense")
     call = make_call(network)
     for _ in range(2):
         with watched() as seen:
             found = triton_backend.layer_grads(call.arguments(), torch.float32)
-        assert seen.kernels == ["one_phase" if error_size == 10 else "two_phase"]
+        assert seen.kernels == [kernel]
         check(call, found)
 
 
@@ -325,6 +328,20 @@ def test_an_error_that_is_not_finite_stays_in_its_own_bias(kernel: str) -> None:
     found = run(call, kernel)[-1]
     assert found.isfinite().tolist() == [True, True, True, False, True]
     torch.testing.assert_close(found[:3], call.error[:, :3].sum(0), rtol=1e-5, atol=1e-6)
+
+
+def test_factors_are_rounded_to_the_nearest_tf32_but_not_what_biases_are_summed_from() -> None:
+    """Tensor cores would truncate them. What is no number stays none."""
+    call = make_call(plain_network([], error_size=17))
+    with tf32(True):
+        weight, bias = run(call, "strip")
+    exact = to_tf32(call.error.cpu()).T @ to_tf32(call.inputs[0].cpu())
+    torch.testing.assert_close(weight.cpu().double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(bias, call.error.sum(0), rtol=1e-6, atol=1e-6)
+    call.error[3, 4] = torch.nan
+    with tf32(True):
+        weight, bias = run(call, "strip")
+    assert weight.isnan().any(1).nonzero().tolist() == bias.isnan().nonzero().tolist() == [[4]]
 
 
 @both_kernels

@@ -15,8 +15,8 @@ from torch import Tensor
 from triton_cases import (
     FRESH,
     GROUPED_GEMM,
-    ONE_PHASE,
     PROJECTIONS,
+    STRIPS,
     TWO_PHASE,
     forced,
     make_call,
@@ -33,11 +33,11 @@ from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
 from dfa_kernels.backends.triton import choice, choice_wide, configs, describe, plan_taps
 from dfa_kernels.backends.triton.choice import plan_grouped
-from dfa_kernels.backends.triton.configs import GemmConfig, OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton.configs import GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, needs_int64
 from dfa_kernels.backends.triton.operators import plan_project_taps
 from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm
-from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
 from dfa_kernels.backends.triton.route import looks_of, route_of
@@ -162,7 +162,7 @@ def test_tensor_memory_accelerator(dtype: torch.dtype) -> None:
 def test_tiles_that_need_the_accelerator() -> None:
     """The largest, which fill the GPU both times, are only for rows of a multiple of 16 bytes."""
     for width, aligned in ((8192, True), (8196, False)):
-        found = layers_plan((width, width), rows=64, error_size=1000, dtype=torch.bfloat16)
+        found = layers_plan((width, width), rows=1024, error_size=1000, dtype=torch.bfloat16)
         assert isinstance(found.config, TwoPhaseConfig | GemmConfig)
         assert found.config.needs_tma == found.uses_tma == aligned
 
@@ -171,24 +171,86 @@ def test_tiles_that_need_the_accelerator() -> None:
     "programs, warps, registers", [(1, 8, 255), (2, 4, 255), (2, 8, 128), (3, 4, 168), (4, 4, 128)]
 )
 def test_registers_that_the_programs_of_a_multiprocessor_share(programs: int, warps: int, registers: int) -> None:
-    config = OnePhaseConfig(64, 64, 32, 8, warps, 2, programs)
+    config = StripConfig(64, 64, 128, 256, warps, 2, programs)
     assert config.registers == registers
     assert registers * warps * 32 * programs <= 65536
     problem = layers_plan((8, 8)).problem
-    assert plan_one_phase(problem, config).options["maxnreg"] == registers
+    assert plan_strip(problem, config, H200).options["maxnreg"] == registers
 
 
-def test_small_errors_go_in_one_phase_and_large_ones_in_two() -> None:
-    one, two = layers_plan(error_size=64), layers_plan(error_size=65)
-    assert (one.name, two.name) == ("one_phase", "two_phase")
-    assert "64 components" in one.why
-    assert "65 error components, more than 64" in two.why
+@pytest.mark.parametrize(
+    "dtype, precision, most",
+    [(torch.bfloat16, "ieee", 512), (torch.float32, "tf32", 512), (torch.float32, "ieee", 384)],
+)
+def test_strips_are_for_batches_whose_delta_fits_beside_a_tile(dtype: torch.dtype, precision: str, most: int) -> None:
+    """Rows of all positions count, each position's rounded up to whole parts."""
+    with tf32(precision == "tf32"):
+        for rows, positions in ((most, 1), (64, most // 64), (65, most // 128)):
+            fits = layers_plan(rows=rows, positions=positions, dtype=dtype)
+            assert fits.name == "strip"
+            constants = fits.arguments
+            assert constants["POSITIONS"] == positions
+            assert constants["PARTS"] * constants["BLOCK_R"] >= rows
+        for rows, positions in ((most + 1, 1), (65, most // 64)):
+            larger = layers_plan(rows=rows, positions=positions, dtype=dtype)
+            assert larger.name == "two_phase"
+            assert f"{rows * positions} rows does not fit" in larger.why
+
+
+def test_what_is_worth_larger_tiles_goes_in_two_phases() -> None:
+    small, large = layers_plan((3072, 800, 800), rows=128), layers_plan((784, 4096, 4096), rows=384)
+    assert (small.name, large.name) == ("strip", "two_phase")
+    assert "are worth larger tiles" in large.why
 
 
 def test_delta_that_would_be_made_too_often_is_made_once() -> None:
-    small, large = layers_plan((3072, 800, 800), rows=128), layers_plan((8192, 8192, 8192), rows=4096)
-    assert (small.name, large.name) == ("one_phase", "two_phase")
-    assert f"more than {choice.MOST_REPEATED_DELTAS}" in large.why
+    """For a large error; regenerated entries cost more than those in memory, and given projections nothing."""
+    widths = (3072, 800, 800, 800)
+    assert layers_plan(widths, rows=128, error_size=100).name == "strip"
+    large = layers_plan(widths, rows=128, error_size=1000)
+    assert large.name == "two_phase"
+    assert "would make δ anew" in large.why
+    given = layers_plan(widths, rows=128, error_size=LARGEST_FASTFOOD_ERROR + 1, kind="fastfood")
+    assert (given.name, given.arguments["SOURCE"]) == ("strip", "projection")
+    config, problem = configs.table()[90]["ieee"].strip[0], large.problem
+    sources = [replace(problem.projected, source=source) for source in ("matrix", "gaussian")]
+    stored, regenerated = (choice._repeated(replace(problem, projected=p), config, H200) for p in sources)
+    assert stored < regenerated
+
+
+def test_strips_fill_the_gpu_and_no_run_is_longer_than_it_has_to_be() -> None:
+    """The paper's network: its 975 tiles for two programs on each of 132 multiprocessors, in runs of at most four."""
+    with tf32(True):
+        found = layers_plan((3072, 800, 800, 800), rows=128, error_size=10, output_width=800)
+    assert isinstance(found.config, StripConfig)
+    assert found.arguments["chunks"] == (12, 4, 4, 4)
+    assert found.arguments["firsts"] == (0, 156, 208, 260)
+    assert found.programs == 264 == H200.multiprocessors * found.config.programs
+
+
+@pytest.mark.parametrize(
+    "change, warps, rows, stages",
+    [
+        ({}, 4, 128, 3),
+        ({"rows": 17}, 4, 32, 3),
+        ({"rows": 129}, 4, 128, 1),
+        ({"rule": "sgd", "rows": 129}, 8, 64, 1),
+        ({"positions": (2,)}, 8, 64, 1),
+        ({"widths_in": (68,)}, 8, 32, 1),
+        ({"error_size": 65}, 8, 64, 1),
+    ],
+    ids=str,
+)
+def test_strips_get_warps_for_what_takes_registers(change: dict[str, Any], warps: int, rows: int, stages: int) -> None:
+    """Several parts and updates, rows that are no multiple of 16 bytes, errors in blocks."""
+    problem = layers_plan((64, 64), rows=128, dtype=torch.bfloat16).problem
+    of_error = {name: value for name, value in change.items() if name in ("rows", "error_size")}
+    others = {name: value for name, value in change.items() if name not in of_error}
+    problem = replace(problem, projected=replace(problem.projected, source="matrix", **of_error), **others)
+    config = plan_strip(problem, configs.table()[90]["half"].strip[0], H200).config
+    assert isinstance(config, StripConfig)
+    assert (config.num_warps, config.block_r, config.num_stages) == (warps, rows, stages)
+    assert config.num_warps * config.programs == 8
 
 
 def wide_plan(width: int = 4096, rows: int = 1024, **changes: Any) -> LaunchPlan:
@@ -213,7 +275,7 @@ def test_wide_networks_take_two_launches_where_they_were_measured_to_be_shorter(
         {"target": Target(100, 148)},
         {"dtype": torch.float32},
         {"width": 4100},
-        {"width": 1024, "rows": 256, "error_size": 100},
+        {"width": 1024, "rows": 600, "error_size": 100},
         {"positions": 2},
     ],
     ids=str,
@@ -277,7 +339,7 @@ def test_nothing_is_written_that_nobody_reads() -> None:
 
 def test_a_projection_in_memory_needs_no_room_beside_a_tile() -> None:
     found = layers_plan(error_size=LARGEST_FASTFOOD_ERROR + 1, kind="fastfood")
-    assert found.name == "one_phase"
+    assert found.name == "strip"
     assert found.arguments["SOURCE"] == "projection"
 
 
@@ -304,9 +366,12 @@ def check_blocks(made: LaunchPlan, block: int) -> None:
 
 def test_fastfood_is_held_like_any_other_feedback() -> None:
     """By tiles that are as high as its blocks; several positions begin elsewhere than its blocks do."""
-    assert layers_plan(error_size=50, kind="fastfood").name == "one_phase"
-    small = plan_one_phase(layers_plan(error_size=50, kind="fastfood").problem, ONE_PHASE[0])
-    assert ONE_PHASE[0].block_m < small.arguments["BLOCK_M"] == 64
+    assert layers_plan(error_size=50, kind="fastfood").name == "strip"
+    small = plan_strip(layers_plan(error_size=50, kind="fastfood").problem, STRIPS[0], H200)
+    assert STRIPS[0].block_m < small.arguments["BLOCK_M"] == 64
+    larger = layers_plan(error_size=65, kind="fastfood")
+    assert larger.name == "two_phase"
+    assert "larger than a tile" in larger.why
     several = layers_plan(error_size=50, kind="fastfood", positions=2)
     assert several.name == "two_phase"
     assert "with several positions" in several.why
@@ -322,14 +387,14 @@ def test_a_regenerated_tile_serves_as_many_rows_as_there_are_registers(rows: int
 
 def test_output_layer_alone() -> None:
     found = layers_plan((), output_width=20)
-    assert found.name == "one_phase"
+    assert found.name == "strip"
     assert "the output layer alone" in found.why
 
 
 @pytest.mark.parametrize("error_size", [10, 100])
 def test_more_multiprocessors_get_smaller_tiles(error_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from_large_to_small = configs.Configs(
-        *(tuple(reversed(rows)) for rows in (ONE_PHASE, TWO_PHASE, PROJECTIONS, PROJECTIONS, GROUPED_GEMM))
+        *(tuple(reversed(rows)) for rows in (STRIPS, TWO_PHASE, PROJECTIONS, PROJECTIONS, GROUPED_GEMM))
     )
     monkeypatch.setattr(configs, "table", lambda: {80: dict.fromkeys(configs.ARITHMETICS, from_large_to_small)})
     problem = layers_plan((1024, 512, 512), error_size=error_size).problem
@@ -342,7 +407,7 @@ def test_more_multiprocessors_get_smaller_tiles(error_size: int, monkeypatch: py
 
 
 def test_two_phases_start_no_more_programs_than_there_are_tiles() -> None:
-    found = layers_plan((16, 16), rows=16, error_size=100)
+    found = layers_plan((16, 16), rows=16, error_size=100, kind="fastfood")
     assert found.programs == found.arguments["total"] < H200.multiprocessors
     large = layers_plan((4096, 4096), rows=1024, error_size=100)
     assert large.programs == H200.multiprocessors * large.config.programs < large.arguments["total"]
@@ -364,19 +429,33 @@ def tiles_one_by_one(problem: GroupedProblem, config: Any) -> int:
     return tiles
 
 
+def check_strips(problem: GroupedProblem, made: LaunchPlan) -> None:
+    """Every tile of every wanted gradient is in one program's run, and every wanted bias in one first run."""
+    config, numbers = made.config, made.arguments
+    assert isinstance(config, StripConfig)
+    programs = 0
+    for i, (width, out) in enumerate(zip(problem.widths_in, problem.widths_out, strict=True)):
+        tiles = len(spans(width, config.block_n)) * (problem.weights >> i & 1)
+        count, first = numbers["chunks"][i], numbers["firsts"][i]
+        assert first == programs
+        assert count <= max(tiles, 1)
+        assert count >= 1 or not (problem.weights | problem.biases) >> i & 1
+        programs += count * len(spans(out, config.block_m))
+    assert made.programs == programs
+
+
 @settings(**FRESH, max_examples=60)
 @given(random=randoms)
 def test_tiles_are_counted_right(random: Random) -> None:
-    kernel = random.choice(["one_phase", "two_phase"])
+    kernel = random.choice(["strip", "two_phase"])
     network = some_network(random, kernel)
     note(str(network))
     call = make_call(network).arguments()
     found = route_of(looks_of(call, torch.float32, "store"), H200).plan
     assert found is not None
     config: Any
-    for config in ONE_PHASE:
-        made = plan_one_phase(found.problem, config)
-        assert made.programs == tiles_one_by_one(found.problem, made.config)
+    for config in STRIPS:
+        check_strips(found.problem, plan_strip(found.problem, config, H200))
     for config in TWO_PHASE:
         made = plan_two_phase(found.problem, config, H200)
         two: Any = made.config
@@ -431,7 +510,7 @@ def test_a_changed_problem_has_another_plan(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("kernel", ["one_phase", "two_phase"])
+@pytest.mark.parametrize("kernel", ["strip", "two_phase"])
 def test_precision_of_float32_products_is_torchs(kernel: str, precision: str) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -450,7 +529,7 @@ def test_what_a_sparse_matrix_picks_of_the_error_is_not_rounded() -> None:
     """It is exact wherever it is a sum, and so it is where it is a product."""
     with tf32(True):
         found = layers_plan(kind="sparse")
-    assert (found.name, found.arguments["DELTA_PRECISION"]) == ("one_phase", "tf32x3")
+    assert (found.name, found.arguments["DELTA_PRECISION"]) == ("strip", "tf32x3")
 
 
 def test_sums_over_tiles_of_rows_need_wide_offsets_by_themselves() -> None:
@@ -541,7 +620,7 @@ class TestConfigs:
         for by_arithmetic in configs.table().values():
             assert set(by_arithmetic) == set(configs.ARITHMETICS)
             for table in by_arithmetic.values():
-                grouped = [[c.block_m * c.block_n for c in rows] for rows in (table.one_phase, table.two_phase)]
+                grouped = [[c.block_m * c.block_n for c in rows] for rows in (table.strip, table.two_phase)]
                 for areas in (*grouped, [c.block_u * c.block_r for c in table.project_taps]):
                     assert areas
                     assert areas == sorted(areas, reverse=True)

@@ -31,7 +31,7 @@ from triton_cases import (
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 
-both_kernels = pytest.mark.parametrize("kernel", ["one_phase", "two_phase", "grouped_gemm"])
+both_kernels = pytest.mark.parametrize("kernel", ["strip", "two_phase", "grouped_gemm"])
 
 # Each rule with the options of torch's optimizer for one group of parameters after the other.
 SGD = [{"lr": 0.1}, {"lr": 0.02, "weight_decay": 0.3}]

@@ -13,11 +13,11 @@ import torch
 from bench.gpu import tune
 from bench.gpu.clock import Clock
 from bench.gpu.tuning_workloads import DTYPES, QUICK_SHAPE, Workload, make_workload
-from dfa_kernels.backends.triton.configs import ARITHMETICS, KINDS, OnePhaseConfig, TwoPhaseConfig, table
+from dfa_kernels.backends.triton.configs import ARITHMETICS, KINDS, StripConfig, TwoPhaseConfig, table
 from dfa_kernels.backends.triton.launch import INTERPRETED, target_of
 
 CPU = torch.device("cpu")
-LARGE, MIDDLE, SMALL = (OnePhaseConfig(side, side, 16, 8, 4, 2) for side in (128, 64, 32))
+LARGE, MIDDLE, SMALL = (StripConfig(side, side, 128, 256, 4, 2) for side in (128, 64, 32))
 
 
 @pytest.fixture
@@ -142,11 +142,11 @@ def run(configs: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 @pytest.mark.skipif(not INTERPRETED, reason="needs interpreted kernels")
 def test_only_what_was_searched_is_rewritten(configs, monkeypatch, capsys):
     before = json.loads(configs.read_text())
-    assert run(configs, monkeypatch, "--arithmetic", "ieee", "--kernel", "project_taps", "one_phase") == 0
+    assert run(configs, monkeypatch, "--arithmetic", "ieee", "--kernel", "project_taps", "strip") == 0
     text = configs.read_text()
     after = json.loads(text)
     arch = f"sm_{target_of(CPU).capability}"
-    for kernel in ("project_taps", "one_phase"):
+    for kernel in ("project_taps", "strip"):
         (row,) = after[arch]["ieee"].pop(kernel)
         assert row != before[arch]["ieee"].pop(kernel)[0]
         assert KINDS[kernel](**row) in tune.candidates(kernel, "ieee")

@@ -25,10 +25,10 @@ from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton import launch, operators, route
 from dfa_kernels.backends.triton import launch_plan as plan_module
-from dfa_kernels.backends.triton.configs import GemmConfig, OnePhaseConfig, ProjectionConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton.configs import GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.plan_gemm import plan_grouped_gemm
-from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Target
 
@@ -71,12 +71,12 @@ LARGE_ERROR_SIZES = [65, 97, 127, 128, 129, 130]
 LAYOUTS = ["plain", "gaps", "offset", "transposed"]
 
 # From small tiles to large: a test begins at one of them and goes on to the first with few enough steps.
-ONE_PHASE = [
-    OnePhaseConfig(16, 16, 16, 1, 4, 1),
-    OnePhaseConfig(32, 16, 32, 2, 4, 1),
-    OnePhaseConfig(16, 64, 16, 8, 4, 1),
-    OnePhaseConfig(64, 64, 16, 8, 4, 1),
-    OnePhaseConfig(128, 128, 32, 3, 4, 1),
+STRIPS = [
+    StripConfig(16, 16, 32, 512, 4, 1),
+    StripConfig(32, 16, 64, 512, 4, 2, 2),
+    StripConfig(16, 64, 32, 512, 8, 1),
+    StripConfig(64, 64, 32, 512, 4, 1, 3),
+    StripConfig(128, 128, 64, 512, 4, 1),
 ]
 TWO_PHASE = [
     TwoPhaseConfig(16, 16, 16, 16, 16, 16, 1, 1, 4, 1),
@@ -281,12 +281,13 @@ def watched() -> Iterator[Launches]:
         assert (made[-GUARD:] == MARK).all()
 
 
-def steps_of(problem: GroupedProblem, config: OnePhaseConfig | TwoPhaseConfig | GemmConfig) -> int:
+def steps_of(problem: GroupedProblem, config: StripConfig | TwoPhaseConfig | GemmConfig) -> int:
     """About how many products of tiles a launch computes."""
     rows, steps = problem.projected.rows, 0
     for width, out, span in zip(problem.widths_in, problem.widths_out, problem.positions, strict=True):
         tiles = -(-out // config.block_m) * -(-width // config.block_n)
-        steps += tiles * max(1, -(-rows * span // config.block_k))
+        deep = config.block_k if isinstance(config, TwoPhaseConfig) else config.block_r
+        steps += tiles * max(1, -(-rows * span // deep))
     if isinstance(config, TwoPhaseConfig):
         tiles = -(-problem.widest // config.block_u) * -(-rows // config.block_r)
         steps += tiles * -(-problem.projected.error_size // config.block_e)
@@ -323,14 +324,13 @@ def forced(
     """`layer_grads` and `layer_update_` run this kernel, whatever the plan would choose."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
-        configs: list[Any] = {"one_phase": ONE_PHASE, "two_phase": TWO_PHASE, "grouped_gemm": GROUPED_GEMM}[kernel]
+        configs: list[Any] = {"strip": STRIPS, "two_phase": TWO_PHASE, "grouped_gemm": GROUPED_GEMM}[kernel]
         config = few_steps(configs, start, problem)
         if kernel == "grouped_gemm":
             aimed = Target(capability or target.capability, multiprocessors)
             return plan_grouped_gemm(problem, config, deltas_config(problem, start), aimed)
-        if kernel == "one_phase":
-            return plan_one_phase(problem, config)
-        return plan_two_phase(problem, config, Target(target.capability, multiprocessors))
+        planned = plan_strip if kernel == "strip" else plan_two_phase
+        return planned(problem, config, Target(target.capability, multiprocessors))
 
     return route.planned_by(plan)
 
@@ -388,9 +388,9 @@ FRESH: dict[str, Any] = {"deadline": None, "derandomize": True, "phases": [Phase
 def some_network(random: Random, kernel: str, most_hidden: int = 5) -> dict[str, Any]:
     """All of a call but its numbers. Without hidden layers there is an output layer."""
     feedback = some_feedback(random)
-    # The plan leaves larger errors to the other kernel, and Fastfood at several positions.
-    small = kernel == "one_phase"
-    positions = [1] if small and feedback["place"][0] == "fastfood" else [1, 1, 1, 2, 3]
+    # The plan leaves Fastfood of larger errors to the other kernel, and at several positions.
+    small = kernel == "strip" and feedback["place"][0] == "fastfood"
+    positions = [1] if small else [1, 1, 1, 2, 3]
     hidden = random.randint(0, most_hidden)
     has_output = hidden == 0 or random.random() < 0.5
     return {

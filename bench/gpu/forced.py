@@ -6,23 +6,17 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from dfa_kernels.backends.triton.configs import (
-    DeltasConfig,
-    GemmConfig,
-    OnePhaseConfig,
-    ProjectionConfig,
-    TwoPhaseConfig,
-    configs_for,
-)
+from dfa_kernels.backends.triton import launch_plan
+from dfa_kernels.backends.triton.configs import DeltasConfig, GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm
-from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_small import plan_strip, usable_strips
 from dfa_kernels.backends.triton.plan_taps import plan_projection
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase, usable_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, TapsProblem, Target
 from dfa_kernels.backends.triton.route import Planner, planned_by
 
-Config = OnePhaseConfig | TwoPhaseConfig | GemmConfig | ProjectionConfig
+Config = StripConfig | TwoPhaseConfig | GemmConfig | ProjectionConfig
 
 
 def with_config(config: Config) -> AbstractContextManager[None]:
@@ -32,14 +26,14 @@ def with_config(config: Config) -> AbstractContextManager[None]:
     return planned_by(planner_for(config))
 
 
-def planner_for(config: OnePhaseConfig | TwoPhaseConfig | GemmConfig | DeltasConfig) -> Planner:
+def planner_for(config: StripConfig | TwoPhaseConfig | GemmConfig | DeltasConfig) -> Planner:
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
         if isinstance(config, GemmConfig | DeltasConfig):
             gemm, deltas = choose_configs(problem, target)
             chosen = (config, deltas) if isinstance(config, GemmConfig) else (gemm, config)
             return plan_grouped_gemm(problem, *chosen, target)
-        if isinstance(config, OnePhaseConfig):
-            return plan_one_phase(problem, config)
+        if isinstance(config, StripConfig):
+            return plan_strip(problem, config, target)
         return plan_two_phase(problem, config, target)
 
     return plan
@@ -51,9 +45,8 @@ def kernel_planner(kernel: str) -> Planner:
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
         if kernel == "grouped_gemm":
             return plan_grouped_gemm(problem, *choose_configs(problem, target), target)
-        configs: Sequence[Any] = configs_for(target.capability, problem.projected.arithmetic).one_phase
-        if kernel == "two_phase":
-            configs = usable_two_phase(problem, target)
+        usable: Any = usable_strips if kernel == "strip" else usable_two_phase
+        configs: Sequence[Any] = usable(problem, target)
         plans = [planner_for(config)(problem, target) for config in configs]
         return next((p for p in plans if gradient_tiles(p) >= target.multiprocessors), plans[-1])
 
@@ -62,9 +55,5 @@ def kernel_planner(kernel: str) -> Planner:
 
 def gradient_tiles(plan: LaunchPlan) -> int:
     """Tiles of weight gradients, of which `first_that_fills` wants one for each multiprocessor."""
-    if plan.name == "two_phase":
-        numbers = plan.arguments
-        return int(numbers["total"] - numbers["copies"] - numbers["projections"])
-    if plan.name == "grouped_gemm":
-        return int(plan.arguments["total"])
-    return plan.programs
+    assert not isinstance(plan.config, ProjectionConfig)
+    return launch_plan.gradient_tiles(plan.problem, plan.config)

@@ -21,9 +21,10 @@ from bench.gpu.reference import Reference
 from bench.gpu.regions import BP, EVERYWHERE, OURS, STEP, ByHand
 from dfa_kernels.backends import BACKENDS, resolve
 from dfa_kernels.backends.calls import LayerCall
-from dfa_kernels.backends.triton.choice import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.route import planned_by
 
+# Rows for which every card's table has strips.
+LARGEST_STRIPS = 128
 LIBRARY, CHOSEN = "cuBLAS, weight gradients alone", "layer_grads"
 SMALLEST_WIDE = 2048
 """Units of hidden layers from which on two launches are compared as well."""
@@ -115,8 +116,8 @@ def run_every_kernel(problem: Problem) -> None:
 def _ways(problem: Problem, operator: Operator) -> list[tuple[str, AbstractContextManager[None]]]:
     ways: list[tuple[str, AbstractContextManager[None]]] = [(CHOSEN, nullcontext())]
     if operator.backend == "triton":
-        held = problem.case.classes <= LARGEST_HELD_ERROR
-        ways += [("one_phase", planned_by(kernel_planner("one_phase")))] if held else []
+        fits = problem.case.batch <= LARGEST_STRIPS
+        ways += [("strip", planned_by(kernel_planner("strip")))] if fits else []
         ways += [("two_phase", planned_by(kernel_planner("two_phase")))]
         wide = problem.case.hidden >= SMALLEST_WIDE
         ways += [("grouped_gemm", planned_by(kernel_planner("grouped_gemm")))] if wide else []

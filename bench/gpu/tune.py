@@ -39,8 +39,8 @@ from dfa_kernels.backends.triton.configs import (
     KINDS,
     DeltasConfig,
     GemmConfig,
-    OnePhaseConfig,
     ProjectionConfig,
+    StripConfig,
     TwoPhaseConfig,
     first_that_fills,
 )
@@ -245,6 +245,9 @@ def candidates(kernel: str, arithmetic: str) -> Iterator[Config]:
     if kernel == "deltas":
         yield from _deltas()
         return
+    if kernel == "strip":
+        yield from _strips(arithmetic)
+        return
     small = arithmetic == "ieee"
     sides = (16, 32, 64) if small else (32, 64, 128, 256)
     depths = {"half": (64, 32, 128), "tf32": (32, 64, 16), "ieee": (16, 8, 32)}[arithmetic]
@@ -262,10 +265,17 @@ def _deltas() -> Iterator[DeltasConfig]:
             yield DeltasConfig(u, r, 16, warps, 1, programs)
 
 
+def _strips(arithmetic: str) -> Iterator[Config]:
+    """Products as deep as the batch, of no more rows than the workloads have."""
+    tiles = ((64, 64), (128, 32), (32, 64), (64, 32), (128, 64), (64, 128), (32, 32), (128, 128))
+    stages = (3, 2, 1) if arithmetic == "half" else (1,)
+    for rows, warps, (m, n), depth in itertools.product((128, 64), (4, 8), tiles, stages):
+        for programs in (2, 3, 1) if warps == 4 else (1,):
+            yield StripConfig(m, n, rows, 256, warps, depth, programs)
+
+
 def _configs(kernel: str, m: int, n: int, depth: int, warps: int, stages: int, small: bool) -> Iterator[Config]:
-    if kernel == "one_phase":
-        yield OnePhaseConfig(m, n, depth, 8, warps, stages)
-    elif kernel == "project_taps":
+    if kernel == "project_taps":
         yield ProjectionConfig(m, n, depth, warps, stages)
     elif kernel == "grouped_gemm":
         for programs in (1, 2) if m * n <= 128 * 128 else (1,):

@@ -19,7 +19,7 @@ from dfa_kernels.backends.triton.configs import table
 from dfa_kernels.backends.triton.kernels.hadamard_tile import hadamard_kernel
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.plan_gemm import MOST_VIEWS, choose_configs, plan_grouped_gemm, walks
-from dfa_kernels.backends.triton.plan_small import plan_one_phase
+from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_taps import plan_projection
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Projected, TapsProblem, Target
@@ -125,8 +125,8 @@ def planned(case: Case, arch: int) -> LaunchPlan:
         return _planned_in_two(case, config, Target(arch, MULTIPROCESSORS))
     if case.kernel == "project_taps":
         return plan_projection(taps(case), config)
-    if case.kernel == "one_phase":
-        return plan_one_phase(grouped(case), config)
+    if case.kernel == "strip":
+        return plan_strip(grouped(case), config, Target(arch, MULTIPROCESSORS))
     return plan_two_phase(grouped(case), config, Target(arch, MULTIPROCESSORS))
 
 

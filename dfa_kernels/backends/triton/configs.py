@@ -34,13 +34,13 @@ class HasRegisters:
 
 
 @dataclass(frozen=True)
-class OnePhaseConfig(HasRegisters):
-    """Tiles [block_m outputs, block_n inputs] of weight gradients, block_k rows of the batch at a time."""
+class StripConfig(HasRegisters):
+    """Tiles [block_m outputs, block_n inputs] of weight gradients; δ of at most `rows` rows, in parts of block_r."""
 
     block_m: int
     block_n: int
-    block_k: int
-    group_m: int
+    block_r: int
+    rows: int
     num_warps: int
     num_stages: int
     programs: int = 1
@@ -104,7 +104,7 @@ class GemmConfig(HasRegisters):
 class Configs:
     """The table of one architecture and arithmetic; each list from large tiles to small."""
 
-    one_phase: tuple[OnePhaseConfig, ...]
+    strip: tuple[StripConfig, ...]
     two_phase: tuple[TwoPhaseConfig, ...]
     project_taps: tuple[ProjectionConfig, ...]
     deltas: tuple[DeltasConfig, ...]
@@ -112,7 +112,7 @@ class Configs:
 
 
 KINDS: dict[str, type[Any]] = {
-    "one_phase": OnePhaseConfig,
+    "strip": StripConfig,
     "two_phase": TwoPhaseConfig,
     "project_taps": ProjectionConfig,
     "deltas": DeltasConfig,

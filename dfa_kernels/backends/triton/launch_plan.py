@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ...activations import ACTIVATIONS
 from ...feedback.hadamard import padded_bits
-from .configs import GemmConfig, OnePhaseConfig, ProjectionConfig, TwoPhaseConfig, first_that_fills
+from .configs import GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig, first_that_fills
 from .problem import HALF, GroupedProblem, Projected, Target
 
 # A product of tiles has at least so many of each.
@@ -39,7 +39,7 @@ class LaunchPlan:
     problem: Any
     """The `GroupedProblem` or `TapsProblem` it is for."""
     kernel: Any
-    config: OnePhaseConfig | TwoPhaseConfig | ProjectionConfig | GemmConfig
+    config: StripConfig | TwoPhaseConfig | ProjectionConfig | GemmConfig
     programs: int
     arguments: dict[str, Any]
     """By name, the kernel's arguments but the tensors and the update's numbers; what it does not take is left out."""
@@ -173,7 +173,7 @@ def derivatives_of(activations: Sequence[str]) -> tuple[Derivatives, tuple[int, 
     return functions, tuple(names.index(name) for name in activations) or (0,)
 
 
-def gradient_tiles(problem: GroupedProblem, config: OnePhaseConfig | TwoPhaseConfig | GemmConfig) -> int:
+def gradient_tiles(problem: GroupedProblem, config: StripConfig | TwoPhaseConfig | GemmConfig) -> int:
     tiles = 0
     for i, (width_in, width_out) in enumerate(zip(problem.widths_in, problem.widths_out, strict=True)):
         wants_weight, wants_bias = problem.weights >> i & 1, problem.biases >> i & 1

@@ -1,46 +1,132 @@
-"""The plan of a launch in one phase: every tile of a gradient makes its own δ."""
+"""The plan of a launch by strips: a program makes δ of its outputs once, for a run of tiles of the inputs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
+from typing import Any
 
 import triton
 
-from .configs import OnePhaseConfig
-from .kernels.small_networks import one_phase
-from .launch_plan import LaunchPlan, fastfood_block, gradient_tiles, grouped_arguments
-from .problem import GroupedProblem, alignment
+from .configs import StripConfig, configs_for
+from .kernels.small_networks import strip
+from .launch_plan import SMALLEST_FACTOR, LaunchPlan, fastfood_block, grouped_arguments, rows_of_16_bytes
+from .problem import GroupedProblem, Projected, Target, alignment
+
+LARGEST_HELD_ERROR = 64
+"""Components of the error up to which a tile of U has them all; beyond, they come in blocks."""
+BLOCK_E = 32
+PRODUCTS = ("entries", "signs", "nonzeros")
+"""Tiles of U that the error is multiplied by, if they have all its components."""
+ROOMY_WARPS = 8
+# The interpreter multiplies in full anyway, and does not know the word.
+SPLIT = "ieee" if triton.knobs.runtime.interpret else "bf16x6"
 
 
-def plan_one_phase(problem: GroupedProblem, config: OnePhaseConfig) -> LaunchPlan:
-    """Every tile of a gradient makes its own δ."""
-    projected, widths_in = problem.projected, problem.widths_in
-    if projected.tile == "blocks":
-        config = replace(config, block_m=max(config.block_m, fastfood_block(projected)))
-    hidden_out = problem.widths_out[: problem.hidden]
-    block_e = max(16, triton.next_power_of_2(projected.error_size))
-    arguments = grouped_arguments(problem) | dict(
-        ALIGN=alignment(widths_in, hidden_out),
-        ONE_POSITION=all(t == 1 for t in problem.positions),
+def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> LaunchPlan:
+    """Strips of all layers in one launch; see `usable_strips`."""
+    config, projected = fitted_strip(problem, config), problem.projected
+    chunks = chunks_of(problem, config, target.multiprocessors * config.programs)
+    programs = [count * -(-out // config.block_m) for count, out in zip(chunks, problem.widths_out, strict=True)]
+    positions, parts, held = max(problem.positions), row_parts(problem, config), is_held(projected)
+    arguments = grouped_arguments(problem)
+    arguments |= _precisions(projected, arguments) | dict(
+        firsts=tuple(accumulate(programs, initial=0))[:-1],
+        chunks=chunks,
+        ALIGN=_alignment(problem),
+        SWAP=_swaps(projected.arithmetic, parts * positions),
+        HELD=held,
+        POSITIONS=positions,
+        PARTS=parts,
+        EVEN=positions == 1 and projected.rows == parts * config.block_r,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_E=16 if projected.source == "projection" else block_e,
-        GROUP_M=config.group_m,
+        BLOCK_R=config.block_r,
+        BLOCK_E=max(SMALLEST_FACTOR, triton.next_power_of_2(projected.error_size)) if held else BLOCK_E,
     )
-    return LaunchPlan(
-        problem,
-        one_phase,
-        config,
-        gradient_tiles(problem, config),
-        arguments,
-        _why_one_phase(problem),
-    )
+    return LaunchPlan(problem, strip, config, sum(programs), arguments, _why_strips(problem))
 
 
-def _why_one_phase(problem: GroupedProblem) -> str:
+def usable_strips(problem: GroupedProblem, target: Target) -> list[StripConfig]:
+    """The configs beside whose tiles δ of the whole batch has room, at all positions."""
+    configs = configs_for(target.capability, problem.projected.arithmetic).strip
+    return [config for config in configs if _fits(problem, config)]
+
+
+def _fits(problem: GroupedProblem, config: StripConfig) -> bool:
+    fitted = fitted_strip(problem, config)
+    return row_parts(problem, fitted) * max(problem.positions) * fitted.block_r <= config.rows
+
+
+def fitted_strip(problem: GroupedProblem, config: StripConfig) -> StripConfig:
+    """The config with parts that suit the batch, and as many warps as have registers for what the problem needs."""
+    projected, positions = problem.projected, max(problem.positions)
+    block_m = max(config.block_m, fastfood_block(projected)) if projected.tile == "blocks" else config.block_m
+    one_part = positions == 1 and projected.rows <= config.block_r
+    by_blocks = projected.tile in PRODUCTS and not is_held(projected)
+    # Rows that begin anywhere are read number by number, each with an address of its own.
+    aligned = rows_of_16_bytes(projected.dtype, _alignment(problem))
+    plain = problem.rule == "store" and positions == 1 and not _is_regenerated(projected)
+    block_r, warps, programs = config.block_r, config.num_warps, config.programs
+    if by_blocks or not aligned or not (one_part or plain):
+        block_r, warps = max(SMALLEST_FACTOR, block_r // (2 if aligned else 4)), max(warps, ROOMY_WARPS)
+        programs = max(1, programs * config.num_warps // warps)
+    block_r = min(block_r, max(SMALLEST_FACTOR, triton.next_power_of_2(projected.rows)))
+    # Several parts of x on their way would take the memory that several parts of δ lie in.
+    stages = config.num_stages if positions == 1 and projected.rows <= block_r else 1
+    return replace(config, block_m=block_m, block_r=block_r, num_warps=warps, num_stages=stages, programs=programs)
+
+
+def row_parts(problem: GroupedProblem, fitted: StripConfig) -> int:
+    """Parts of δ at each position."""
+    return max(1, -(-problem.projected.rows // fitted.block_r))
+
+
+def is_held(projected: Projected) -> bool:
+    """Whether a tile of U has all components of the error."""
+    return projected.tile in PRODUCTS and projected.error_size <= LARGEST_HELD_ERROR
+
+
+def chunks_of(problem: GroupedProblem, config: StripConfig, programs: int) -> tuple[int, ...]:
+    """Into how many runs of tiles each layer's inputs are cut: the longest run is as short as `programs` allow."""
+    layers = list(zip(problem.widths_in, problem.widths_out, strict=True))
+    tiles = [-(-width // config.block_n) * (problem.weights >> i & 1) for i, (width, _) in enumerate(layers)]
+    least = [(problem.weights | problem.biases) >> i & 1 for i in range(len(layers))]
+    heights = [-(-out // config.block_m) for _, out in layers]
+    longest = 0
+    while True:
+        longest += 1
+        chunks = tuple(max(-(-n // longest), one) for n, one in zip(tiles, least, strict=True))
+        if sum(n * m for n, m in zip(chunks, heights, strict=True)) <= programs or longest >= max(tiles):
+            return chunks
+
+
+def _alignment(problem: GroupedProblem) -> int:
+    return alignment(problem.widths_in, problem.widths_out[: problem.hidden])
+
+
+def _is_regenerated(projected: Projected) -> bool:
+    return projected.source == projected.feedback.row.seed_source
+
+
+def _swaps(arithmetic: str, parts: int) -> bool:
+    """Whether δ is the second factor: in shared memory, where several parts have room.
+
+    And of float32, which tensor cores of sm_90 read only along the rows there: δ is laid out so once, x would be by
+    every tile. Split into bfloat16 neither needs it, and splitting x in registers takes too many of them.
+    """
+    return arithmetic == "tf32" or (arithmetic == "half" and parts > 1)
+
+
+def _precisions(projected: Projected, arguments: dict[str, Any]) -> dict[str, Any]:
+    """float32 in full by tensor cores: as six products of three bfloat16 each. tf32 rounded, not truncated."""
+    if projected.arithmetic == "ieee":
+        return dict(PRECISION=SPLIT, DELTA_PRECISION=SPLIT)
+    rounded = projected.arithmetic == "tf32" and arguments["DELTA_PRECISION"] == "tf32"
+    return dict(ROUND=arguments["ROUND"] or rounded)
+
+
+def _why_strips(problem: GroupedProblem) -> str:
     if problem.hidden == 0:
         return "the output layer alone, whose δ is the error"
-    if problem.projected.source == "projection":
-        return "every tile of a gradient makes its own δ from the projection"
-    return f"an error of {problem.projected.error_size} components: every tile of a gradient makes its own δ"
+    return f"δ of {problem.projected.rows} rows fits beside a tile"

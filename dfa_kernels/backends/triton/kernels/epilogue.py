@@ -55,15 +55,31 @@ def _finish_slices(
 @triton.jit
 def finish(gradient, at, inside, destination, state0, state1, hyper, first, RULE: tl.constexpr):
     """`gradient` (float32) of the entries `at` of the parameter goes to its destination; hyper[first] is its first."""
+    before = parameter_before(gradient, at, inside, destination, RULE)
+    spend(gradient, before, at, inside, destination, state0, state1, hyper, first, RULE)
+
+
+@triton.jit
+def parameter_before(anything, at, inside, parameter, RULE: tl.constexpr):
+    """The entries `at` of the parameter as they are in memory; anything where RULE does not need them."""
+    before = anything
+    if RULE != "store":
+        before = tl.load(parameter + at, mask=inside, other=0.0)
+    return before
+
+
+@triton.jit
+def spend(gradient, before, at, inside, destination, state0, state1, hyper, first, RULE: tl.constexpr):
+    """`finish`, of a parameter that has been read already. Its state is not: both are more than registers hold."""
     if RULE == "store":
-        tl.store(destination + at, gradient.to(destination.dtype.element_ty), mask=inside)
+        _write(destination, at, inside, gradient)
     elif RULE == "sgd":
-        _sgd(gradient, at, inside, destination, hyper, first)
+        _sgd(gradient, before.to(tl.float32), at, inside, destination, hyper, first)
     elif RULE == "momentum":
-        _momentum(gradient, at, inside, destination, state0, hyper, first)
+        _momentum(gradient, before.to(tl.float32), at, inside, destination, state0, hyper, first)
     else:
         tl.static_assert(RULE == "adamw")
-        _adamw(gradient, at, inside, destination, state0, state1, hyper, first)
+        _adamw(gradient, before.to(tl.float32), at, inside, destination, state0, state1, hyper, first)
 
 
 @triton.jit
@@ -77,33 +93,33 @@ def _write(tensor, at, inside, value):
 
 
 @triton.jit
-def _sgd(gradient, at, inside, weight, hyper, first):
+def _sgd(gradient, w, at, inside, weight, hyper, first):
     rate, decay = pick(hyper, first), pick(hyper, first + 1)
-    w = _read(weight, at, inside)
     _write(weight, at, inside, w - rate * (gradient + decay * w))
 
 
 @triton.jit
-def _momentum(gradient, at, inside, weight, velocity, hyper, first):
+def _momentum(gradient, w, at, inside, weight, velocity, hyper, first):
     rate, decay = pick(hyper, first), pick(hyper, first + 1)
     momentum, nesterov = pick(hyper, first + 2), pick(hyper, first + 3)
-    w, v = _read(weight, at, inside), _read(velocity, at, inside)
-    gradient += decay * w
-    moved = momentum * v + gradient
-    step = tl.where(nesterov != 0, gradient + momentum * moved, moved)
+    step = gradient + decay * w
     # A group without momentum leaves its buffer alone, as torch does.
-    _write(velocity, at, inside, tl.where(momentum != 0, moved, v))
-    _write(weight, at, inside, w - rate * tl.where(momentum != 0, step, gradient))
+    if momentum != 0:
+        moved = momentum * _read(velocity, at, inside) + step
+        _write(velocity, at, inside, moved)
+        step = tl.where(nesterov != 0, step + momentum * moved, moved)
+    _write(weight, at, inside, w - rate * step)
 
 
 @triton.jit
-def _adamw(gradient, at, inside, weight, mean, square, hyper, first):
+def _adamw(gradient, w, at, inside, weight, mean, square, hyper, first):
     shrink, share1 = pick(hyper, first), pick(hyper, first + 1)
     beta2, share2 = pick(hyper, first + 2), pick(hyper, first + 3)
     step, correction, eps = pick(hyper, first + 4), pick(hyper, first + 5), pick(hyper, first + 6)
-    w, m, s = _read(weight, at, inside), _read(mean, at, inside), _read(square, at, inside)
-    m += share1 * (gradient - m)
-    s = beta2 * s + share2 * gradient * gradient
-    _write(mean, at, inside, m)
+    # One after the other, since the registers hold not all of them.
+    s = beta2 * _read(square, at, inside) + share2 * gradient * gradient
     _write(square, at, inside, s)
+    m = _read(mean, at, inside)
+    m += share1 * (gradient - m)
+    _write(mean, at, inside, m)
     _write(weight, at, inside, w * shrink - step * m / (tl.sqrt(s) / correction + eps))

@@ -17,6 +17,7 @@ import triton.language as tl
 from ....feedback.entries import Stream
 from .fastfood_tile import fastfood_product, fastfood_tile
 from .random_tile import bit_signs, flat_words, normal_entries, once, row_words, sign_entries, uniform_entries, word_of
+from .rounded import nearest_tf32
 
 GAUSSIAN = tl.constexpr(int(Stream.GAUSSIAN))
 UNIFORM = tl.constexpr(int(Stream.UNIFORM))
@@ -67,12 +68,6 @@ def feedback_tile(
     if ROUND:
         tile = nearest_tf32(tile.to(tl.float32))
     return tile.to(DOT)
-
-
-@triton.jit
-def nearest_tf32(x):
-    """float32 rounded to the 10 bits of mantissa that tensor cores read; ties away from zero."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

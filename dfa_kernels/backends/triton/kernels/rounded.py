@@ -26,6 +26,12 @@ if triton.knobs.runtime.interpret:
         """sqrt(x), rounded to nearest."""
         return tl.sqrt_rn(x)
 
+    @triton.jit
+    def nearest_tf32(x):
+        """float32 rounded to the 10 bits of mantissa that tensor cores read; ties away from zero."""
+        nearest = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, nearest, x)
+
 else:
 
     @triton.jit
@@ -49,6 +55,13 @@ else:
         near = product(x, reciprocal)
         missing = tl.fma(product(near, -1.0), near, x)
         return tl.where(x > 0, tl.fma(missing, product(reciprocal, 0.5), near), x)
+
+    @triton.jit
+    def nearest_tf32(x):
+        """float32 rounded to the 10 bits of mantissa that tensor cores read; ties away from zero."""
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit

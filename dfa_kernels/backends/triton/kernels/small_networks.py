@@ -1,8 +1,8 @@
-"""The grouped launch for small errors: every tile of every layer's weight gradient makes its own δ.
+"""The grouped launch for small networks: a program makes δ of its outputs once and goes along the layer's inputs.
 
-A program has one tile [BLOCK_M outputs, BLOCK_N inputs] of one layer. It holds its rows of U from the start, walks over
-the batch, makes δ of BLOCK_K rows from the error, and adds δ x: δ never leaves the registers, and no program waits for
-another.
+A program has a strip of one layer's weight gradient: BLOCK_M outputs, and a run of the tiles of BLOCK_N inputs. It
+makes δ of its outputs for the whole batch, which then stays where the product reads it, and each tile is one product as
+deep as the batch: no program waits for another, and δ never travels through memory.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .delta import column_sums
-from .epilogue import finish_layer
-from .feedback_tile import error_tile, feedback_tile
-from .tiles import locate, multiple, pick, pick_flag, slope_product
+from .epilogue import finish, parameter_before, spend
+from .feedback_tile import error_tile, feedback_tile, projection_tile
+from .rounded import nearest_tf32
+from .tiles import multiple, pick, pick_flag, slope_product
 
 
 @triton.jit(
@@ -21,85 +21,164 @@ from .tiles import locate, multiple, pick, pick_flag, slope_product
         "error_size", "stride_row", "key0", "key1", "nonzeros", "widest", "rows",
     ]
 )  # fmt: skip
-def one_phase(
+def strip(
     error, stored, inputs, saved, dropout_mask, weights, biases, weight_state0, weight_state1, bias_state0, bias_state1,
-    error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows, widths_in, widths_out, positions, scales,
-    p, q, hyper,
+    error_size, stride_row, stride_column, key0, key1, nonzeros, widest, rows, widths_in, widths_out, positions,
+    firsts, chunks, scales, p, q, hyper,
     SOURCE: tl.constexpr, OUTPUT: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr,
     WEIGHTS: tl.constexpr, BIASES: tl.constexpr, RULE: tl.constexpr, WEIGHT_SETS: tl.constexpr,
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
-    INDEX: tl.constexpr, ONE_POSITION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    INDEX: tl.constexpr, SWAP: tl.constexpr, HELD: tl.constexpr, POSITIONS: tl.constexpr, PARTS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
 
     error [rows, error_size]; of layer i: inputs [rows · positions, widths_in], saved and dropout_mask
-    [rows · positions, widths_out]. If OUTPUT, the last layer's δ is the error; a number in it that is not finite
-    spreads over all of that layer's weight gradients. weights and biases are where results go.
+    [rows · positions, widths_out]. If OUTPUT, the last layer's δ is the error. weights and biases are where results go.
+    Layer i's programs are those from firsts[i] on, chunks[i] of them for each tile of outputs.
+
+    δ is in POSITIONS · PARTS parts of BLOCK_R rows. SWAP: products are (xᵀ δ) [BLOCK_N, BLOCK_M], not (δᵀ x). HELD: a
+    tile of U has all components of the error. EVEN: no part goes beyond the rows.
     """
     error_size, stride_row = multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR)
-    layer, m, n = locate(tl.program_id(0), widths_in, widths_out, BLOCK_M, BLOCK_N, GROUP_M, WEIGHTS, BIASES)
+    layer, m, chunk, first_tile, end_tile = _strip_of(
+        tl.program_id(0), widths_in, widths_out, firsts, chunks, BLOCK_M, BLOCK_N, WEIGHTS
+    )
     width_in, width_out = multiple(pick(widths_in, layer), ALIGN), pick(widths_out, layer)
-    x, h = pick(inputs, layer), pick(saved, layer)
-    is_output = OUTPUT and layer == len(widths_in) - 1
-    # The output layer has no use for U nor for a saved tensor, and its width is rarely a multiple of anything.
-    hidden_out = multiple(tl.where(is_output, 0, width_out), ALIGN)
-    scale, own_p, own_q, which = pick(scales, layer), pick(p, layer), pick(q, layer), pick(WHICH, layer)
-
+    span = 1 if POSITIONS == 1 else pick(positions, layer)
+    x, is_output = pick(inputs, layer), OUTPUT and layer == len(widths_in) - 1
     out = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
-    column = (n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
-    component = tl.arange(0, BLOCK_E).to(INDEX)
-    # A hidden layer's rows of U, or of the identity where δ is the error.
-    identity = (out[:, None] == component[None, :]).to(DOT)
 
-    gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    deltas = ()
     bias_gradient = tl.zeros((BLOCK_M,), tl.float32)
-    span = 1 if ONE_POSITION else pick(positions, layer)
-    for position in range(span):
-        # Units of a position follow those of the one before; beyond the layer's outputs there are none.
-        first_unit = m * BLOCK_M + position * width_out
-        unit = out + (position * width_out).to(INDEX)
-        if SOURCE != "projection":
-            limit = hidden_out * span
-            U = feedback_tile(
-                stored, key0, key1, first_unit, tl.where(out < hidden_out, unit, limit), limit, 0, error_size, nonzeros,
-                SOURCE, BLOCK_E, BITS, ENTRY, DOT, ROUND,
-            )  # fmt: skip
-            U = tl.where(is_output, identity, U)
-        for first in range(0, rows, BLOCK_K):
-            row = (first + tl.arange(0, BLOCK_K)).to(INDEX)
-            long_row = row * span + position
-            if SOURCE == "projection":
-                # A layer's P, or the error itself: both are [rows, units] in memory.
-                source = tl.where(is_output, error, stored[0])
-                at = row[None, :] * tl.where(is_output, stride_row, widest) + unit[:, None]
-                projection = tl.load(source + at, mask=(out < width_out)[:, None] & (row < rows)[None, :], other=0.0)
+    for position in tl.static_range(POSITIONS):
+        for part in tl.static_range(PARTS):
+            row = (part * BLOCK_R + tl.arange(0, BLOCK_R)).to(INDEX)
+            # A layer of fewer positions has no rows there.
+            end = tl.where(position < span, rows, 0)
+            if is_output:
+                delta = error_tile(error, row, end, stride_row, out, error_size, stride_column).to(tl.float32)
             else:
-                e = error_tile(error, row, rows, stride_row, component, error_size, stride_column)
-                projection = tl.dot(U, e.to(DOT), input_precision=DELTA_PRECISION)
-            at = long_row[None, :] * hidden_out + out[:, None]
-            inside = (out < hidden_out)[:, None] & (row < rows)[None, :]
-            value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-            delta = slope_product(projection * scale, value, own_p, own_q, which, DERIVATIVES)
-            delta = tl.where(is_output, projection, delta)
-            if DROPOUT:
-                noisy_out = multiple(tl.where(pick_flag(DROPOUT, layer), hidden_out, 0), ALIGN)
-                noisy = (out < noisy_out)[:, None] & (row < rows)[None, :]
-                delta *= tl.load(pick(dropout_mask, layer) + at, mask=noisy, other=1.0).to(tl.float32)
-            x_tile = tl.load(
-                x + long_row[:, None] * width_in + column[None, :],
-                mask=(row < rows)[:, None] & (column < width_in)[None, :], other=0.0,
-            )  # fmt: skip
-            gradient = tl.dot(delta.to(x_tile.dtype), x_tile, gradient, input_precision=PRECISION)
-            if BIASES and n == 0:
+                delta = _hidden_delta(
+                    error, stored, pick(saved, layer), dropout_mask, layer, m * BLOCK_M, out, row, end, position, span,
+                    multiple(tl.where(is_output, 0, width_out), ALIGN), error_size, stride_row, stride_column,
+                    key0, key1, nonzeros, widest, pick(scales, layer), pick(p, layer), pick(q, layer),
+                    pick(WHICH, layer), SOURCE, DERIVATIVES, DROPOUT, ENTRY, DOT, DELTA_PRECISION, ROUND, ALIGN, HELD,
+                    EVEN, BLOCK_E, BITS,
+                )  # fmt: skip
+            if BIASES and chunk == 0:
                 bias_gradient += tl.sum(delta, axis=1)
+            factor = _factor(tl.trans(delta) if SWAP else delta, x.dtype.element_ty, PRECISION)
+            deltas = deltas + (factor,)  # type: ignore[assignment]  # noqa: RUF005
 
-    if BIASES and n == 0 and is_output:
-        # The identity product has rounded the error to what tensor cores take.
-        bias_gradient = column_sums(error, rows, stride_row, out, error_size, stride_column)
-    finish_layer(
-        gradient, bias_gradient, layer, out, n * BLOCK_N, width_in, width_out, n == 0, weights, biases, weight_state0,
-        weight_state1, bias_state0, bias_state1, hyper, WEIGHTS, BIASES, RULE, WEIGHT_SETS, BIAS_SETS,
-    )  # fmt: skip
+    if BIASES and chunk == 0:
+        finish(
+            bias_gradient, out, out < tl.where(pick_flag(BIASES, layer), width_out, 0), pick(biases, layer),
+            pick(bias_state0, layer), pick(bias_state1, layer), hyper, pick(BIAS_SETS, layer), RULE,
+        )  # fmt: skip
+    if WEIGHTS:
+        weight, state0, state1 = pick(weights, layer), pick(weight_state0, layer), pick(weight_state1, layer)
+        for n in range(first_tile, end_tile):
+            column = (n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
+            at = out[:, None] * width_in + column[None, :]
+            inside = (out < width_out)[:, None] & (column < width_in)[None, :]
+            if SWAP:
+                at, inside = tl.trans(at), tl.trans(inside)
+            # Before the product, so that it arrives during it.
+            before = parameter_before(x, at, inside, weight, RULE)
+            gradient = _product(
+                x, deltas, column, width_in, rows, span, PRECISION, SWAP, POSITIONS, PARTS, EVEN, BLOCK_R
+            )
+            spend(gradient, before, at, inside, weight, state0, state1, hyper, pick(WEIGHT_SETS, layer), RULE)
+
+
+@triton.jit
+def _strip_of(
+    program, widths_in, widths_out, firsts, chunks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr
+):
+    """(layer, tile along its outputs, chunk, first and end of the chunk's tiles along its inputs) of a program."""
+    layer = program * 0
+    for i in tl.static_range(1, len(firsts)):
+        layer = tl.where(program >= firsts[i], i, layer)
+    within = program - pick(firsts, layer)
+    tiles_m = tl.cdiv(pick(widths_out, layer), BLOCK_M)
+    tiles_n = tl.where(pick_flag(WEIGHTS, layer), tl.cdiv(pick(widths_in, layer), BLOCK_N), 0)
+    chunk, count = within // tiles_m, pick(chunks, layer)
+    return layer, within - chunk * tiles_m, chunk, chunk * tiles_n // count, (chunk + 1) * tiles_n // count
+
+
+@triton.jit
+def _hidden_delta(
+    error, stored, saved, dropout_mask, layer, first_out, out, row, end, position, span, width_out, error_size,
+    stride_row, stride_column, key0, key1, nonzeros, widest, scale, p, q, which,
+    SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, DROPOUT: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, HELD: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_E: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """δ of a hidden layer at outputs `out` [M] and rows [R] of a position: float32 [M, R], 0 for rows from `end` on."""
+    at = (row * span + position)[None, :] * width_out + out[:, None]
+    inside = (out < width_out)[:, None]
+    if not EVEN:
+        inside = inside & (row < end)[None, :]
+    # Before the projection, so that it arrives meanwhile.
+    value = tl.load(saved + at, mask=inside, other=0.0)
+    # Units of a position follow those of the one before.
+    first_unit = first_out + position * width_out
+    unit = (first_unit + tl.arange(0, out.shape[0])).to(out.dtype)
+    if HELD:
+        U = feedback_tile(
+            stored, key0, key1, first_unit, unit, widest, 0, error_size, nonzeros, SOURCE, BLOCK_E, BITS, ENTRY, DOT,
+            ROUND,
+        )  # fmt: skip
+        component = tl.arange(0, BLOCK_E).to(row.dtype)
+        e = error_tile(error, row, end, stride_row, component, error_size, stride_column).to(DOT)
+        projection = tl.dot(U, nearest_tf32(e) if ROUND else e, input_precision=PRECISION)
+    else:
+        projection = projection_tile(
+            error, stored, key0, key1, first_unit, unit, widest, row, end, error_size, stride_row, stride_column,
+            nonzeros, SOURCE, BLOCK_E, BITS, ENTRY, DOT, PRECISION, ROUND,
+        )  # fmt: skip
+    delta = slope_product(projection * scale, value.to(tl.float32), p, q, which, DERIVATIVES)
+    if DROPOUT:
+        # Of a layer without a mask none is read.
+        noisy = inside & (out < multiple(tl.where(pick_flag(DROPOUT, layer), width_out, 0), ALIGN))[:, None]
+        delta *= tl.load(pick(dropout_mask, layer) + at, mask=noisy, other=1.0).to(tl.float32)
+    return delta
+
+
+@triton.jit
+def _factor(tile, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile as a factor of a product; rounded to the tf32 that tensor cores would else truncate it to."""
+    if PRECISION == "tf32" and DTYPE.is_fp32():
+        return nearest_tf32(tile.to(tl.float32))
+    return tile.to(DTYPE)
+
+
+@triton.jit
+def _product(
+    x, deltas, column, width_in, rows, span,
+    PRECISION: tl.constexpr, SWAP: tl.constexpr, POSITIONS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A tile of the weight gradient at inputs `column` [N], over all rows and positions: float32 [M, N], or [N, M]."""
+    M: tl.constexpr = deltas[0].shape[1 if SWAP else 0]
+    N: tl.constexpr = column.shape[0]
+    gradient = tl.zeros((N, M) if SWAP else (M, N), tl.float32)
+    row = tl.arange(0, BLOCK_R).to(column.dtype)
+    # The same for all parts, which differ in where they begin: offsets of each would not fit into the registers.
+    at = (row * span)[:, None] * width_in + column[None, :]
+    for position in tl.static_range(POSITIONS):
+        for part in tl.static_range(PARTS):
+            inside = (column < width_in)[None, :]
+            if not EVEN:
+                inside = inside & (row < tl.where(position < span, rows - part * BLOCK_R, 0))[:, None]
+            first = x + (part * BLOCK_R * span + position) * width_in.to(column.dtype)
+            x_tile = _factor(tl.load(first + at, mask=inside, other=0.0), x.dtype.element_ty, PRECISION)
+            delta = deltas[position * PARTS + part]
+            if SWAP:
+                gradient = tl.dot(tl.trans(x_tile), delta, gradient, input_precision=PRECISION)
+            else:
+                gradient = tl.dot(delta, x_tile, gradient, input_precision=PRECISION)
+    return gradient

@@ -45,7 +45,7 @@ def two_phase(
     hidden layer [rows · positions, widths_out], then the output layer's δ [rows, delta_width] in rows of delta_stride:
     the error itself or, if COPY, workspace for a copy of it. sums: for the sums of δ over each tile of rows, as
     `write_deltas` says. The first `copies` tickets copy, the next `projections` make δ, and all up to `total`
-    gradients. Otherwise as for `one_phase`.
+    gradients. Otherwise as for `strip`.
     """
     HIDDEN: tl.constexpr = len(sizes)
     row_tiles, unit_tiles = tl.cdiv(rows, BLOCK_R), tl.cdiv(widest, BLOCK_U)
