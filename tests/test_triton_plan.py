@@ -401,9 +401,12 @@ def test_more_multiprocessors_get_smaller_tiles(error_size: int, monkeypatch: py
     made = [plan_grouped(problem, Target(90, n)) for n in (1, 100, 10**6)]
     areas = [m.config.block_m * m.config.block_n for m in made]
     assert areas == [128 * 128, 64 * 64, 16 * 16]
-    taps = taps_plan(128, [1000], kind="sparse").problem
-    sizes = [plan_taps.plan_taps.__wrapped__(taps, Target(90, n)).config.block_u for n in (1, 50, 10**6)]
+    taps = taps_plan(128, [1000], kind="gaussian").problem
+    sizes = [plan_taps.plan_taps.__wrapped__(taps, Target(90, n)).config.block_u for n in (1, 12, 10**6)]
     assert sizes == [128, 64, 16]
+    picked = taps_plan(128, [1000], kind="sparse").problem
+    sizes = [plan_taps.plan_taps.__wrapped__(picked, Target(90, n)).config.block_u for n in (1, 50, 10**6)]
+    assert sizes == [64, 64, 16]
 
 
 def test_two_phases_start_no_more_programs_than_there_are_tiles() -> None:

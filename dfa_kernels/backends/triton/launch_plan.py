@@ -18,7 +18,7 @@ import triton.language as tl
 from ...activations import ACTIVATIONS
 from ...feedback.hadamard import padded_bits
 from .configs import GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig, first_that_fills
-from .problem import HALF, GroupedProblem, Projected, Target
+from .problem import HALF, SPLIT, GroupedProblem, Projected, Target
 
 # A product of tiles has at least so many of each.
 SMALLEST_FACTOR = 16
@@ -154,7 +154,7 @@ def grouped_arguments(problem: GroupedProblem, *counts: int) -> dict[str, Any]:
         RULE=problem.rule,
         WEIGHT_SETS=problem.weight_sets,
         BIAS_SETS=problem.bias_sets,
-        PRECISION="ieee" if projected.arithmetic == "ieee" else "tf32",
+        PRECISION=SPLIT if projected.arithmetic == "ieee" else "tf32",
         INDEX=index_dtype(
             *[n * width for n, width in zip(longest, problem.widths_in, strict=True)],
             *[n * width for n, width in zip(longest, problem.widths_out, strict=True)],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
 
 import triton
 
@@ -19,8 +18,6 @@ BLOCK_E = 32
 PRODUCTS = ("entries", "signs", "nonzeros")
 """Tiles of U that the error is multiplied by, if they have all its components."""
 ROOMY_WARPS = 8
-# The interpreter multiplies in full anyway, and does not know the word.
-SPLIT = "ieee" if triton.knobs.runtime.interpret else "bf16x6"
 
 
 def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> LaunchPlan:
@@ -30,7 +27,8 @@ def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> 
     programs = [count * -(-out // config.block_m) for count, out in zip(chunks, problem.widths_out, strict=True)]
     positions, parts, held = max(problem.positions), row_parts(problem, config), is_held(projected)
     arguments = grouped_arguments(problem)
-    arguments |= _precisions(projected, arguments) | dict(
+    arguments |= dict(
+        ROUND=arguments["ROUND"] or (projected.arithmetic == "tf32" and arguments["DELTA_PRECISION"] == "tf32"),
         firsts=tuple(accumulate(programs, initial=0))[:-1],
         chunks=chunks,
         ALIGN=_alignment(problem),
@@ -116,14 +114,6 @@ def _swaps(arithmetic: str, parts: int) -> bool:
     every tile. Split into bfloat16 neither needs it, and splitting x in registers takes too many of them.
     """
     return arithmetic == "tf32" or (arithmetic == "half" and parts > 1)
-
-
-def _precisions(projected: Projected, arguments: dict[str, Any]) -> dict[str, Any]:
-    """float32 in full by tensor cores: as six products of three bfloat16 each. tf32 rounded, not truncated."""
-    if projected.arithmetic == "ieee":
-        return dict(PRECISION=SPLIT, DELTA_PRECISION=SPLIT)
-    rounded = projected.arithmetic == "tf32" and arguments["DELTA_PRECISION"] == "tf32"
-    return dict(ROUND=arguments["ROUND"] or rounded)
 
 
 def _why_strips(problem: GroupedProblem) -> str:

@@ -9,15 +9,25 @@ from .kernels.project_taps import project_taps_kernel
 from .launch_plan import LaunchPlan, derivatives_of, fitted, index_dtype, that_fills
 from .problem import TapsProblem, Target, alignment
 
+MOST_PICKED = 64
+"""Units of a tile whose δ come from picked components."""
+
 
 @lru_cache(maxsize=512)
 def plan_taps(problem: TapsProblem, target: Target) -> LaunchPlan:
     """The launch for this problem, with the tiles that fill the GPU."""
-    # Components that are picked and summed gain nothing from tensor cores' tiles (an H200: 9.3 ms, with these 5.4).
-    arithmetic = "ieee" if problem.projected.tile == "nonzeros" else problem.projected.arithmetic
-    configs = configs_for(target.capability, arithmetic).project_taps
+    configs = _configs(problem, target)
     tiles = [_projection_tiles(problem, fitted(config, problem.projected)) for config in configs]
     return plan_projection(problem, configs[that_fills(tiles, target)])
+
+
+def _configs(problem: TapsProblem, target: Target) -> list[ProjectionConfig]:
+    if problem.projected.tile != "nonzeros":
+        return list(configs_for(target.capability, problem.projected.arithmetic).project_taps)
+    # Components that are picked and summed gain nothing from tiles that are large for tensor cores: an H200 took 9.3 ms
+    # with those for tf32, 5.4 ms with these.
+    configs = configs_for(target.capability, "ieee").project_taps
+    return [config for config in configs if config.block_u <= MOST_PICKED] or [configs[-1]]
 
 
 def plan_projection(problem: TapsProblem, config: ProjectionConfig) -> LaunchPlan:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from ...feedback.hadamard import padded_bits
@@ -15,6 +16,9 @@ from ...feedback.spec import FeedbackSpec
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
+# float32 products in full, by tensor cores: six of three bfloat16 each. The interpreter multiplies in full anyway, and
+# does not know the word.
+SPLIT = "ieee" if triton.knobs.runtime.interpret else "bf16x6"
 # A block of Fastfood has to lie in the registers of a program of 4 warps.
 LARGEST_FASTFOOD_ERROR = 2**12
 _TILE_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -71,7 +75,7 @@ class Projected:
             SOURCE=self.source,
             ENTRY=_TILE_DTYPE[torch.float32 if signs or self.source == "projection" else entry],
             DOT=_TILE_DTYPE[dot],
-            DELTA_PRECISION=tensor_cores if self.tf32 or narrow_error else "ieee",
+            DELTA_PRECISION=tensor_cores if self.tf32 or narrow_error else SPLIT,
             ROUND=narrow_error and dot == torch.float32,
             ALIGN_ERROR=alignment((self.error_size, self.error_strides[0])) if self.error_strides[1] == 1 else 1,
             BITS=padded_bits(self.error_size) if self.tile == "blocks" else 0,
