@@ -401,7 +401,7 @@ def test_more_multiprocessors_get_smaller_tiles(error_size: int, monkeypatch: py
     made = [plan_grouped(problem, Target(90, n)) for n in (1, 100, 10**6)]
     areas = [m.config.block_m * m.config.block_n for m in made]
     assert areas == [128 * 128, 64 * 64, 16 * 16]
-    taps = taps_plan(128, [1000], kind="gaussian").problem
+    taps = taps_plan(32, [1000], kind="gaussian").problem
     sizes = [plan_taps.plan_taps.__wrapped__(taps, Target(90, n)).config.block_u for n in (1, 12, 10**6)]
     assert sizes == [128, 64, 16]
     picked = taps_plan(128, [1000], kind="sparse").problem
