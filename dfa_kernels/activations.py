@@ -243,7 +243,7 @@ UNFUSED_CALLS: frozenset[Callable[..., Any]] = frozenset(
         torch.sin, torch.sin_, T.sin, T.sin_, torch.cos, torch.cos_, T.cos, T.cos_, torch.erf, torch.erf_, T.erf,
         T.erf_, torch.atan, torch.atan_, T.atan, T.atan_, torch.arctan, torch.arctan_, T.arctan, T.arctan_,
         F.threshold_,  # type: ignore[attr-defined]
-        torch.hardshrink, T.hardshrink,
+        torch.hardshrink, T.hardshrink, torch.asinh, T.asinh, torch.special.erf,
     }
 )  # fmt: skip
 """Activations that a tap may follow, but whose segment autograd finishes."""
@@ -263,7 +263,7 @@ def is_activation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if func not in CLAMPS and func not in CLAMP_MIN:
         return False
     bounds = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(("min", "max"))]
-    return all(bound is None or type(bound) in (int, float) for bound in bounds) and tuple(bounds) in _BOUNDS
+    return all(bound is None or isinstance(bound, (int, float)) for bound in bounds) and tuple(bounds) in _BOUNDS
 
 
 def call_parameters(row: Activation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from ._torch_internals import (
     is_under_functorch,
     show_to_modes,
 )
-from .activations import FUSED_CALLS, UNFUSED_CALLS
+from .activations import CLAMP_MIN, CLAMPS, FUSED_CALLS, UNFUSED_CALLS
 
 Result = TypeVar("Result")
 
@@ -41,7 +41,7 @@ def whole(run: Callable[..., Result], *args: Any) -> Result:
 
 @constant_when_compiled
 def _show_activations() -> bool:
-    show_to_modes([*FUSED_CALLS, *UNFUSED_CALLS])
+    show_to_modes([*FUSED_CALLS, *UNFUSED_CALLS, *CLAMPS, *CLAMP_MIN])
     return True
 
 

@@ -291,7 +291,9 @@ def test_two_launches_in_words() -> None:
     said = describe._describe(wide_plan())
     assert said.startswith("two launches (bfloat16; U regenerated from its seed), deltas with ")
     assert ", then grouped_gemm with 132 programs of 8 warps, through TMA (tiles m 128 × n 256 × k 64): " in said
-    assert said.endswith("two launches, which took 226 µs on an H200 for 784-4096x4-10 b=1024, one 246 µs")
+    assert said.endswith(
+        "two launches, which took 226 µs on an H200 in a prototype for 784-4096x4-10 b=1024, one 246 µs"
+    )
 
 
 def test_a_measurement_within_the_margin_leaves_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:

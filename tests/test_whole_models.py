@@ -513,8 +513,8 @@ class OwnActivation(torch.autograd.Function):
 
 @pytest.mark.parametrize(
     "unknown, name",
-    [(OwnActivation.apply, "hidden"), (lambda h: h.softmax(-1), "softmax"), (torch.exp, "exp"),
-     (lambda h: h.clamp(-2, 2), "clamp")],
+    [(OwnActivation.apply, "hidden"), (lambda h: h.softmax(-1), "softmax"), (lambda h: h.clamp(-2, 2), "clamp"),
+     (lambda h: torch.maximum(h, torch.zeros(())), "maximum")],
 )  # fmt: skip
 def test_a_layer_before_an_activation_that_is_not_known_is_named_once(unknown, name):
     class Net(wm.FormulaMLP):
@@ -535,6 +535,92 @@ def test_a_layer_before_an_activation_that_is_not_known_is_named_once(unknown, n
     assert "'first'" in words[0]
     assert name in words[0]
     assert "'second'" not in words[0]
+
+
+class Gates(nn.Module):
+    """Layers that gates and what is beside them are made of: [b, 6] -> [b, 3]."""
+
+    def __init__(self, body, training=True):
+        super().__init__()
+        self.body = body
+        self.first, self.up, self.middle = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 8)
+        self.both, self.gate, self.last = nn.Linear(16, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x, tap=wm.untapped):
+        return self.body(self, x, tap)
+
+
+def gate_at_the_output(net, x, tap):
+    h = tap(torch.tanh(net.first(x)), "first")
+    return tap(torch.sigmoid(net.gate(h)), "gate") * net.last(h)
+
+
+def looked_at_without_gradients(net, x, tap):
+    a = net.first(x)
+    h = tap(F.relu(a), "first")
+    with torch.no_grad():
+        (h - a).abs().mean()
+    return net.last(tap(torch.tanh(net.middle(h)), "middle"))
+
+
+def another_path_after_the_gate(net, x, tap):
+    gate = torch.sigmoid(net.first(x))
+    h = tap(gate * net.up(x), "first")
+    return net.last(tap(torch.tanh(net.both(torch.cat([h, 1 - gate], 1))), "both"))
+
+
+def another_path_before_the_gate(net, x, tap):
+    gate = torch.sigmoid(net.first(x))
+    twice = gate * 2
+    h = tap(gate * net.up(x), "first")
+    return net.last(tap(torch.tanh(net.middle(twice) + h), "middle"))
+
+
+def an_activation_on_the_other_path(net, x, tap):
+    gate = torch.sigmoid(net.first(x))
+    h = tap(gate * net.up(x), "first")
+    other = tap(torch.tanh(1 - gate), "first#2")
+    return net.last(tap(torch.tanh(net.both(torch.cat([h, other], 1))), "both"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [gate_at_the_output, looked_at_without_gradients, another_path_after_the_gate, another_path_before_the_gate,
+     an_activation_on_the_other_path],
+)  # fmt: skip
+def test_what_goes_on_beside_a_gate(body):
+    """The last layer's gradient is true, and a path around a tap that moved is whole: neither was."""
+    net, x = Gates(body), torch.randn(5, 6)
+    model = dfa.DFA(net, feedback())
+    expected, places = reference_gradients(net, [x], loss, model.feedback.matrix, 1)
+    loss(model(x)).backward()
+    assert [tap.name for tap in model.taps] == [place.name for place in places]
+    assert_gradients(net, expected)
+
+
+def test_a_gate_draws_dropout_once():
+    """Where a tap moved, the mask was drawn again, and the output was another network's."""
+
+    def body(net, x, tap):
+        h = F.dropout(torch.sigmoid(net.first(x)), 0.5, net.training)
+        return net.last(h * net.up(x) + h)
+
+    net, x = Gates(body), torch.randn(5, 6)
+    model = dfa.DFA(net, feedback())
+    model(x)
+    torch.manual_seed(3)
+    found = model(x)
+    torch.manual_seed(3)
+    assert torch.equal(found, net(x))
+
+
+def test_a_complex_tap_is_refused_by_name():
+    def body(net, x, tap):
+        h = torch.view_as_complex(net.first(x).view(-1, 4, 2))
+        return net.last(torch.view_as_real(torch.tanh(h)).flatten(1))
+
+    with pytest.raises(TypeError, match=r"complex.*dfa_kernels\.Tap\(\)"):
+        dfa.DFA(Gates(body), feedback())(torch.randn(5, 6))
 
 
 def test_the_plan_names_layers_that_a_chain_teaches():

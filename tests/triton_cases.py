@@ -286,7 +286,7 @@ def steps_of(problem: GroupedProblem, config: StripConfig | TwoPhaseConfig | Gem
     rows, steps = problem.projected.rows, 0
     for width, out, span in zip(problem.widths_in, problem.widths_out, problem.positions, strict=True):
         tiles = -(-out // config.block_m) * -(-width // config.block_n)
-        deep = config.block_k if isinstance(config, TwoPhaseConfig) else config.block_r
+        deep = config.block_r if isinstance(config, StripConfig) else config.block_k
         steps += tiles * max(1, -(-rows * span // deep))
     if isinstance(config, TwoPhaseConfig):
         tiles = -(-problem.widest // config.block_u) * -(-rows // config.block_r)

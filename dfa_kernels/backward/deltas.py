@@ -39,13 +39,13 @@ def _takes_turns(backend: str, call: TapsCall) -> bool:
 
 
 def _saving(call: TapsCall) -> int:
-    """Bytes of all δ but the largest, less those of e Uᵀ."""
+    """Bytes of all δ but the largest, less those of e Uᵀ in float32."""
     rows, widest, itemsize = call.error.shape[0], max(call.sizes), call.error.dtype.itemsize
     each = [
         rows * size * (itemsize if h is None else h.dtype.itemsize)
         for size, h in zip(call.sizes, call.saved, strict=True)
     ]
-    return sum(each) - max(each) - rows * widest * itemsize
+    return sum(each) - max(each) - rows * widest * torch.float32.itemsize
 
 
 def _shared(backend: str, call: TapsCall) -> SharedProjection:
@@ -61,9 +61,14 @@ def _maker(backend: str, call: TapsCall) -> str:
 
 
 def _widest(call: TapsCall) -> TapsCall:
-    """The call for e Uᵀ alone, in the error's dtype."""
+    """The call for e Uᵀ alone, in float32: scaled for the widest tap, float16 would lose what smaller ones need."""
     return call._replace(
-        sizes=[max(call.sizes)], saved=[None], dropout_mask=[None], activations=["identity"], parameters=[0.0, 0.0]
+        error=call.error.to(torch.promote_types(call.error.dtype, torch.float32)),
+        sizes=[max(call.sizes)],
+        saved=[None],
+        dropout_mask=[None],
+        activations=["identity"],
+        parameters=[0.0, 0.0],
     )
 
 

@@ -30,7 +30,6 @@ def _functions() -> Iterator[Callable[..., Any]]:
                     yield getattr(owner, spelling)
     for name in _OPERATORS:
         yield getattr(Tensor, f"__{name}__")
-    yield F.dropout
 
 
 T = Tensor
@@ -38,5 +37,7 @@ PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
     {torch.mul, torch.multiply, T.mul, T.mul_, T.multiply, T.multiply_, T.__mul__, T.__rmul__}
 )
 
-# F.glu is none: it halves the units.
-ELEMENTWISE: frozenset[Callable[..., Any]] = frozenset(_functions()) | frozenset(FUSED_CALLS) | UNFUSED_CALLS - {F.glu}
+# F.glu is none: it halves the units. What draws random numbers is none: made again, it would draw others.
+ELEMENTWISE: frozenset[Callable[..., Any]] = (frozenset(_functions()) | frozenset(FUSED_CALLS) | UNFUSED_CALLS) - {
+    F.glu, F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_
+}  # fmt: skip

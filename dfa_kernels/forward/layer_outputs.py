@@ -15,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activations import CLAMPS
+from ..activations import CLAMP_MIN, CLAMPS
 from .elementwise import ELEMENTWISE, PRODUCTS
 from .tensor_map import TensorMap
 from .weight_layers import Args, Call, Kwargs, WeightCall, replaced, tensors_in
 
 HIDDEN = "a function that is hidden"
 # Right behind a layer they stand where an activation would; elsewhere they have other purposes.
-MISTAKEN: frozenset[Call] = CLAMPS | {torch.softmax, Tensor.softmax, F.softmax, torch.exp, Tensor.exp}
+MISTAKEN: frozenset[Call] = (
+    CLAMPS | CLAMP_MIN | {torch.softmax, Tensor.softmax, F.softmax, torch.maximum, Tensor.maximum, torch.minimum}
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +53,8 @@ class Tapped:
     whole: Tensor
     used: bool = False
     """Whether something has used the cut tensor that cannot be made again without the cut."""
+    moved: bool = False
+    """Whether another tap has taken its place."""
 
 
 @dataclass(slots=True, eq=False)
@@ -137,18 +141,19 @@ class LayerOutputs:
         self._carried.discard(cut)
         self._past.set(cut, Past([Tapped(point, layers, whole)]))
 
-    def around(self, func: Call, args: Args, kwargs: Kwargs) -> list[Tapped]:
+    def around(self, func: Call, args: Args, kwargs: Kwargs, before_last: bool) -> list[Tapped]:
         """The taps that have to move behind this call.
 
         It joins what comes from them with more of the same layers' output; or it is a gate, the product with another
-        layer's output that no activation follows.
+        layer's output that no activation follows. before_last: whether there are weight layers still to come; the last
+        one's output is no gate's.
         """
-        if not len(self._past) or func not in ELEMENTWISE:
+        if not len(self._past) or func not in ELEMENTWISE or not torch.is_grad_enabled():
             return []
         tensors = list(tensors_in(args, kwargs))
         taps = self._taps_of(tensors)
         beside = [layer for x in tensors for layer in self._carried.get(x) or ()]
-        gated = bool(self.gated(func, args, kwargs))
+        gated = before_last and bool(self.gated(func, args, kwargs))
         return [
             tap
             for tap in taps
@@ -178,12 +183,18 @@ class LayerOutputs:
             taps += [tap for tap in (past.taps if past else ()) if tap not in taps]
         return taps
 
+    def given_up(self, tensors: Iterable[Tensor]) -> list[Tapped]:
+        """The taps behind these tensors that have moved: without a path through the new one, theirs has to be whole."""
+        return [tap for tap in self._taps_of(tensors) if tap.moved] if len(self._past) else []
+
     def without(self, taps: list[Tapped], x: Tensor) -> Tensor:
         """x as it would be without the cuts at these taps."""
         past = self._past.get(x)
         if past is None or not any(tap in taps for tap in past.taps):
             return x
-        return past.again(lambda y: self.without(taps, y))
+        whole = past.again(lambda y: self.without(taps, y))
+        self._carried.set(whole, [layer for tap in past.taps if tap in taps for layer in tap.layers])
+        return whole
 
     def follow(self, func: Call, args: Args, kwargs: Kwargs, result: Any) -> None:
         """Any other call: its results carry on what its tensors carried."""

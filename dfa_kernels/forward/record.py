@@ -61,6 +61,11 @@ def recorded(
     """
     rows, error_size = error_shape(output, batch_dims)
     for segment in segments:
+        if segment.tap.is_complex():
+            raise TypeError(
+                f"net: a tap would be at a complex tensor of shape {tuple(segment.tap.shape)}, which no error is "
+                "projected to; put dfa_kernels.Tap() modules where the network is real (torch.view_as_real)"
+            )
         _split(segment, rows, tuple(range(len(rows))) if row_dims is None else row_dims.of(segment, rows))
     _check_inputs([last, *[segment.layer for segment in segments]])
     if last is not None and len(rows) != output.dim() - 1:

@@ -18,7 +18,18 @@ from torch.overrides import TorchFunctionMode
 from .._torch_internals import checkpointed_region
 from ..activations import is_activation
 from .layer_outputs import Layer, LayerOutputs, Tapped
-from .weight_layers import LAYERS, WEIGHT_CALLS, Args, Call, Kwargs, WeightCall, Weights, input_first, replaced
+from .weight_layers import (
+    LAYERS,
+    WEIGHT_CALLS,
+    Args,
+    Call,
+    Kwargs,
+    WeightCall,
+    Weights,
+    input_first,
+    replaced,
+    tensors_in,
+)
 
 _library = torch.library.Library("dfa_kernels", "FRAGMENT")
 _library.define("tap(Tensor(a) x, str name) -> Tensor(a)")
@@ -156,6 +167,9 @@ class ForwardPass(TorchFunctionMode):
 
     def _on_weight_layer(self, call: WeightCall, func: Call, args: Args, kwargs: Kwargs) -> Any:
         _check_same_device(call.inputs[0], call.weights[0])
+        if self.policy.kind == "nonlinearity":
+            args, kwargs = self._whole(args, kwargs)
+            call = self._weights.bind(func, args, kwargs) or call
         if self.policy.kind != "named":
             args, kwargs = self._cut_inputs(call.inputs, args, kwargs)
         self._check_region()
@@ -190,14 +204,24 @@ class ForwardPass(TorchFunctionMode):
         layers = self._outputs.opaque(x)
         return self._tap_behind(layers, x) if layers else x
 
+    @property
+    def _before_last(self) -> bool:
+        return self.weight_layers_seen < self.weight_layers
+
+    def _whole(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The arguments without the cuts of taps that have moved: what they lead to is a path around the new tap."""
+        moved = self._outputs.given_up(tensors_in(args, kwargs))
+        return replaced(args, kwargs, lambda x: self._outputs.without(moved, x)) if moved else (args, kwargs)
+
     def _on_path(self, func: Call, args: Args, kwargs: Kwargs, activates: bool) -> Any:
         """Any call but a weight layer's, under the "nonlinearity" policy."""
-        around = self._outputs.around(func, args, kwargs)
+        args, kwargs = self._whole(args, kwargs)
+        around = self._outputs.around(func, args, kwargs, self._before_last)
         if around:
             return self._move(around, func, args, kwargs)
         layers = self._outputs.awaiting(args[0]) if activates else []
         result = self._run(func, args, kwargs, activates)
-        if layers and self.weight_layers_seen < self.weight_layers:
+        if layers and self._before_last:
             return self._tap_behind(layers, result)
         self._outputs.follow(func, args, kwargs, result)
         return result
@@ -213,7 +237,10 @@ class ForwardPass(TorchFunctionMode):
         """The taps become one, at the result of this call."""
         args, kwargs = replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
         self.give_up_taps([tap.point for tap in taps])
-        layers = [*self._outputs.gated(func, args, kwargs), *[layer for tap in taps for layer in tap.layers]]
+        for tap in taps:
+            tap.moved = True
+        gates = self._outputs.gated(func, args, kwargs) if self._before_last else []
+        layers = [*gates, *[layer for tap in taps for layer in tap.layers]]
         z = func(*args, **kwargs)
         if any(z is x for x in args):
             self.overwritten(z)

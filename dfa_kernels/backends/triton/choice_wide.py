@@ -69,7 +69,7 @@ def multiply_adds(problem: GroupedProblem) -> int:
 
 
 def _in_words(nearest: Measured) -> str:
-    two = f"two launches, which took {nearest.two_launches:.0f} µs on an H200 for {nearest.network}"
+    two = f"two launches, which took {nearest.two_launches:.0f} µs on an H200 in a prototype for {nearest.network}"
     return two if nearest.one_launch is None else f"{two}, one {nearest.one_launch:.0f} µs"
 
 
