@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -62,6 +62,11 @@ def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
 def gradient_is_awaited(parameter: Tensor) -> bool:
     """Whether a hook waits for the parameter's gradient."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def add_each_(tensors: Sequence[Tensor], others: Sequence[Tensor], alpha: float) -> None:
+    """tensor += alpha · other for each of them, in one call."""
+    torch._foreach_add_(tensors, others, alpha=alpha)
 
 
 def map_tensors(change: Callable[[Any], Any], tree: Any, kind: type[Tensor] = Tensor) -> Any:

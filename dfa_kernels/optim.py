@@ -135,7 +135,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _update_fused(self, call: DeferredCall) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        if any(id(p) not in groups for p in call.weights):
+        if not groups.keys() >= {id(p) for p in call.weights}:
             shapes = [tuple(p.shape) for p in call.weights if id(p) not in groups]
             raise RuntimeError(
                 f"step: the model has parameters of shape {shapes} that this optimizer does not; its parameters were "

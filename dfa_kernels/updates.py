@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
+
+from ._torch_internals import add_each_
 
 # CPU kernels for a product of few rows add term by term into the destination and round each time, which for an output
 # layer of 10 rows costs a factor of 20 in accuracy. A gradient this small is stored at no cost.
 SMALL = 2**16
 
+T = TypeVar("T")
 State = Sequence[Tensor]
 Hyper = Sequence[float]
 
@@ -97,3 +101,30 @@ RULES: dict[str, UpdateRule] = {
     "momentum": UpdateRule(sgd_, sgd_product_, ("momentum_buffer",), _momentum_numbers),
     "adamw": UpdateRule(adamw_, adamw_product_, ("exp_avg", "exp_avg_sq"), _adamw_numbers),
 }
+
+
+def update_each_(
+    rule: str, parameters: Sequence[Tensor], state: State, hyper: Hyper, gradients: Sequence[Tensor]
+) -> None:
+    """Updates every parameter from its gradient; state and hyper hold an equal share for each."""
+    if rule == "sgd" and _is_plain(hyper, len(parameters)):
+        # Between small products the calls themselves are what takes time.
+        add_each_(parameters, gradients, -hyper[0])
+        return
+    apply_ = RULES[rule].apply_
+    for p, own_state, own_hyper, gradient in zip(
+        parameters, shares(state, len(parameters)), shares(hyper, len(parameters)), gradients, strict=True
+    ):
+        apply_(p, own_state, own_hyper, gradient)
+
+
+def _is_plain(hyper: Hyper, n: int) -> bool:
+    """Whether SGD adds nothing but each gradient times one learning rate."""
+    _, momentum, weight_decay, nesterov = hyper[:4]
+    return not (momentum or weight_decay or nesterov) and list(hyper) == [*hyper[:4]] * n
+
+
+def shares(values: Sequence[T], n: int) -> list[Sequence[T]]:
+    """The values in n equal parts."""
+    each = len(values) // n if n else 0
+    return [values[i * each : (i + 1) * each] for i in range(n)]

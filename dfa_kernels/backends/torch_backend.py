@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..feedback.hadamard import hadamard_by_products
-from ..feedback.projection import project_unscaled
+from ..feedback.projection import project_by_torch
 from ..feedback.spec import FeedbackSpec
-from ..updates import RULES
+from ..updates import RULES, SMALL, shares, update_each_
 from .calls import LayerCall, TapsCall
-
-T = TypeVar("T")
 
 hadamard = hadamard_by_products
 
@@ -40,7 +37,7 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
         _layer_deltas(call), call.weight_grads, call.bias_grads, strict=True
     ):
         if wants_weight:
-            grads.append(delta.t().mm(x).to(dtype))
+            grads.append(_as(delta.t().mm(x), dtype))
         if wants_bias:
             grads.append(_bias_grad(delta, dtype))
     return grads
@@ -49,16 +46,19 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
 def layer_update_(
     call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
 ) -> None:
-    """See `Backend.layer_update_`. No gradient outlives its layer's product."""
+    """See `Backend.layer_update_`. No gradient outlives its layer's product, unless all together are small."""
+    if weights and sum([p.numel() for p in weights]) <= SMALL:
+        update_each_(rule, weights, state, hyper, layer_grads(call, weights[0].dtype))
+        return
     update = RULES[rule]
-    shares = zip(weights, _shares(state, len(weights)), _shares(hyper, len(weights)), strict=True)
+    of_each = zip(weights, shares(state, len(weights)), shares(hyper, len(weights)), strict=True)
     for (delta, x), wants_weight, wants_bias in zip(
         _layer_deltas(call), call.weight_grads, call.bias_grads, strict=True
     ):
         if wants_weight:
-            update.apply_product_(*next(shares), delta, x)
+            update.apply_product_(*next(of_each), delta, x)
         if wants_bias:
-            parameter, own_state, own_hyper = next(shares)
+            parameter, own_state, own_hyper = next(of_each)
             update.apply_(parameter, own_state, own_hyper, _bias_grad(delta, parameter.dtype))
 
 
@@ -69,7 +69,7 @@ def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
     shared = shared_projection(error, call.stored, call.feedback, max(sizes)) if sizes else None
     for i, x in enumerate(call.inputs):
         if shared is None or i == len(saved):
-            delta = error if error.dtype == x.dtype else error.to(x.dtype)
+            delta = _as(error, x.dtype)
         else:
             numbers = call.parameters[2 * i : 2 * i + 2]
             delta = delta_of(shared, error.dtype, sizes[i], saved[i], dropout_mask[i], activations[i], *numbers)
@@ -96,12 +96,12 @@ class SharedProjection:
 
 
 def shared_projection(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec, size: int) -> SharedProjection:
-    """Computed where the feedback lives, brought back to the error's device. The scale goes into the small factor."""
+    """Computed where the feedback lives, brought back to the error's device."""
     device = stored[0].device if stored else error.device
-    narrow = error.dtype in (torch.float16, torch.bfloat16)
-    wide = error.to(device, torch.float32 if narrow else error.dtype)
-    values = project_unscaled(wide * feedback.scale(size, error.shape[1]), list(stored), feedback, size)
-    values = values if device == error.device else values.to(error.device)
+    if device == error.device:
+        values = project_by_torch(error, list(stored), feedback, size)
+    else:
+        values = project_by_torch(error.to(device), list(stored), feedback, size).to(error.device)
     return SharedProjection(values, feedback.normalize)
 
 
@@ -119,7 +119,7 @@ def delta_of(
     values, ratio = shared.for_size(size)
     if saved is None:
         return (values if values is shared.values else values * ratio).to(dtype)
-    wide = saved if saved.dtype == values.dtype else saved.to(values.dtype)
+    wide = _as(saved, values.dtype)
     values = values if values.shape == saved.shape else values.reshape(saved.shape)
     # δ in the order of the saved tensor, which a convolution would bring it into. Compilers choose orders themselves:
     # asked for one in a backward pass, Dynamo traces that anew and leaves out that autocast is off.
@@ -130,7 +130,7 @@ def delta_of(
         delta = delta * dropout_mask
     if ratio != 1:
         delta = delta * ratio
-    return delta if delta.dtype == saved.dtype else delta.to(saved.dtype)
+    return _as(delta, saved.dtype)
 
 
 def _bias_grad(delta: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,9 +140,8 @@ def _bias_grad(delta: Tensor, dtype: torch.dtype) -> Tensor:
     return delta.sum(0, dtype=torch.promote_types(delta.dtype, torch.float32)).to(dtype)
 
 
-def _shares(values: Sequence[T], n: int) -> list[Sequence[T]]:
-    each = len(values) // n if n else 0
-    return [values[i * each : (i + 1) * each] for i in range(n)]
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:

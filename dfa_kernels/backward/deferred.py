@@ -82,7 +82,7 @@ class Ledger:
             self.make()
         call.stand_ins = [self._stand_in(p) for p in call.weights]
         self.calls.append(call)
-        if self._closed or any(stand_in is None for stand_in in call.stand_ins):
+        if self._closed or any([stand_in is None for stand_in in call.stand_ins]):
             self.make()
 
     @torch.no_grad()
@@ -121,18 +121,21 @@ class Ledger:
 
     def _stand_in(self, p: nn.Parameter) -> LazyGradient | None:
         """What stands in ``.grad`` from now on, if it is the ledger's."""
-        if (held := p.grad) is not None:
-            return held if isinstance(held, LazyGradient) and held is self._stand_ins.get(p) else None
+        held, kept = p.grad, self._stand_ins.get(p)
+        if held is not None:
+            return kept if held is kept else None
         # One that somebody kept from an earlier pass must not turn into the gradient of this one.
-        if sys.getrefcount(self._stand_ins.get(p)) != _REFERENCES_OF_THE_DICTIONARY or not self._stand_ins[p].suits(p):
-            self._stand_ins[p] = LazyGradient(p, self.make)
-        stand_in = p.grad = self._stand_ins[p]
-        return stand_in
+        if kept is None or sys.getrefcount(kept) != _REFERENCES_BY_DICTIONARY_AND_NAME or not kept.suits(p):
+            kept = self._stand_ins[p] = LazyGradient(p, self.make)
+        p.grad = kept
+        return kept
 
     def _all_stand(self) -> bool:
-        return all(
-            p.grad is stand_in for call in self.calls for p, stand_in in zip(call.weights, call.stand_ins, strict=True)
-        )
+        for call in self.calls:
+            for p, stand_in in zip(call.weights, call.stand_ins, strict=True):
+                if p.grad is not stand_in:
+                    return False
+        return True
 
     def _make(self, call: DeferredCall) -> None:
         # The products belong to the backward pass, which autocast does not reach.
@@ -148,13 +151,14 @@ class Ledger:
                 p.grad.add_(grad)
 
 
-def _references_of_a_dictionary() -> int:
-    """What sys.getrefcount says of a value that nothing but a dictionary holds."""
+def _references_by_dictionary_and_name() -> int:
+    """What sys.getrefcount says of a value that nothing but a dictionary and a local name holds."""
     only = {0: object()}
-    return sys.getrefcount(only.get(0))
+    kept = only.get(0)
+    return sys.getrefcount(kept)
 
 
-_REFERENCES_OF_THE_DICTIONARY = _references_of_a_dictionary()
+_REFERENCES_BY_DICTIONARY_AND_NAME = _references_by_dictionary_and_name()
 
 
 def deferred_call(hidden: list[FusedLayer], output: FusedLayer | None, seen: Pass) -> DeferredCall:
@@ -202,7 +206,8 @@ class DeferringNode(torch.autograd.Function):
             # Then the compiler leaves the node as it is. That of torch 2.11 ends with an error at `next_functions`.
             raise RuntimeError("gradients cannot be deferred by a compiler")
         # torch.autograd.grad and backward(inputs=…) may pass here on their way to something else than the parameters.
-        count = len(ctx.call.weights)
+        call: DeferredCall = ctx.call
+        count = len(call.weights)
         reached = [backward_reaches(node) for node, _ in ctx.next_functions[-count:]]
         if any(reached) and not all(reached):
             raise RuntimeError(
@@ -210,5 +215,5 @@ class DeferringNode(torch.autograd.Function):
                 "expected all or none; use torch.optim for gradients of some"
             )
         if any(reached):
-            ctx.ledger.add(ctx.call.completed(*tensors, as_error(gradient, ctx.call.batch_dims)))
+            ctx.ledger.add(call.completed(*tensors, as_error(gradient, call.batch_dims)))
         return None, None, gradient, *[None] * count

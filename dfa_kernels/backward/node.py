@@ -39,12 +39,10 @@ from .node_plan import (
 def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
     """The pass's output, now with an autograd node that turns its gradient into every segment's."""
     output = seen.output if seen.last is None else seen.output.detach()
-    call = None
-    if ledger is not None:
-        seen, call = _defer(seen)
-    if seen.segments or seen.last is not None:
+    remaining, call = (seen, None) if ledger is None else _defer(seen)
+    if remaining.segments or remaining.last is not None:
         table = TensorTable()
-        plan = make_plan(table, seen)
+        plan = make_plan(table, remaining)
         output = DFANode.apply(plan, output, *table.tensors)
     if ledger is not None and call is not None:
         output = DeferringNode.apply(ledger, call, output, *call.weights)
@@ -57,8 +55,9 @@ def _defer(seen: Pass) -> tuple[Pass, DeferredCall | None]:
     hidden: list[FusedLayer] = []
     remaining = []
     for segment in seen.segments:
-        if segment.layer is not None and shares_launch(segment.layer, dtype) and not _has_hooks(segment.layer):
-            hidden.append(segment.layer)
+        layer = segment.layer
+        if layer is not None and shares_launch(layer, dtype) and not _has_hooks(layer):
+            hidden.append(layer)
         else:
             remaining.append(segment)
     output = None if seen.last is None or _has_hooks(seen.last) else seen.last
@@ -70,7 +69,7 @@ def _defer(seen: Pass) -> tuple[Pass, DeferredCall | None]:
 
 def _has_hooks(layer: FusedLayer) -> bool:
     """Whether somebody waits for a gradient of the layer's parameters, which a deferred call never has."""
-    return any(p is not None and gradient_is_awaited(p) for p in (layer.weight, layer.bias))
+    return gradient_is_awaited(layer.weight) or (layer.bias is not None and gradient_is_awaited(layer.bias))
 
 
 class DFANode(torch.autograd.Function):

@@ -153,8 +153,10 @@ def shares_launch(layer: FusedLayer, dtype: torch.dtype) -> bool:
 
 def grouped_dtype(seen: Pass) -> torch.dtype:
     """The one parameter dtype of the layers that share a launch; the output layer's, which has to be among them."""
-    layers = [seen.last, *(segment.layer for segment in seen.segments)]
-    return next((f.weight.dtype for f in layers if f is not None and f.convolution is None), torch.float32)
+    for layer in (seen.last, *[segment.layer for segment in seen.segments]):
+        if layer is not None and layer.convolution is None:
+            return layer.weight.dtype
+    return torch.float32
 
 
 def _layer_slot(table: TensorTable, layer: FusedLayer, units: tuple[int, ...], is_output: bool) -> LayerSlot:

@@ -15,6 +15,7 @@ from .kinds import Parts
 from .spec import FeedbackSpec
 
 Source = Callable[[range], Parts]
+_WIDE = (torch.float32, torch.float64)
 
 
 def units_for(spec: FeedbackSpec, rows: int, error_size: int) -> int:
@@ -75,9 +76,14 @@ def project(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int) -> Tens
     """
     if _may_have_kernels(error.device) and not is_one_product(error.dtype, stored, spec) and not _is_transformed():
         return _by_operator(error, stored, spec, size)
+    return project_by_torch(error, stored, spec, size)
+
+
+def project_by_torch(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int) -> Tensor:
+    """The same by torch on any device, as `project_unscaled` of the scaled error."""
+    wide = error if error.dtype in _WIDE else error.float()
     # In float16 the error has to be scaled before its components are summed.
-    wide = error.to(torch.promote_types(error.dtype, torch.float32)) * spec.scale(size, error.shape[1])
-    return project_unscaled(wide, stored, spec, size)
+    return project_unscaled(wide * spec.scale(size, error.shape[1]), stored, spec, size)
 
 
 def _by_operator(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int) -> Tensor:
@@ -114,9 +120,12 @@ def project_unscaled(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int
     """
     dtype = _projected_dtype(error.dtype, spec)
     if is_one_product(error.dtype, stored, spec):
-        matrix = stored[0] if stored[0].shape[0] == size else stored[0][:size]
-        return error.to(dtype) @ matrix.T
+        return error.to(dtype) @ _rows(stored[0], size).T
     return _project_in_blocks(error, stored, spec, size, dtype)
+
+
+def _rows(matrix: Tensor, size: int) -> Tensor:
+    return matrix if matrix.shape[0] == size else matrix[:size]
 
 
 @torch.no_grad()

@@ -60,14 +60,16 @@ def recorded(
     row_dims: tells them; None if they are the leading ones of every tap.
     """
     rows, error_size = error_shape(output, batch_dims)
+    leading = tuple(range(len(rows)))
     for segment in segments:
         if segment.tap.is_complex():
             raise TypeError(
                 f"net: a tap would be at a complex tensor of shape {tuple(segment.tap.shape)}, which no error is "
                 "projected to; put dfa_kernels.Tap() modules where the network is real (torch.view_as_real)"
             )
-        _split(segment, rows, tuple(range(len(rows))) if row_dims is None else row_dims.of(segment, rows))
-    _check_inputs([last, *[segment.layer for segment in segments]])
+        _split(segment, rows, leading, leading if row_dims is None else row_dims.of(segment, rows))
+        _check_input(segment.layer)
+    _check_input(last)
     if last is not None and len(rows) != output.dim() - 1:
         # Its rows are not the error's.
         last = None
@@ -90,11 +92,11 @@ def error_shape(output: Tensor, batch_dims: int | None) -> tuple[tuple[int, ...]
     return rows, math.prod(shape[len(rows) :])
 
 
-def _split(segment: Segment, rows: tuple[int, ...], places: tuple[int, ...]) -> None:
+def _split(segment: Segment, rows: tuple[int, ...], leading: tuple[int, ...], places: tuple[int, ...]) -> None:
     """Into rows and units. A fused layer's rows lead; a convolution's are its batch."""
     shape = tuple(segment.tap.shape)
     segment.rows, segment.units = places, shape[len(rows) :]
-    if places == tuple(range(len(rows))):
+    if places == leading:
         if segment.layer is None or segment.layer.convolution is None or len(rows) == 1:
             return
     else:
@@ -102,9 +104,6 @@ def _split(segment: Segment, rows: tuple[int, ...], places: tuple[int, ...]) -> 
     segment.layer = None
 
 
-def _check_inputs(layers: list[FusedLayer | None]) -> None:
-    for layer in layers:
-        if layer is not None and layer.x.dim() < 2:
-            raise ValueError(
-                f"x: a weight layer got an input of shape {list(layer.x.shape)}, without a batch dimension"
-            )
+def _check_input(layer: FusedLayer | None) -> None:
+    if layer is not None and layer.x.dim() < 2:
+        raise ValueError(f"x: a weight layer got an input of shape {list(layer.x.shape)}, without a batch dimension")

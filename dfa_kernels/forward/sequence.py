@@ -7,7 +7,7 @@ and an activation may overwrite its pre-activation. The result is the same as a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,75 +39,64 @@ def plain_modules(
     """The leaves of ``net`` if `run_sequence` may run them on ``args``, else None."""
     if type(net) is not nn.Sequential or kwargs or len(args) != 1 or torch.compiler.is_compiling():
         return None
-    modules = list(_leaves(net))
-    if not _PLAIN.fullmatch("".join(_CODE.get(type(module), "?") for module in modules)):
+    x, modules = args[0], _leaves(net)
+    if not _is_plain(tuple([type(module) for module in modules])) or not isinstance(x, Tensor) or x.requires_grad:
         return None
-    x = args[0]
-    if not isinstance(x, Tensor) or x.requires_grad or not _unhooked(net, modules):
+    if module_calls_are_observed() or not (_runs_as_its_class(net) and all([*map(_runs_as_its_class, modules)])):
         return None
-    dims = x.dim() - sum(_dims_less(module, x.dim()) for module in modules if type(module) is nn.Flatten)
+    dims = x.dim() - sum([_dims_less(module, x.dim()) for module in modules if type(module) is nn.Flatten])
     if dims < 2 or row_count(dims, batch_dims) != dims - 1:
         return None
-    layers = [module for module in modules if type(module) is nn.Linear]
-    first = layers[0].weight
-    return modules if all(_fits(layer, first) for layer in layers) and x.device == first.device else None
+    return modules if _share_a_launch([m for m in modules if type(m) is nn.Linear], x.device) else None
 
 
 def run_sequence(
     modules: list[nn.Module], x: Tensor, tap_at_activation: bool
 ) -> tuple[Tensor, list[Segment], FusedLayer]:
-    """Output, segments and last layer. A tap is at the activation, or behind the dropout that follows it."""
-    run = _Run(tap_at_activation)
+    """Output, segments and last layer. A tap is at the activation, or behind the dropout that follows it.
+
+    All in one frame, as every module of a narrow network takes no longer than a few of them.
+    """
+    segments: list[Segment] = []
+    # The newest layer, as long as no tap follows it.
+    layer: FusedLayer | None = None
     with WithoutGraph():
         for module in modules:
-            x = _STEPS[_CODE[type(module)]](run, module, x)
-    assert run.layer is not None
-    return x, run.segments, run.layer
+            kind = type(module)
+            if kind is nn.Linear:
+                if layer is not None:
+                    segments.append(Segment(layer.weight, x, x, layer))
+                # Not by the module's own attributes, which are slow to find.
+                weight, bias = module._parameters["weight"], module._parameters["bias"]
+                a = F.linear(x, weight, bias)  # type: ignore[arg-type]
+                x = x if x.dtype == a.dtype else x.to(a.dtype)
+                layer = FusedLayer(x, weight, bias, None, "identity", 0.0, 0.0, a, None)  # type: ignore[arg-type]
+                x = a
+            elif (row := _ROW_OF_MODULE.get(kind)) is not None:
+                assert layer is not None
+                p, q = module_parameters(row, module)
+                h = row.apply(x, p, q)
+                layer.activation, layer.p, layer.q = row.name, p, q
+                layer.saved = h if row.keeps_output(p, q) else x
+                x = h
+                if tap_at_activation:
+                    segments.append(Segment(layer.weight, h, h, layer))
+                    layer = None
+            elif kind is nn.Dropout:
+                x = _dropped_out(module, x, layer)
+            else:
+                x = x.flatten(module.start_dim, module.end_dim)  # type: ignore[arg-type]
+    assert layer is not None
+    return x, segments, layer
 
 
-class _Run:
-    """One pass. ``layer`` is the newest layer as long as no tap follows it."""
-
-    def __init__(self, tap_at_activation: bool) -> None:
-        self.tap_at_activation = tap_at_activation
-        self.segments: list[Segment] = []
-        self.layer: FusedLayer | None = None
-
-    def flatten(self, module: Any, x: Tensor) -> Tensor:
-        return x.flatten(module.start_dim, module.end_dim)
-
-    def linear(self, module: Any, x: Tensor) -> Tensor:
-        if self.layer is not None:
-            self.tap(x)
-        a = F.linear(x, module.weight, module.bias)
-        x = x if x.dtype == a.dtype else x.to(a.dtype)
-        self.layer = FusedLayer(x, module.weight, module.bias, None, "identity", 0.0, 0.0, a, None)
-        return a
-
-    def activation(self, module: Any, a: Tensor) -> Tensor:
-        layer, row = self.layer, _ROW_OF_MODULE[type(module)]
-        assert layer is not None
-        layer.activation = row.name
-        layer.p, layer.q = module_parameters(row, module)
-        h = row.apply(a, layer.p, layer.q)
-        layer.saved = h if row.keeps_output(layer.p, layer.q) else a
-        if self.tap_at_activation:
-            self.tap(h)
-        return h
-
-    def dropout(self, module: Any, x: Tensor) -> Tensor:
-        if not module.training or module.p == 0:
-            return x
-        mask = F.dropout(torch.ones_like(x), module.p)
-        if self.layer is not None:
-            before = self.layer.dropout_mask
-            self.layer.dropout_mask = mask if before is None else before * mask
-        return x * mask
-
-    def tap(self, h: Tensor) -> None:
-        assert self.layer is not None
-        self.segments.append(Segment(self.layer.weight, h, h, self.layer))
-        self.layer = None
+def _dropped_out(module: Any, x: Tensor, layer: FusedLayer | None) -> Tensor:
+    if not module.training or module.p == 0:
+        return x
+    mask = F.dropout(torch.ones_like(x), module.p)
+    if layer is not None:
+        layer.dropout_mask = mask if layer.dropout_mask is None else layer.dropout_mask * mask
+    return x * mask
 
 
 def _dims_less(module: Any, dims: int) -> int:
@@ -115,32 +104,36 @@ def _dims_less(module: Any, dims: int) -> int:
     return int(module.end_dim % dims - module.start_dim % dims)
 
 
-_STEPS = {"F": _Run.flatten, "L": _Run.linear, "A": _Run.activation, "D": _Run.dropout}
+@lru_cache(maxsize=64)
+def _is_plain(kinds: tuple[type[nn.Module], ...]) -> bool:
+    return _PLAIN.fullmatch("".join([_CODE.get(kind, "?") for kind in kinds])) is not None
 
 
-def _leaves(net: nn.Module) -> Iterator[nn.Module]:
+def _leaves(net: nn.Module) -> list[nn.Module]:
+    leaves: list[nn.Module] = []
     for module in net._modules.values():
-        if type(module) is nn.Sequential and _unhooked(module, ()):
-            yield from _leaves(module)
+        if type(module) is nn.Sequential and _runs_as_its_class(module):
+            leaves += _leaves(module)
         elif module is not None:
-            yield module
+            leaves.append(module)
+    return leaves
 
 
-def _unhooked(net: nn.Module, modules: Any) -> bool:
-    """Whether calling the modules runs their class's own forward and nothing else."""
-    if module_calls_are_observed():
-        return False
-    for module in (net, *modules):
-        if calls_are_observed(module):
+def _runs_as_its_class(module: nn.Module) -> bool:
+    """Whether calling it runs its class's own forward, and nothing else but what all modules' calls run."""
+    kind = type(module)
+    return not calls_are_observed(module) and "forward" not in module.__dict__ and kind.forward is _FORWARDS.get(kind)
+
+
+def _share_a_launch(layers: list[nn.Module], device: torch.device) -> bool:
+    """Whether all of them learn, with plain parameters of one dtype on the device."""
+    dtype = None
+    for layer in layers:
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if weight is None or weight.device != device:
             return False
-        if "forward" in module.__dict__ or type(module).forward is not _FORWARDS.get(type(module)):
-            return False
+        dtype = dtype or weight.dtype
+        for p in (weight, bias):
+            if p is not None and not (type(p) is nn.Parameter and p.requires_grad and p.dtype == dtype):
+                return False
     return True
-
-
-def _fits(layer: nn.Linear, first: Tensor) -> bool:
-    """Whether the layer learns, with plain parameters that share a launch with the first one's."""
-    for p in (layer.weight, layer.bias):
-        if p is not None and not (type(p) is nn.Parameter and p.requires_grad and p.dtype == first.dtype):
-            return False
-    return layer.weight.device == first.device
