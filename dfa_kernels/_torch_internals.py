@@ -66,7 +66,7 @@ def gradient_is_awaited(parameter: Tensor) -> bool:
 
 def add_each_(tensors: Sequence[Tensor], others: Sequence[Tensor], alpha: float) -> None:
     """tensor += alpha · other for each of them, in one call."""
-    torch._foreach_add_(tensors, others, alpha=alpha)
+    torch._foreach_add_(list(tensors), list(others), alpha=alpha)
 
 
 def map_tensors(change: Callable[[Any], Any], tree: Any, kind: type[Tensor] = Tensor) -> Any:

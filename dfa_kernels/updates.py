@@ -103,6 +103,11 @@ RULES: dict[str, UpdateRule] = {
 }
 
 
+def are_small(parameters: Sequence[Tensor]) -> bool:
+    """Whether the gradients of all of them together are stored at no cost."""
+    return sum([p.numel() for p in parameters]) <= SMALL
+
+
 def update_each_(
     rule: str, parameters: Sequence[Tensor], state: State, hyper: Hyper, gradients: Sequence[Tensor]
 ) -> None:

@@ -256,6 +256,18 @@ def test_parameter_groups(rule, options):
     assert not torch.equal(together.net[0].bias, apart.net[0].bias)
 
 
+@pytest.mark.parametrize("own", [{"lr": 0.03}, {"momentum": 0.9}, {"weight_decay": 0.2}], ids=str)
+def test_one_group_of_plain_sgd_differs(own):
+    """Small parameters are updated by one call only if one learning rate is all that there is."""
+
+    def prepare(model, optimizer):
+        (group,) = optimizer.param_groups
+        group["params"], last = group["params"][:4], group["params"][4:]
+        optimizer.add_param_group({"params": last, **own})
+
+    check(mlp, "sgd", {"lr": 0.1}, prepare=prepare)
+
+
 @both_paths
 @two_rules
 def test_momentum_in_one_group_only(rule, options):

@@ -149,6 +149,16 @@ def test_calls_are_observed(kind):
     assert _torch_internals.calls_are_observed(module)
 
 
+def test_add_each_():
+    """Sizes, dtypes and devices of the pairs are their own, and autograd sees that the tensors have changed."""
+    tensors = [torch.ones(3), torch.ones(2, 2, dtype=torch.float64), torch.ones(0)]
+    versions = [tensor._version for tensor in tensors]
+    _torch_internals.add_each_(tensors, [torch.arange(3.0), torch.eye(2), torch.ones(0)], -0.5)
+    assert tensors[0].tolist() == [1, 0.5, 0]
+    assert tensors[1].tolist() == [[0.5, 1], [1, 0.5]]
+    assert [tensor._version for tensor in tensors] == [version + 1 for version in versions]
+
+
 def test_map_tensors():
     """Else a network whose inputs are in dicts or named tuples would not be run on a batch of another size."""
     packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from copy import deepcopy
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class Residual(nn.Module):
 
 def plain() -> nn.Sequential:
     modules: list[nn.Module] = []
-    for before, after in zip(WIDTHS, WIDTHS[1:], strict=False):
+    for before, after in pairwise(WIDTHS):
         modules += [nn.Linear(before, after), nn.Tanh()]
     return nn.Sequential(*modules[:-1])
 
@@ -62,7 +63,7 @@ def variants(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[nn.Module,
     }
 
 
-def updated_by_hand(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+def updated_by_hand(net: nn.Sequential, x: Tensor, y: Tensor) -> list[Tensor]:
     """The parameters after one step, in float64, by the definition: δh = e Bᵀ for hidden layers, e for the last."""
     net, h = deepcopy(net).double(), x.double()
     *hidden, last = [module for module in net.modules() if isinstance(module, nn.Linear)]
@@ -76,10 +77,10 @@ def updated_by_hand(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
         b = dfa.Feedback().matrix(layer.out_features, error.shape[1]).double()
         torch.tanh(layer(x.detach())).backward(error @ b.T)
     last(h.detach()).backward(error)
-    return [p.detach() - LR * p.grad for p in net.parameters()]
+    return [p.detach() - LR * p.grad for p in net.parameters() if p.grad is not None]
 
 
-def check(net: nn.Module, x: Tensor, y: Tensor) -> None:
+def check(net: nn.Sequential, x: Tensor, y: Tensor) -> None:
     """AssertionError unless one step of each DFA variant is the definition's, to float32's precision."""
     expected = updated_by_hand(net, x, y)
     for name, (trained, step) in variants(net, x, y).items():

@@ -13,7 +13,7 @@ from ..activations import ACTIVATIONS
 from ..feedback.hadamard import hadamard_by_products
 from ..feedback.projection import project_by_torch
 from ..feedback.spec import FeedbackSpec
-from ..updates import RULES, SMALL, shares, update_each_
+from ..updates import RULES, are_small, shares, update_each_
 from .calls import LayerCall, TapsCall
 
 hadamard = hadamard_by_products
@@ -47,7 +47,7 @@ def layer_update_(
     call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
 ) -> None:
     """See `Backend.layer_update_`. No gradient outlives its layer's product, unless all together are small."""
-    if weights and sum([p.numel() for p in weights]) <= SMALL:
+    if weights and are_small(weights):
         update_each_(rule, weights, state, hyper, layer_grads(call, weights[0].dtype))
         return
     update = RULES[rule]
