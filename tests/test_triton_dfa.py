@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from triton_cases import DEVICE, watched
 
 import dfa_kernels as dfa
+from dfa_kernels.backends import torch_backend
+from dfa_kernels.backends.calls import TapsCall
 from dfa_kernels.backends.triton.launch import INTERPRETED
 from dfa_kernels.backward import deltas
 
@@ -147,6 +149,18 @@ def test_gradients_with_each_tap_in_its_turn(name: str, storage: str, monkeypatc
     assert seen.kernels == ["project_taps_kernel"] * (storage == "procedural") + ["strip"]
     assert f"e Uᵀ by {made}" in str(model.plan())
     assert_close([p.grad for p in model.parameters() if p.grad is not None], exact, same)
+
+
+def test_small_taps_in_their_turn_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """e Uᵀ is scaled for the widest tap, where float16 would lose what smaller ones need of it."""
+    monkeypatch.setattr(deltas, "WORTH_TURNS", -(2**40))
+    error = (torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) * 2e-4).half().to(DEVICE)
+    spec = dfa.Feedback("rademacher", "procedural").spec
+    call = TapsCall(error, [], spec, [8, 2048], [None] * 2, [None] * 2, ["identity"] * 2, [0.0] * 4)
+    exact = torch_backend.project_taps(call._replace(error=error.double()))
+    for found, wanted in zip(deltas.deltas("triton", call), reversed(exact), strict=True):
+        tiny = torch.finfo(torch.float16).tiny * torch.finfo(torch.float16).eps
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=tiny)
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "sparse", "uniform", "fastfood"])
