@@ -35,6 +35,8 @@ from dfa_kernels.backends.triton.transform import programs_ahead
 SOURCES = ("matrix", "signs", "sparse", "gaussian", "uniform", "rademacher", "sparse_seed", *BLOCKS, "projection")
 ERROR_SIZES = {"strip": 10, "two_phase": 1000, "project_taps": 1000, "deltas": 10, "grouped_gemm": 10}
 HADAMARD_LENGTHS = (2, 64, 256, 1024, 8192, 16384, 32768)
+# A row of one warp, and one that is loaded ahead.
+USUAL_LENGTHS = (1024, 32768)
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
@@ -65,6 +67,7 @@ def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
         if dtype != "fp16":
             several = replace(one, config=largest, rows=configs.strip[largest].rows)
             yield from (several, replace(several, rule="adamw"))
+        if dtype == "bf16" or (dtype != "fp16" and not usual_only):
             yield from (replace(one, rule=rule) for rule in ("sgd", "momentum"))
         if dtype in ("fp32", "bf16"):
             # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
@@ -194,7 +197,7 @@ def main() -> None:
     for case in cases(arguments.arch, arguments.usual):
         if arguments.select in case.name:
             tell(case, machine_code(case, arguments.arch, arguments.known))
-    for length in HADAMARD_LENGTHS:
+    for length in USUAL_LENGTHS if arguments.usual else HADAMARD_LENGTHS:
         for dtype in ("fp32", "bf16")[: 1 if arguments.usual else None]:
             case = Case("hadamard", 0, dtype, network=f"n={length}")
             if arguments.select in case.name:
