@@ -33,7 +33,7 @@ def _functions() -> Iterator[Callable[..., Any]]:
 
 
 T = Tensor
-PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
+ELEMENT_PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
     {torch.mul, torch.multiply, T.mul, T.mul_, T.multiply, T.multiply_, T.__mul__, T.__rmul__}
 )
 

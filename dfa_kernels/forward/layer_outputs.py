@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import CLAMP_MIN, CLAMPS
-from .elementwise import ELEMENTWISE, PRODUCTS
+from .elementwise import ELEMENT_PRODUCTS, ELEMENTWISE
 from .tensor_map import TensorMap
 from .weight_layers import Args, Call, Kwargs, WeightCall, replaced, tensors_in
 
@@ -170,7 +170,7 @@ class LayerOutputs:
     def gated(self, func: Call, args: Args, kwargs: Kwargs) -> list[Layer]:
         """The layers whose output, as it is, this call multiplies by numbers of the same shape."""
         tensors = list(tensors_in(args, kwargs))
-        if func not in PRODUCTS or len(tensors) != 2 or tensors[0].shape != tensors[1].shape:
+        if func not in ELEMENT_PRODUCTS or len(tensors) != 2 or tensors[0].shape != tensors[1].shape:
             return []
         layers = [self._results.get(x) for x in tensors]
         return [layer for layer in layers if layer is not None and layer.open]

@@ -173,6 +173,11 @@ def derivatives_of(activations: Sequence[str]) -> tuple[Derivatives, tuple[int, 
     return functions, tuple(names.index(name) for name in activations) or (0,)
 
 
+def product_tiles(config: TwoPhaseConfig | GemmConfig) -> dict[str, int]:
+    """What a kernel is told of its tiles of weight gradients."""
+    return dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m)
+
+
 def gradient_tiles(problem: GroupedProblem, config: StripConfig | TwoPhaseConfig | GemmConfig) -> int:
     tiles = 0
     for i, (width_in, width_out) in enumerate(zip(problem.widths_in, problem.widths_out, strict=True)):

@@ -9,7 +9,7 @@ from typing import Any
 from .configs import GemmConfig, ProjectionConfig, configs_for
 from .kernels.deltas import OUTPUT_UNITS, deltas
 from .kernels.grouped_gemm import grouped_gemm
-from .launch_plan import LaunchPlan, can_use_tma, fitted, gradient_tiles, grouped_arguments, that_fills
+from .launch_plan import LaunchPlan, can_use_tma, fitted, gradient_tiles, grouped_arguments, product_tiles, that_fills
 from .plan_wide import delta_layout
 from .problem import GroupedProblem, Projected, Target
 
@@ -100,10 +100,7 @@ def plan_grouped_gemm(
         parts=parts,
         total=total,
         TMA=layout.tma,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
+        **product_tiles(config),
     )
     return LaunchPlan(
         problem,
@@ -150,7 +147,7 @@ def _plan_deltas(
         COPY=layout.copy,
         SUM_ERROR=sum_error,
         WALK=walk,
-        HELD=projected.error_size if is_held(projected) else 0,
+        HELD=projected.error_size if keeps_columns(projected) else 0,
         GROUPS=groups,
         LAYERS=-(-hidden // groups) if walk else 1,
         BLOCK_U=config.block_u,
@@ -166,14 +163,14 @@ def _takes_registers(problem: GroupedProblem) -> bool:
     return not plain or problem.dropout_mask != 0 or problem.projected.error_size > MOST_PLAIN or problem.hidden > 4
 
 
-def is_held(projected: Projected) -> bool:
+def keeps_columns(projected: Projected) -> bool:
     """Whether the columns of U for all components of the error stay in the registers."""
     return projected.tile != "projection" and projected.error_size <= MOST_HELD
 
 
 def walks(projected: Projected) -> bool:
     """Whether P of a tile costs so little that programs walk over the batch, and serve a few layers each."""
-    return is_held(projected) or projected.tile == "projection"
+    return keeps_columns(projected) or projected.tile == "projection"
 
 
 def choose_configs(problem: GroupedProblem, target: Target) -> tuple[GemmConfig, ProjectionConfig]:

@@ -15,7 +15,7 @@ from .problem import GroupedProblem, Projected, Target, alignment
 LARGEST_HELD_ERROR = 64
 """Components of the error up to which a tile of U has them all; beyond, they come in blocks."""
 BLOCK_E = 32
-PRODUCTS = ("entries", "signs", "nonzeros")
+MULTIPLIED = ("entries", "signs", "nonzeros")
 """Tiles of U that the error is multiplied by, if they have all its components."""
 ROOMY_WARPS = 8
 
@@ -61,7 +61,7 @@ def fitted_strip(problem: GroupedProblem, config: StripConfig) -> StripConfig:
     projected, positions = problem.projected, max(problem.positions)
     block_m = max(config.block_m, fastfood_block(projected)) if projected.tile == "blocks" else config.block_m
     one_part = positions == 1 and projected.rows <= config.block_r
-    by_blocks = projected.tile in PRODUCTS and not is_held(projected)
+    by_blocks = projected.tile in MULTIPLIED and not is_held(projected)
     # Rows that begin anywhere are read number by number, each with an address of its own.
     aligned = rows_of_16_bytes(projected.dtype, _alignment(problem))
     plain = problem.rule == "store" and positions == 1 and not _is_regenerated(projected)
@@ -82,7 +82,7 @@ def row_parts(problem: GroupedProblem, fitted: StripConfig) -> int:
 
 def is_held(projected: Projected) -> bool:
     """Whether a tile of U has all components of the error."""
-    return projected.tile in PRODUCTS and projected.error_size <= LARGEST_HELD_ERROR
+    return projected.tile in MULTIPLIED and projected.error_size <= LARGEST_HELD_ERROR
 
 
 def chunks_of(problem: GroupedProblem, config: StripConfig, programs: int) -> tuple[int, ...]:

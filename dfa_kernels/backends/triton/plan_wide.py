@@ -7,7 +7,15 @@ from itertools import accumulate
 
 from .configs import TwoPhaseConfig, configs_for
 from .kernels.wide_networks import two_phase
-from .launch_plan import LaunchPlan, can_use_tma, fitted, gradient_tiles, grouped_arguments, rows_of_16_bytes
+from .launch_plan import (
+    LaunchPlan,
+    can_use_tma,
+    fitted,
+    gradient_tiles,
+    grouped_arguments,
+    product_tiles,
+    rows_of_16_bytes,
+)
 from .problem import GroupedProblem, Target, alignment
 
 
@@ -37,10 +45,7 @@ def plan_two_phase(problem: GroupedProblem, config: TwoPhaseConfig, target: Targ
         BLOCK_U=config.block_u,
         BLOCK_R=config.block_r,
         BLOCK_E=config.block_e,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
+        **product_tiles(config),
     )
     return LaunchPlan(
         problem,
