@@ -113,7 +113,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._ledger.make()
         else:
             # The gradients' products belong to the backward pass, which autocast does not reach either.
-            with without_autocast(call.weights[0].device):
+            with without_autocast(call.parameters[0].device):
                 self._update_fused(call)
         if self.max_norm is not None:
             torch.nn.utils.clip_grad_norm_([p for p, _, _ in self._with_gradient()], self.max_norm)
@@ -135,16 +135,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _update_fused(self, call: DeferredCall) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        if not groups.keys() >= {id(p) for p in call.weights}:
-            shapes = [tuple(p.shape) for p in call.weights if id(p) not in groups]
+        if not groups.keys() >= {id(p) for p in call.parameters}:
+            shapes = [tuple(p.shape) for p in call.parameters if id(p) not in groups]
             raise RuntimeError(
                 f"step: the model has parameters of shape {shapes} that this optimizer does not; its parameters were "
                 "replaced since, so make a new optimizer"
             )
-        state = [tensor for p in call.weights for tensor in self._own_state(p)] if self._state_names() else []
-        hyper = [number for p in call.weights for number in self._hyper(groups[id(p)], p)]
-        update_ = backends.BACKENDS[call.backend].layer_update_
-        update_(call.layers(), call.weights, state, self.rule, hyper)
+        state = [tensor for p in call.parameters for tensor in self._own_state(p)] if self._state_names() else []
+        hyper = [number for p in call.parameters for number in self._hyper(groups[id(p)], p)]
+        update_ = backends.BACKENDS[call.plan.backend].layer_update_
+        update_(call.layers(), call.parameters, state, self.rule, hyper)
 
     def _state_names(self) -> tuple[str, ...]:
         return RULES[self.rule].state

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfa_kernels as dfa
 from dfa_kernels.autocast import CASTS_LACK_GRAPHS
-from dfa_kernels.forward.sequence import plain_modules
+from dfa_kernels.forward.sequence import plain_sequence
 
 ACTIVATIONS = [
     nn.Tanh(), nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.1), nn.LeakyReLU(-0.5), nn.Sigmoid(), nn.GELU(),
@@ -55,7 +55,7 @@ def output_and_gradients(net: nn.Module, taps: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_equals_the_observed_pass(activation, dropout, taps):
     net = network(activation, dropout)
-    assert plain_modules(net, None, batch()[:1], {}) is not None
+    assert plain_sequence(net, None, batch()[:1], {}, None) is not None
     found = output_and_gradients(copy.deepcopy(net), taps)
     expected = output_and_gradients(Opaque(copy.deepcopy(net)), taps)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -157,19 +157,19 @@ def plain(*layers: nn.Module) -> nn.Sequential:
     ],
 )
 def test_leaves_other_networks_to_the_observed_pass(net):
-    assert plain_modules(net, None, (torch.zeros(2, 8),), {}) is None
+    assert plain_sequence(net, None, (torch.zeros(2, 8),), {}, None) is None
 
 
 def test_leaves_other_calls_to_the_observed_pass():
     net, x = plain(nn.Linear(8, 3)), torch.zeros(2, 8)
-    assert plain_modules(net, None, (x,), {}) is not None
-    assert plain_modules(net, None, (x,), {"mask": None}) is None
-    assert plain_modules(net, None, (x, x), {}) is None
-    assert plain_modules(net, None, (x.clone().requires_grad_(),), {}) is None
-    assert plain_modules(net, None, (x.to("meta"),), {}) is None
+    assert plain_sequence(net, None, (x,), {}, None) is not None
+    assert plain_sequence(net, None, (x,), {"mask": None}, None) is None
+    assert plain_sequence(net, None, (x, x), {}, None) is None
+    assert plain_sequence(net, None, (x.clone().requires_grad_(),), {}, None) is None
+    assert plain_sequence(net, None, (x.to("meta"),), {}, None) is None
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
-        assert plain_modules(net, None, (x,), {}) is None
+        assert plain_sequence(net, None, (x,), {}, None) is None
     finally:
         handle.remove()
 

@@ -7,7 +7,7 @@ and an activation may overwrite its pre-activation. The result is the same as a 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._torch_internals import calls_are_observed, module_calls_are_observed
 from ..activations import ACTIVATIONS, Activation, module_parameters
-from ..autocast import WithoutGraph
+from ..autocast import WithoutGraph, autocast_dtype
 from .segments import FusedLayer, Segment
 from .survey import row_count
 
@@ -33,21 +33,66 @@ _FORWARDS: dict[type[nn.Module], Any] = {kind: getattr(kind, "forward") for kind
 _PLAIN = re.compile("[FD]*(?:LD?AD?)+L")
 
 
-def plain_modules(
-    net: nn.Module, batch_dims: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[nn.Module] | None:
-    """The leaves of ``net`` if `run_sequence` may run them on ``args``, else None."""
+@dataclass(slots=True)
+class PlainSequence:
+    """The leaves of a network, and how they and the input looked in one pass.
+
+    A parameter is known by its id, which stays its own only as long as somebody keeps it.
+    """
+
+    leaves: list[nn.Module]
+    looks: list[Any]
+
+    def is_plain(self, x: Tensor, batch_dims: int | None) -> bool:
+        """Whether `run_sequence` may run it on x."""
+        kinds = "".join([_CODE[type(module)] for module in self.leaves])
+        if _PLAIN.fullmatch(kinds) is None:
+            return False
+        dims = x.dim() - sum([_dims_less(module, x.dim()) for module in self.leaves if type(module) is nn.Flatten])
+        if dims < 2 or row_count(dims, batch_dims) != dims - 1:
+            return False
+        return _share_a_launch([module for module in self.leaves if type(module) is nn.Linear], x.device)
+
+
+def plain_sequence(
+    net: nn.Module, batch_dims: int | None, args: tuple[Any, ...], kwargs: dict[str, Any], last: PlainSequence | None
+) -> PlainSequence | None:
+    """``net``, if `run_sequence` may run it on ``args``; what the last pass was given, if this one looks the same."""
     if type(net) is not nn.Sequential or kwargs or len(args) != 1 or torch.compiler.is_compiling():
         return None
-    x, modules = args[0], _leaves(net)
-    if not _is_plain(tuple([type(module) for module in modules])) or not isinstance(x, Tensor) or x.requires_grad:
+    x = args[0]
+    if not isinstance(x, Tensor) or x.requires_grad or module_calls_are_observed() or not _runs_as_its_class(net):
         return None
-    if module_calls_are_observed() or not (_runs_as_its_class(net) and all([*map(_runs_as_its_class, modules)])):
+    leaves = _leaves(net)
+    looks = _looks_of(leaves, x)
+    if looks is None:
         return None
-    dims = x.dim() - sum([_dims_less(module, x.dim()) for module in modules if type(module) is nn.Flatten])
-    if dims < 2 or row_count(dims, batch_dims) != dims - 1:
-        return None
-    return modules if _share_a_launch([m for m in modules if type(m) is nn.Linear], x.device) else None
+    if last is None or last.looks != looks:
+        last = PlainSequence(leaves, looks)
+        return last if last.is_plain(x, batch_dims) else None
+    return last
+
+
+def _looks_of(leaves: list[nn.Module], x: Tensor) -> list[Any] | None:
+    """All that a pass depends on beside values, in one frame; None if a leaf is not what the name of its class says."""
+    device = x.device
+    looks: list[Any] = [x.shape, x.dtype, device, autocast_dtype(device)]
+    for module in leaves:
+        kind = type(module)
+        if not _runs_as_its_class(module):
+            return None
+        looks.append(module)
+        if kind is nn.Linear:
+            for p in module._parameters.values():
+                if p is not None:
+                    looks += (id(p), p.shape, p.dtype, p.device, p.requires_grad)
+        elif (row := _ROW_OF_MODULE.get(kind)) is not None:
+            looks += module_parameters(row, module)
+        elif kind is nn.Dropout:
+            looks += (module.training, module.p)
+        else:
+            looks += (module.start_dim, module.end_dim)
+    return looks
 
 
 def run_sequence(
@@ -102,11 +147,6 @@ def _dropped_out(module: Any, x: Tensor, layer: FusedLayer | None) -> Tensor:
 def _dims_less(module: Any, dims: int) -> int:
     """How many dimensions fewer it leaves of so many."""
     return int(module.end_dim % dims - module.start_dim % dims)
-
-
-@lru_cache(maxsize=64)
-def _is_plain(kinds: tuple[type[nn.Module], ...]) -> bool:
-    return _PLAIN.fullmatch("".join([_CODE.get(kind, "?") for kind in kinds])) is not None
 
 
 def _leaves(net: nn.Module) -> list[nn.Module]:

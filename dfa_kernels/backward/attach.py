@@ -1,0 +1,110 @@
+"""The end of a forward pass: its output gets the nodes that turn its gradient into every segment's.
+
+The nodes hold everything that the segments saved, the module nothing, so passes may interleave, and several may be
+alive before their backward passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch_internals import gradient_is_awaited
+from ..feedback import Feedback
+from ..forward.record import Pass
+from ..forward.segments import FusedLayer, Segment
+from .deferred import Ledger
+from .layers_node import LayersNode
+from .node_plan import LayersPlan, layers_plan, sharing_layers, taps_plan
+from .taps_node import TapsNode
+
+
+def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
+    """The pass's output with its nodes. ledger: a fused optimizer's, which gets the linear layers' calls."""
+    if torch.compiler.is_compiling():
+        _meet_numbers(seen)
+    layers, others = sharing_layers(seen)
+    output = seen.output if seen.last is None else seen.output.detach()
+    if others:
+        plan, tensors = taps_plan(seen, others)
+        output = TapsNode.apply(plan, output, *tensors)
+    # A deferred call has no gradients for hooks that wait for them.
+    at_once = [layer for layer in layers if ledger is None or _is_awaited(layer)]
+    deferred = [layer for layer in layers if ledger is not None and not _is_awaited(layer)]
+    for group, owner in ((at_once, None), (deferred, ledger)):
+        if group:
+            output = _with_layers(output, *layers_plan(seen, group), owner)
+    return output
+
+
+def _meet_numbers(seen: Pass) -> float:
+    """Shows a compiler every number that the nodes' plans hold and that may vary from call to call.
+
+    The compiler of torch 2.10 confuses such numbers with each other if it first meets some in a backward pass, that of
+    2.13 loses those that it first meets in one of two nodes.
+    """
+    layers = [layer for layer in (seen.last, *[segment.layer for segment in seen.segments]) if layer is not None]
+    units = sum([math.prod(segment.units) for segment in seen.segments])
+    return units + sum([layer.p + layer.q for layer in layers]) + seen.feedback.gain
+
+
+def _is_awaited(layer: FusedLayer) -> bool:
+    """Whether somebody waits for a gradient of the layer's parameters."""
+    return gradient_is_awaited(layer.weight) or (layer.bias is not None and gradient_is_awaited(layer.bias))
+
+
+def _with_layers(output: Tensor, plan: LayersPlan, kept: Sequence[Tensor], ledger: Ledger | None) -> Tensor:
+    if not plan.parameters:
+        return output
+    attached: Tensor = LayersNode.apply(plan, ledger, output, *kept, *plan.parameters)
+    return attached
+
+
+@dataclass(slots=True)
+class Repeated:
+    """How passes end that look like an earlier one through the same plain sequence: all layers share one node."""
+
+    plan: LayersPlan
+    places: list[int]
+    """Where the plan's tensors, but those stored, stand among the layers' own."""
+    stored: list[Tensor]
+    widest: int
+    error_size: int
+    asked: tuple[str, int | None]
+    device: torch.device
+
+    def suits(self, feedback: Feedback, backend: str, batch_dims: int | None, ledger: Ledger | None) -> bool:
+        """Whether what a model was told is still the same, and nobody waits for a gradient that is to be deferred."""
+        if self.asked != (backend, batch_dims) or self.plan.feedback is not feedback.spec:
+            return False
+        stored = feedback.stored(self.widest, self.error_size, self.device)
+        if stored is not self.stored and (stored or self.stored):
+            return False
+        return ledger is None or not any([*map(gradient_is_awaited, self.plan.parameters)])
+
+    def attach(self, output: Tensor, segments: list[Segment], last: FusedLayer, ledger: Ledger | None) -> Tensor:
+        """`attach` for such a pass."""
+        own = _tensors_of([*[segment.layer for segment in segments], last])
+        return _with_layers(output, self.plan, [*[own[i] for i in self.places], *self.stored], ledger)
+
+
+def repeated(seen: Pass, backend: str, batch_dims: int | None) -> Repeated:
+    """For passes through a plain sequence that look like this one. backend, batch_dims: what its model was told."""
+    layers, _ = sharing_layers(seen)
+    plan, kept = layers_plan(seen, layers)
+    own = _tensors_of(layers)
+    places = [
+        next(i for i, tensor in enumerate(own) if tensor is each) for each in kept[: len(kept) - len(seen.stored)]
+    ]
+    widest = max(math.prod(segment.units) for segment in seen.segments)
+    return Repeated(plan, places, seen.stored, widest, seen.error_size, (backend, batch_dims), seen.output.device)
+
+
+def _tensors_of(layers: Sequence[Any]) -> list[Any]:
+    """Inputs, saved tensors and dropout masks (None where there are none) of fused layers."""
+    return [tensor for layer in layers for tensor in (layer.x, layer.saved, layer.dropout_mask)]
