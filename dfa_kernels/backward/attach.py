@@ -20,14 +20,15 @@ from ..forward.record import Pass
 from ..forward.segments import FusedLayer, Segment
 from .deferred import Ledger
 from .layers_node import LayersNode
-from .node_plan import LayersPlan, layers_plan, sharing_layers, taps_plan
+from .node_plan import LayersPlan, layers_plan, meet_numbers, sharing_layers, taps_plan
 from .taps_node import TapsNode
 
 
 def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
     """The pass's output with its nodes. ledger: a fused optimizer's, which gets the linear layers' calls."""
     if torch.compiler.is_compiling():
-        _meet_numbers(seen)
+        # The compiler of torch 2.13 loses a number of both nodes that it first meets in one of them.
+        meet_numbers(seen.feedback, [segment.units for segment in seen.segments], [])
     layers, others = sharing_layers(seen)
     output = seen.output if seen.last is None else seen.output.detach()
     if others:
@@ -40,17 +41,6 @@ def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
         if group:
             output = _with_layers(output, *layers_plan(seen, group), owner)
     return output
-
-
-def _meet_numbers(seen: Pass) -> float:
-    """Shows a compiler every number that the nodes' plans hold and that may vary from call to call.
-
-    The compiler of torch 2.10 confuses such numbers with each other if it first meets some in a backward pass, that of
-    2.13 loses those that it first meets in one of two nodes.
-    """
-    layers = [layer for layer in (seen.last, *[segment.layer for segment in seen.segments]) if layer is not None]
-    units = sum([math.prod(segment.units) for segment in seen.segments])
-    return units + sum([layer.p + layer.q for layer in layers]) + seen.feedback.gain
 
 
 def _is_awaited(layer: FusedLayer) -> bool:

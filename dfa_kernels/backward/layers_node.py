@@ -15,7 +15,7 @@ from .._torch_internals import backward_reaches, take_saved_tensors
 from ..autocast import without_autocast
 from .deferred import DeferredCall, Ledger
 from .first_order import refuse_second_order
-from .node_plan import LayersPlan, as_error, same
+from .node_plan import LayersPlan, as_error, meet_numbers, same
 
 
 class LayersNode(torch.autograd.Function):
@@ -27,6 +27,8 @@ class LayersNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: LayersPlan, ledger: Ledger | None, output: Tensor, *tensors: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            meet_numbers(plan.feedback, [], plan.numbers)
         ctx.plan, ctx.ledger = plan, ledger
         ctx.save_for_backward(*tensors[: plan.kept])
         return same(output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,14 @@ class LayersPlan:
             self.weight_grads,
             self.bias_grads,
         )
+
+
+def meet_numbers(feedback: FeedbackSpec, units: Iterable[Sequence[int]], numbers: Iterable[float]) -> float:
+    """Shows a compiler, in a forward pass, numbers that may vary from call to call and that a backward pass reads.
+
+    The compiler of torch 2.10 confuses them with each other if it first meets some in the backward pass.
+    """
+    return sum([math.prod(each) for each in units]) + sum(numbers) + feedback.gain
 
 
 def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, list[Tensor]]:

@@ -13,7 +13,7 @@ from ..autocast import without_autocast
 from ..backends.calls import TapsCall
 from .deltas import deltas
 from .first_order import refuse_second_order
-from .node_plan import ConvolutionSlot, TapsPlan, as_error, same
+from .node_plan import ConvolutionSlot, TapsPlan, as_error, meet_numbers, same
 
 
 class TapsNode(torch.autograd.Function):
@@ -24,6 +24,9 @@ class TapsNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: TapsPlan, output: Tensor, *tensors: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            units, slots = [root.units for root in plan.roots], plan.convolutions
+            meet_numbers(plan.feedback, units, [number for slot in slots for number in (slot.p, slot.q)])
         ctx.plan = plan
         ctx.save_for_backward(*(tensors[i] for i in plan.kept))
         return same(output)
