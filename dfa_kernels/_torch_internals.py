@@ -27,6 +27,13 @@ def backward_reaches(node: Any) -> bool:
         ) from error
 
 
+def apply_node(node: type[torch.autograd.Function], *args: Any) -> Any:
+    """``node.apply(*args)`` where no transform of torch.func is at work, without looking for traces of one."""
+    if torch.compiler.is_compiling():
+        return node.apply(*args)
+    return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
+
+
 def take_saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
     """Within a node's backward pass: its saved tensors, which only the caller keeps alive from then on.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch_internals import gradient_is_awaited
+from .._torch_internals import apply_node, gradient_is_awaited
 from ..feedback import Feedback
 from ..forward.record import Pass
 from ..forward.segments import FusedLayer, Segment
@@ -33,7 +33,7 @@ def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
     output = seen.output if seen.last is None else seen.output.detach()
     if others:
         plan, tensors = taps_plan(seen, others)
-        output = TapsNode.apply(plan, output, *tensors)
+        output = apply_node(TapsNode, plan, output, *tensors)
     # A deferred call has no gradients for hooks that wait for them.
     at_once = [layer for layer in layers if ledger is None or _is_awaited(layer)]
     deferred = [layer for layer in layers if ledger is not None and not _is_awaited(layer)]
@@ -51,7 +51,7 @@ def _is_awaited(layer: FusedLayer) -> bool:
 def _with_layers(output: Tensor, plan: LayersPlan, kept: Sequence[Tensor], ledger: Ledger | None) -> Tensor:
     if not plan.parameters:
         return output
-    attached: Tensor = LayersNode.apply(plan, ledger, output, *kept, *plan.parameters)
+    attached: Tensor = apply_node(LayersNode, plan, ledger, output, *kept, *plan.parameters)
     return attached
 
 

@@ -119,9 +119,9 @@ def project_unscaled(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int
     U.
     """
     dtype = _projected_dtype(error.dtype, spec)
-    if is_one_product(error.dtype, stored, spec):
-        return error.to(dtype) @ _rows(stored[0], size).T
-    return _project_in_blocks(error, stored, spec, size, dtype)
+    if not is_one_product(error.dtype, stored, spec):
+        return _project_in_blocks(error, stored, spec, size, dtype)
+    return (error if error.dtype is dtype else error.to(dtype)) @ _rows(stored[0], size).t()
 
 
 def _rows(matrix: Tensor, size: int) -> Tensor:

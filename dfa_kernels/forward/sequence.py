@@ -83,9 +83,12 @@ def _looks_of(leaves: list[nn.Module], x: Tensor) -> list[Any] | None:
             return None
         looks.append(module)
         if kind is nn.Linear:
-            for p in module._parameters.values():
-                if p is not None:
-                    looks += (id(p), p.shape, p.dtype, p.device, p.requires_grad)
+            # What else may change about parameters, a product refuses.
+            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+            if weight is not None:
+                looks += (id(weight), weight.requires_grad, weight.shape, weight.dtype)
+            if bias is not None:
+                looks += (id(bias), bias.requires_grad)
         elif (row := _ROW_OF_MODULE.get(kind)) is not None:
             looks += module_parameters(row, module)
         elif kind is nn.Dropout:
