@@ -28,6 +28,7 @@ class NumbersOnDevice:
         devices = {p.device for p in parameters}
         if len(devices) > 1:
             raise ValueError(f"capturable: the parameters are on {sorted(map(str, devices))}, expected one device")
+        _check_not_captured(parameters[0].device)
         self.layout = _layout(groups)
         self._rule = rule
         self._row_of = {p: i for i, p in enumerate(parameters)}
@@ -50,18 +51,14 @@ class NumbersOnDevice:
         """Brings the numbers of each group to its rows, but for those that are on the device already.
 
         Raises:
-            RuntimeError: under capture, if any has changed: the graph would bring it back at each of its replays.
+            RuntimeError: under capture, if any has changed.
         """
         for given, written, columns in zip(numbers, self._written, self._columns, strict=True):
             rate, *others = given
             on_host = None if _is_on_device(rate) else float(rate)
             for i, value in enumerate(self._rule.row(on_host, *others)):
                 if value is not None and value != written[i]:
-                    if torch.cuda.is_current_stream_capturing():
-                        raise RuntimeError(
-                            "capturable: param_groups have changed since the last step; call the optimizer's refresh() "
-                            "before a capture"
-                        )
+                    _check_not_captured(self.table.device)
                     columns[i].fill_(value)
                     written[i] = value
 
@@ -89,6 +86,20 @@ class NumbersOnDevice:
 
 def _layout(groups: list[dict[str, Any]]) -> list[list[tuple[int, torch.device, torch.dtype]]]:
     return [[(id(p), p.device, p.dtype) for p in group["params"]] for group in groups]
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether what is called on this device goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _check_not_captured(device: torch.device) -> None:
+    """What comes to the device under capture would come there again at each replay."""
+    if is_captured(device):
+        raise RuntimeError(
+            "capturable: param_groups have changed since the last step, or there was none; call the optimizer's "
+            "refresh() before a capture"
+        )
 
 
 def _is_on_device(number: object) -> bool:

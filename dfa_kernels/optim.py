@@ -24,7 +24,7 @@ from .autocast import without_autocast
 from .backends.calls import DeviceNumbers
 from .backward.deferred import DeferredCall, Ledger
 from .backward.lazy_gradient import LazyGradient
-from .numbers_on_device import NumbersOnDevice
+from .numbers_on_device import NumbersOnDevice, is_captured
 from .updates import RULES
 from .wrapper import DFA
 
@@ -199,8 +199,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As they are now, and the counts of steps there as well."""
         numbers = [self._numbers(group) for group in self.param_groups]
         if self._on_device is None or not self._on_device.suits(self.param_groups):
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("capturable: nothing is on the device yet; run a step or refresh() before a capture")
             self._on_device = NumbersOnDevice(RULES[self.rule], self.param_groups, numbers)
             for p, state in self.state.items():
                 if "step" in state:
@@ -308,7 +306,7 @@ class AdamW(FusedOptimizer):
         return [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
 
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
-        if p.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_captured(p.device):
             raise RuntimeError(
                 "AdamW counts its steps on the host, and a CUDA graph would repeat one of them; use capturable=True"
             )
