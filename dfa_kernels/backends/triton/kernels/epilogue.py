@@ -97,8 +97,10 @@ def _write(tensor, at, inside, value):
 def number(hyper, index):
     """One of the rule's numbers, from the launch's arguments or from memory."""
     if len(hyper) == 1:
-        return tl.load(hyper[0] + index)
-    return pick(hyper, index)
+        value = tl.load(hyper[0] + index)
+    else:
+        value = pick(hyper, index)
+    return value
 
 
 @triton.jit
@@ -140,8 +142,11 @@ def _adamw_step(hyper, first):
         row = hyper[0] + first
         rate, eps, count = tl.load(row), tl.load(row + 4), tl.load(row + 8)
         correction1, correction2 = complement(tl.load(row + 6) * count), complement(tl.load(row + 7) * count)
-        return 1 - rate * tl.load(row + 5), rate / correction1, tl.sqrt(correction2), eps
-    return pick(hyper, first), pick(hyper, first + 4), pick(hyper, first + 5), pick(hyper, first + 6)
+        shrink, step, correction = 1 - rate * tl.load(row + 5), rate / correction1, tl.sqrt(correction2)
+    else:
+        shrink, step = pick(hyper, first), pick(hyper, first + 4)
+        correction, eps = pick(hyper, first + 5), pick(hyper, first + 6)
+    return shrink, step, correction, eps
 
 
 @triton.jit
