@@ -55,7 +55,7 @@ class NumbersOnDevice:
         """
         for given, written, columns in zip(numbers, self._written, self._columns, strict=True):
             rate, *others = given
-            on_host = None if _is_on_device(rate) else float(rate)
+            on_host = None if is_on_device(rate) else float(rate)
             for i, value in enumerate(self._rule.row(on_host, *others)):
                 if value is not None and value != written[i]:
                     _check_not_captured(self.table.device)
@@ -65,7 +65,7 @@ class NumbersOnDevice:
     def copy_rates(self, numbers: Sequence[Numbers]) -> None:
         """Brings learning rates that are on the device to the rows. A captured graph does it at each of its replays."""
         for (rate, *_), columns in zip(numbers, self._columns, strict=True):
-            if _is_on_device(rate):
+            if is_on_device(rate):
                 columns[0].copy_(rate.reshape(()))
 
     def count(self, parameters: Sequence[Tensor]) -> None:
@@ -102,5 +102,6 @@ def _check_not_captured(device: torch.device) -> None:
         )
 
 
-def _is_on_device(number: object) -> bool:
+def is_on_device(number: object) -> bool:
+    """Whether it is a tensor whose value no host knows."""
     return isinstance(number, Tensor) and number.device.type != "cpu"

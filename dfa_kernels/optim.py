@@ -24,7 +24,7 @@ from .autocast import without_autocast
 from .backends.calls import DeviceNumbers
 from .backward.deferred import DeferredCall, Ledger
 from .backward.lazy_gradient import LazyGradient
-from .numbers_on_device import NumbersOnDevice, is_captured
+from .numbers_on_device import NumbersOnDevice, is_captured, is_on_device
 from .updates import RULES
 from .wrapper import DFA
 
@@ -109,6 +109,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if self.capturable:
             self._numbers_on_device()
+
+    def forget_counts(self) -> None:
+        """Makes the next update of parameters without state their first, as a dropped state elsewhere does."""
+        if self._on_device is not None and RULES[self.rule].counts:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if "step" not in self.state.get(p, {}):
+                        self._on_device.step_of(p).zero_()
+
+    def baked_options(self) -> tuple[Any, ...]:
+        """What a graph captured now keeps, whatever becomes of the options: everything else follows them."""
+        rates = [group["lr"] for group in self.param_groups]
+        table = None if self._on_device is None else self._on_device.table.data_ptr()
+        on_device = [rate.data_ptr() if is_on_device(rate) else None for rate in rates]
+        return self._state_names(), self.max_norm, table, *on_device
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Computes the deferred gradients and updates every parameter. Then no gradient is left, deferred or not.

@@ -96,11 +96,7 @@ def _write(tensor, at, inside, value):
 @triton.jit
 def number(hyper, index):
     """One of the rule's numbers, from the launch's arguments or from memory."""
-    if len(hyper) == 1:
-        value = tl.load(hyper[0] + index)
-    else:
-        value = pick(hyper, index)
-    return value
+    return tl.load(hyper[0] + index) if len(hyper) == 1 else pick(hyper, index)
 
 
 @triton.jit
