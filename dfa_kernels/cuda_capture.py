@@ -12,6 +12,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_OTHERS_MAY_LOAD_DATA = "thread_local"
+"""What other threads do meanwhile, those of a data loader say, is no reason for a capture to fail."""
+
 
 class WaitingError(RuntimeError):
     """Work that a graph is to hold waits for the device, where a graph's host is not there to go on."""
@@ -50,10 +53,9 @@ class CudaCapture:
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """What replays it, and its result, which each replay overwrites. Nothing runs yet."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads may load data meanwhile.
-        with torch.cuda.device(self._device), torch.cuda.graph(
-            graph, self._pool, self._stream, capture_error_mode="thread_local"
-        ):  # fmt: skip
+        capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=_OTHERS_MAY_LOAD_DATA)
+        # A capture that fails would leave its stream behind as the current one.
+        with torch.cuda.stream(self._stream), capture:
             result = work()
         return graph.replay, result
 

@@ -84,7 +84,9 @@ class GraphedStep:
         self._warm: Any = None
         self._lacks_state = False
         self._refused = False
-        self._graphs_hold: list[_Held] = []
+        # Where graphs find what they train: by whom it is held, under which name, and its address.
+        self._of_model: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        self._of_optimizer: list[tuple[Tensor, str, Tensor, int]] = []
         self._capture = capture_on(self.device)
         if self._capture is None:
             logger.info(
@@ -162,13 +164,12 @@ class GraphedStep:
         static_x, static_y = x.detach().clone(), y.detach().clone()
         replay, loss = capture.record(lambda: self._step(static_x, static_y))
         graph = self._graphs[key] = _Graph(static_x, static_y, replay, loss, kept)
-        self._graphs_hold = self._held()
+        self._remember()
         return graph
 
     def _warm_up(self, capture: CudaCapture, x: Tensor, y: Tensor) -> bool:
         """Runs some steps and puts back what they changed. Whether such a step can be captured."""
         before, random = TrainingState(self.model, self.optimizer, self.scaler), capture.random_state()
-        tensors = [id(tensor) for _, _, tensor in tensors_by_name(self.model)]
         try:
             with warnings.catch_warnings():
                 # torch.optim wonders at steps of a capturable optimizer that are not captured.
@@ -179,9 +180,10 @@ class GraphedStep:
         except WaitingError as error:
             self._give_up(str(error))
         finally:
-            self._lacks_state |= before.restore()
+            before.restore()
             capture.set_random_state(random)
-        if tensors != [id(tensor) for _, _, tensor in tensors_by_name(self.model)]:
+        self._lacks_state |= before.lost_state
+        if before.replaced_tensors:
             self._give_up("the model replaces its own parameters or buffers, which a graph would do only once")
         self._warm = self._key(x, y)
         return self._capture is not None
@@ -218,22 +220,26 @@ class GraphedStep:
                 f"{self.micro_batches} micro_batches"
             )
 
-    def _held(self) -> list[_Held]:
-        """Parameters, buffers and the optimizer's state, where they are now."""
-        of_model = tensors_by_name(self.model)
-        of_optimizer = [
-            (state, name, value) for state in self.optimizer.state.values() for name, value in state.items()
-        ]
-        return [(d, n, t, t.data_ptr()) for d, n, t in (*of_model, *of_optimizer) if isinstance(t, Tensor)]
+    def _remember(self) -> None:
+        self._of_model = [(*held, held[2].data_ptr()) for held in tensors_by_name(self.model)]
+        state = self.optimizer.state
+        held = [(p, name, t) for p, own in state.items() for name, t in own.items() if isinstance(t, Tensor)]
+        self._of_optimizer = [(*each, each[2].data_ptr()) for each in held]
 
     def _check_held(self) -> None:
-        for holder, name, tensor, address in self._graphs_hold:
+        for holder, name, tensor, address in self._of_model:
             if holder.get(name) is not tensor or tensor.data_ptr() != address:
-                raise RuntimeError(
-                    f"GraphedStep: {name!r}, a tensor of shape {tuple(tensor.shape)} of the model or the optimizer, "
-                    "was moved, cast, replaced or loaded anew since a graph was captured, which knows where it was; "
-                    "make a new GraphedStep"
-                )
+                self._refuse_moved(f"model's {name!r}", tensor)
+        state = self.optimizer.state
+        for p, name, tensor, address in self._of_optimizer:
+            if state.get(p, {}).get(name) is not tensor or tensor.data_ptr() != address:
+                self._refuse_moved(f"optimizer's {name!r}", tensor)
+
+    def _refuse_moved(self, what: str, tensor: Tensor) -> None:
+        raise RuntimeError(
+            f"GraphedStep: the {what}, of shape {tuple(tensor.shape)}, was moved, cast, replaced or loaded anew since "
+            "a graph was captured, which knows where it was; make a new GraphedStep"
+        )
 
 
 @dataclass
@@ -245,10 +251,6 @@ class _Graph:
     replay: Callable[[], None]
     loss: Tensor
     kept: list[Any]
-
-
-_Held = tuple[dict[str, Any], str, Tensor, int]
-"""Who holds a tensor, by which name, and its address."""
 
 
 def capture_on(device: torch.device) -> CudaCapture | None:
