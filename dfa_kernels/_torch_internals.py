@@ -93,6 +93,12 @@ def calls_are_observed(module: nn.Module) -> bool:
     )
 
 
+def tensors_by_name(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Every parameter and buffer, with the dictionary of its module in which it stands by that name."""
+    holders = [holder for each in module.modules() for holder in (each._parameters, each._buffers)]
+    return [(holder, name, tensor) for holder in holders for name, tensor in holder.items() if tensor is not None]
+
+
 def is_under_functorch() -> bool:
     """Whether a transform of torch.func (grad, vmap, …) runs what is called here."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -13,7 +13,7 @@ from ..feedback.hadamard import hadamard_by_products
 from ..feedback.projection import project_by_torch
 from ..feedback.spec import FeedbackSpec
 from ..updates import RULES, are_small, shares, update_each_
-from .calls import LayerCall, TapsCall
+from .calls import DeviceNumbers, LayerCall, TapsCall
 
 hadamard = hadamard_by_products
 
@@ -44,9 +44,21 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
 
 
 def layer_update_(
-    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
+    call: LayerCall,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rule: str,
+    hyper: Sequence[float] | DeviceNumbers,
 ) -> None:
-    """See `Backend.layer_update_`. No gradient outlives its layer's product, unless all together are small."""
+    """See `Backend.layer_update_`. No gradient outlives its layer's product, unless all together are small.
+
+    Or unless numbers are on the device, which torch's products take from the host.
+    """
+    if isinstance(hyper, DeviceNumbers):
+        grads = layer_grads(call, weights[0].dtype) if weights else []
+        for i, (p, own_state, grad) in enumerate(zip(weights, shares(state, len(weights)), grads, strict=True)):
+            RULES[rule].apply_row_(p, own_state, hyper.row(i), grad)
+        return
     if weights and are_small(weights):
         update_each_(rule, weights, state, hyper, layer_grads(call, weights[0].dtype))
         return
