@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_map_only
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def backward_reaches(node: Any) -> bool:
-    """Within a backward pass: whether it runs this node of the graph, which hands a gradient to a parameter."""
+def backward_reaches(nodes: Iterable[Any]) -> list[bool]:
+    """Within a backward pass: whether it runs these nodes of the graph, which hand parameters their gradients."""
     try:
-        return torch._C._will_engine_execute_node(node)
+        return [*map(torch._C._will_engine_execute_node, nodes)]
     except RuntimeError as error:
         raise RuntimeError(
             "torch.autograd.grad: it cannot go through a pass whose gradients a fused optimizer computes; use "
@@ -86,11 +86,9 @@ def module_calls_are_observed() -> bool:
     return bool(nn.modules.module._has_any_global_hook())
 
 
-def calls_are_observed(module: nn.Module) -> bool:
-    """Whether a hook waits for this module's calls or their gradients."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def call_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Where the module keeps the hooks that wait for its calls or their gradients, all its life."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def tensors_by_name(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:

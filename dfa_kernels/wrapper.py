@@ -6,7 +6,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .forward.reach import bypassed, warn_of_uncovered, warn_of_unknown
 from .forward.record import Pass, Watched, recorded
 from .forward.rows import RowDims
 from .forward.segments import FusedLayer, SegmentedPass
-from .forward.sequence import PlainSequence, plain_sequence, run_sequence
+from .forward.sequence import PlainSequence, plain_sequence
 from .forward.survey import Survey, survey
 from .forward.taps import OutputTap, Tap, TapInfo, TapPolicy, tap_names
 from .forward.weight_layers import WeightCall
@@ -194,21 +194,32 @@ class DFA(nn.Module):
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         check_not_recorded()
         ledger = self._ledger()
-        if self._policy.kind != "named" and self._output is None:
-            sequence = plain_sequence(self.net, self.batch_dims, args, kwargs, self._sequence)
-            if sequence is not self._sequence:
-                self._sequence, self._repeated = sequence, None
-            if sequence is not None:
-                return self._plain_pass(sequence, args[0], ledger)
+        sequence = self._as_sequence(args, kwargs)
+        if sequence is not None:
+            return self._plain_pass(sequence, args[0], ledger)
         return self._end(whole(self._observed, args, kwargs), ledger)
 
+    def _as_sequence(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PlainSequence | None:
+        """The network, if it is plain; the last pass's, as long as that holds."""
+        if kwargs or len(args) != 1 or self._policy.kind == "named" or self._output is not None:
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        # Not by the attribute: that of a module is slow to find.
+        net, x = cast(nn.Module, self._modules["net"]), args[0]
+        if self._sequence is None or not self._sequence.holds(net, x, self.batch_dims):
+            self._repeated = None
+            self._sequence = plain_sequence(net, x, self.batch_dims, self._policy.kind == "nonlinearity")
+        return self._sequence
+
     def _plain_pass(self, sequence: PlainSequence, x: Tensor, ledger: Ledger | None) -> Tensor:
-        output, segments, last = run_sequence(sequence.leaves, x, self._policy.kind == "nonlinearity")
+        output, own = sequence.run(x)
         ends = self._repeated
-        if ends is not None and ends.suits(self.feedback, self.backend, self.batch_dims, ledger):
-            return ends.attach(output, segments, last, ledger)
+        if ends is not None and ends.suits(self.feedback, self.backend, ledger):
+            return ends.attach(output, own, ledger)
+        segments, last = sequence.segments(own)
         seen = recorded(output, segments, last, self.feedback, self.backend, self.batch_dims, None, Watched())
-        self._repeated = repeated(seen, self.backend, self.batch_dims)
+        self._repeated = repeated(seen, own, self.backend)
         return self._end(seen, ledger)
 
     def _end(self, seen: Pass, ledger: Ledger | None) -> Tensor:

@@ -79,13 +79,10 @@ def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
     error, inputs, saved = call.error, call.inputs, call.saved
     if saved:
         sizes = [positions(h, error) * h.shape[1] for h in saved]
-        shared, dtype, numbers = (
-            shared_projection(error, call.stored, call.feedback, max(sizes)),
-            error.dtype,
-            call.parameters,
-        )
-        for i, tap in enumerate(zip(sizes, saved, call.dropout_mask, call.activations, strict=True)):
-            yield delta_of(shared, dtype, *tap, numbers[2 * i], numbers[2 * i + 1]), inputs[i]
+        shared = shared_projection(error, call.stored, call.feedback, max(sizes))
+        p, q = call.parameters[0::2], call.parameters[1::2]
+        for x, *tap in zip(inputs, sizes, saved, call.dropout_mask, call.activations, p, q, strict=False):
+            yield delta_of(shared, error.dtype, *tap), x
     for x in inputs[len(saved) :]:
         yield _as(error, x.dtype), x
 
@@ -132,7 +129,7 @@ def delta_of(
     if saved is None:
         return (values if values is shared.values else values * ratio).to(dtype)
     wide = saved if saved.dtype is values.dtype else saved.to(values.dtype)
-    if values.shape != saved.shape:
+    if saved.dim() != 2 or saved.shape[1] != size:
         values = values.reshape(saved.shape)
     # δ in the order of the saved tensor, which a convolution would bring it into. Compilers choose orders themselves:
     # asked for one in a backward pass, Dynamo traces that anew and leaves out that autocast is off.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from .._torch_internals import apply_node, gradient_is_awaited
 from ..feedback import Feedback
 from ..forward.record import Pass
-from ..forward.segments import FusedLayer, Segment
+from ..forward.segments import FusedLayer
 from .deferred import Ledger
 from .layers_node import LayersNode
 from .node_plan import LayersPlan, layers_plan, meet_numbers, sharing_layers, taps_plan
@@ -48,7 +47,7 @@ def _is_awaited(layer: FusedLayer) -> bool:
     return gradient_is_awaited(layer.weight) or (layer.bias is not None and gradient_is_awaited(layer.bias))
 
 
-def _with_layers(output: Tensor, plan: LayersPlan, kept: Sequence[Tensor], ledger: Ledger | None) -> Tensor:
+def _with_layers(output: Tensor, plan: LayersPlan, kept: Sequence[Tensor | None], ledger: Ledger | None) -> Tensor:
     if not plan.parameters:
         return output
     attached: Tensor = apply_node(LayersNode, plan, ledger, output, *kept, *plan.parameters)
@@ -65,36 +64,29 @@ class Repeated:
     stored: list[Tensor]
     widest: int
     error_size: int
-    asked: tuple[str, int | None]
+    asked: str
+    """The backend that the model was told."""
     device: torch.device
 
-    def suits(self, feedback: Feedback, backend: str, batch_dims: int | None, ledger: Ledger | None) -> bool:
+    def suits(self, feedback: Feedback, backend: str, ledger: Ledger | None) -> bool:
         """Whether what a model was told is still the same, and nobody waits for a gradient that is to be deferred."""
-        if self.asked != (backend, batch_dims) or self.plan.feedback is not feedback.spec:
+        if self.asked != backend or self.plan.feedback is not feedback.spec:
             return False
         stored = feedback.stored(self.widest, self.error_size, self.device)
         if stored is not self.stored and (stored or self.stored):
             return False
         return ledger is None or not any([*map(gradient_is_awaited, self.plan.parameters)])
 
-    def attach(self, output: Tensor, segments: list[Segment], last: FusedLayer, ledger: Ledger | None) -> Tensor:
-        """`attach` for such a pass."""
-        own = _tensors_of([*[segment.layer for segment in segments], last])
+    def attach(self, output: Tensor, own: list[Tensor | None], ledger: Ledger | None) -> Tensor:
+        """`attach` for such a pass, whose layers have these tensors of their own."""
         return _with_layers(output, self.plan, [*[own[i] for i in self.places], *self.stored], ledger)
 
 
-def repeated(seen: Pass, backend: str, batch_dims: int | None) -> Repeated:
-    """For passes through a plain sequence that look like this one. backend, batch_dims: what its model was told."""
+def repeated(seen: Pass, own: list[Tensor | None], backend: str) -> Repeated:
+    """For passes through a plain sequence that look like this one, whose layers have these tensors of their own."""
     layers, _ = sharing_layers(seen)
     plan, kept = layers_plan(seen, layers)
-    own = _tensors_of(layers)
-    places = [
-        next(i for i, tensor in enumerate(own) if tensor is each) for each in kept[: len(kept) - len(seen.stored)]
-    ]
+    passing = kept[: len(kept) - len(seen.stored)]
+    places = [next(i for i, tensor in enumerate(own) if tensor is each) for each in passing]
     widest = max(math.prod(segment.units) for segment in seen.segments)
-    return Repeated(plan, places, seen.stored, widest, seen.error_size, (backend, batch_dims), seen.output.device)
-
-
-def _tensors_of(layers: Sequence[Any]) -> list[Any]:
-    """Inputs, saved tensors and dropout masks (None where there are none) of fused layers."""
-    return [tensor for layer in layers for tensor in (layer.x, layer.saved, layer.dropout_mask)]
+    return Repeated(plan, places, seen.stored, widest, seen.error_size, backend, seen.output.device)

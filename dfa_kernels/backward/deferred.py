@@ -39,6 +39,9 @@ class DeferredCall:
 
     def check_versions(self) -> None:
         """RuntimeError if a tensor that the call needs was overwritten since its backward pass."""
+        found = [tensor._version for tensor in self.tensors]
+        if found == self.versions:
+            return
         for tensor, version in zip(self.tensors, self.versions, strict=True):
             if tensor._version != version:
                 raise RuntimeError(
@@ -81,13 +84,13 @@ class Ledger:
 
     def take_whole(self) -> DeferredCall | None:
         """The only call, if it is all of its parameters' gradients, and each one's once; then none is owed any more."""
-        if len(self.calls) != 1 or not self._all_stand():
+        if len(self.calls) != 1 or self.calls[0].plan.has_shared or not self._all_stand():
             return None
-        (call,) = self.calls
-        if call.plan.has_shared:
-            return None
+        call = self.calls[0]
         call.check_versions()
-        self.clear()
+        self.calls.clear()
+        for p in call.parameters:
+            p.grad = None
         return call
 
     def clear(self) -> None:
@@ -109,9 +112,14 @@ class Ledger:
         if held is not None:
             return kept if held is kept else None
         # One that somebody kept from an earlier pass must not turn into the gradient of this one.
-        if kept is None or sys.getrefcount(kept) != _REFERENCES_BY_DICTIONARY_AND_NAME or not kept.suits(p):
-            kept = self._stand_ins[id(p)] = LazyGradient(p, self.make)
-        p.grad = kept
+        if kept is not None and sys.getrefcount(kept) == _REFERENCES_BY_DICTIONARY_AND_NAME:
+            try:
+                p.grad = kept
+                return kept
+            except RuntimeError:
+                # Of a parameter that has moved, or was cast.
+                pass
+        p.grad = kept = self._stand_ins[id(p)] = LazyGradient(p, self.make)
         return kept
 
     def _all_stand(self) -> bool:

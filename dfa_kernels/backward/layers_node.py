@@ -59,7 +59,7 @@ def _defer(ctx: Any, gradient: Tensor) -> None:
         raise RuntimeError("gradients cannot be deferred by a compiler")
     # torch.autograd.grad and backward(inputs=…) may pass here on their way to something else than the parameters.
     count = len(plan.parameters)
-    reached = [backward_reaches(node) for node, _ in ctx.next_functions[-count:]]
+    reached = backward_reaches([node for node, _ in ctx.next_functions[-count:]])
     if all(reached):
         ctx.ledger.add(DeferredCall(plan, (*kept, as_error(gradient, plan.batch_dims))))
     elif any(reached):
