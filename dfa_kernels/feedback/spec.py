@@ -6,7 +6,7 @@ import json
 import math
 import operator
 from dataclasses import dataclass, field, fields
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class FeedbackSpec:
             raise ValueError(f"nonzeros is for kind 'sparse', got nonzeros={self.nonzeros!r} for {self.kind!r}")
         return check_integer("nonzeros", self.nonzeros, 1)
 
-    @cached_property
+    @property
     def row(self) -> Kind:
         """What the table of kinds says of this one."""
         return FEEDBACK_KINDS[self.kind]
