@@ -73,10 +73,9 @@ def parameter_before(anything, at, inside, parameter, RULE: tl.constexpr):
 def velocity_before(anything, at, inside, velocity, hyper, first, RULE: tl.constexpr):
     """The same of its velocity in half precision. Any other state is read last: a tile more than registers hold."""
     before = anything
-    if RULE == "momentum":
-        if velocity.dtype.element_ty.primitive_bitwidth == 16:
-            wanted = tl.where(pick(hyper, first + 2) != 0, inside, False)
-            before = tl.load(velocity + at, mask=wanted, other=0.0)
+    if RULE == "momentum" and velocity.dtype.element_ty.primitive_bitwidth == 16:
+        wanted = tl.where(pick(hyper, first + 2) != 0, inside, False)
+        before = tl.load(velocity + at, mask=wanted, other=0.0)
     return before
 
 
