@@ -211,6 +211,7 @@ BY_DESCRIPTORS: dict[str, dict[str, Any]] = {
     "no output layer": {"output_width": None, "wanted": ([True] * 2, [True] * 2)},
     "offset": {"layers": [dict(layer, layout="offset") for layer in ALIGNED]},
     "only biases": {"wanted": ([False] * 3, [True] * 3)},
+    "alike": {"layers": ALIGNED[1:] * 4, "wanted": ([True] * 5, [True] * 3 + [False, True])},
     "sixteen layers": {"layers": ALIGNED[1:] * 15, "wanted": ([True] * 16, [True] * 16)},
 }
 
