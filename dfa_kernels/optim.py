@@ -11,7 +11,7 @@ GradScaler, a print); the step then goes on from the gradients, as after any bac
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -189,12 +189,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "both or neither"
             )
 
-    @torch.no_grad()
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with torch.no_grad():
+            self._update()
+        return loss
+
+    def _update(self) -> None:
         on_device = self._numbers_on_device() if self.capturable else None
         if on_device is not None:
             on_device.copy_rates([self._numbers(group) for group in self.param_groups])
@@ -203,17 +207,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._ledger.make()
         else:
             # The gradients' products belong to the backward pass, which autocast does not reach either.
-            with without_autocast(call.weights[0].device):
-                self._update_fused(call, on_device)
+            with without_autocast(call.parameters[0].device):
+                done = self._update_fused(call, on_device)
+            if done:
+                return
         if self.max_norm is not None:
             torch.nn.utils.clip_grad_norm_([p for p, _, _ in self._with_gradient()], self.max_norm)
         if on_device is not None:
             self._update_from_device(on_device)
-            return loss
+            return
         for p, gradient, group in self._with_gradient():
             RULES[self.rule].apply_(p, self._own_state(p), self._hyper(group, p), gradient)
             p.grad = None
-        return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
@@ -233,23 +238,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             RULES[self.rule].apply_row_(p, self._own_state(p), on_device.row(p), gradient)
             p.grad = None
 
-    def _update_fused(self, call: DeferredCall, on_device: NumbersOnDevice | None) -> None:
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        if not groups.keys() >= {id(p) for p in call.weights}:
-            shapes = [tuple(p.shape) for p in call.weights if id(p) not in groups]
+    def _update_fused(self, call: DeferredCall, on_device: NumbersOnDevice | None) -> bool:
+        """Returns whether these were all parameters."""
+        parameters, known = call.parameters, [id(p) for group in self.param_groups for p in group["params"]]
+        if not set(known).issuperset(map(id, parameters)):
+            shapes = [tuple(p.shape) for p in parameters if id(p) not in known]
             raise RuntimeError(
                 f"step: the model has parameters of shape {shapes} that this optimizer does not; its parameters were "
                 "replaced since, so make a new optimizer"
             )
-        state = [tensor for p in call.weights for tensor in self._own_state(p)] if self._state_names() else []
+        state = [tensor for p in parameters for tensor in self._own_state(p)] if self._state_names() else []
         hyper: list[float] | DeviceNumbers
         if on_device is None:
-            hyper = [number for p in call.weights for number in self._hyper(groups[id(p)], p)]
+            hyper = self._hyper_of_each(parameters)
         else:
-            on_device.count(call.weights)
-            hyper = on_device.rows(call.weights)
-        update_ = backends.BACKENDS[call.backend].layer_update_
-        update_(call.layers(), call.weights, state, self.rule, hyper)
+            on_device.count(parameters)
+            hyper = on_device.rows(parameters)
+        update_ = backends.BACKENDS[call.plan.backend].layer_update_
+        update_(call.layers(), parameters, state, self.rule, hyper)
+        return len(parameters) == len(known)
 
     def _state_names(self) -> tuple[str, ...]:
         return RULES[self.rule].state
@@ -261,6 +268,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
         """The numbers that the rule unpacks, for the update of ``p`` that is about to run."""
         return list(map(float, self._numbers(group)))
+
+    def _hyper_of_each(self, parameters: Sequence[Tensor]) -> list[float]:
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        return [number for p in parameters for number in self._hyper(groups[id(p)], p)]
 
     def _numbers_on_device(self) -> NumbersOnDevice:
         """As they are now, and the counts of steps there as well."""
@@ -339,6 +350,11 @@ class SGD(FusedOptimizer):
 
     def _numbers(self, group: dict[str, Any]) -> list[Any]:
         return [group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]]
+
+    def _hyper_of_each(self, parameters: Sequence[Tensor]) -> list[float]:
+        if len(self.param_groups) > 1:
+            return super()._hyper_of_each(parameters)
+        return self._hyper(self.param_groups[0], parameters[0]) * len(parameters)
 
 
 class AdamW(FusedOptimizer):
