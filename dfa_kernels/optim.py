@@ -5,7 +5,8 @@ in the optimizer's ledger instead of writing ``.grad``; `step()` runs the calls 
 that autograd finishes (batch norm, convolutions …) hold a ``.grad`` as usual and are updated by the same rule.
 
 What stands in ``.grad`` of a fused layer meanwhile computes the gradient as soon as anybody uses it (clipping, a
-GradScaler, a print); the step then goes on from the gradients, as after any backward pass.
+GradScaler, a print); the step then goes on from the gradients, as after any backward pass. So it does under a compiler,
+where nothing is put off.
 """
 
 from __future__ import annotations
