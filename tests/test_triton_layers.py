@@ -256,7 +256,7 @@ def test_a_compiled_kernel_takes_descriptors_as_they_are(monkeypatch: pytest.Mon
     with forced("grouped_gemm", capability=90):
         triton_backend.layer_grads(call.arguments(), torch.float32)
     (plan, _, tensors, hyper), compiled = started[-1], Recorded()
-    monkeypatch.setitem(plan.compiled, 0, compiled)
+    monkeypatch.setitem(plan.compiled, 0, compiled[plan.programs, 1, 1])
     launch._launch(plan, 0, tensors, hyper)
     given = dict(zip(plan.kernel.arg_names, compiled[plan.programs, 1, 1], strict=True))
     assert [given["delta"], given["x0"], given["x15"]] == [tensors[0], tensors[3], tensors[18]]
