@@ -1,0 +1,259 @@
+"""The operators: each looks at its call, gets a plan for what it looks like, and has the library run it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ..._torch_internals import raw_stream
+from ...updates import RULES
+from .. import torch_backend
+from ..calls import LayerCall, TapsCall, encoded
+from .arguments import MOST_LAYERS, Arguments
+from .library import Library, library, why_not
+from .plan import Plan, Target, looks_of, plan_layers, plan_taps, split, taps_looks
+
+# A library that runs on the CPU has as many multiprocessors and as much shared memory as this.
+EMULATED = Target(80, 4, 64 * 1024)
+
+
+def check_device(device: torch.device) -> None:
+    """ValueError for a device on which the library cannot run."""
+    if missing := why_not():
+        raise ValueError(f"backend: 'cuda' is not available: {missing}; or use 'auto' or 'torch'")
+    if library().on_host:
+        if device.type == "cpu":
+            return
+    elif device.type == "cuda":
+        if missing := why_not(target_of(device).capability):
+            raise ValueError(f"backend: 'cuda' cannot run on {device}: {missing}; or use 'auto' or 'torch'")
+        return
+    raise ValueError(f"backend: 'cuda' got tensors on {device}, expected cuda; on a CPU use 'auto' or 'torch'")
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """What to plan for on this device."""
+    if device.type != "cuda":
+        return EMULATED
+    properties = torch.cuda.get_device_properties(device)
+    return Target(
+        properties.major * 10 + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor,
+    )
+
+
+def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of every fused linear layer; see `Backend.layer_grads`."""
+    if torch.compiler.is_compiling():
+        grads: list[Tensor] = torch.ops.dfa_kernels.layer_grads(*encoded(call), dtype)
+        return grads
+    device = call.error.device
+    check_device(device)
+    if len(call.inputs) > MOST_LAYERS:
+        return [gradient for part in split(call) for gradient in layer_grads(part, dtype)]
+    plan = plan_layers(looks_of(call, dtype, "store"), target_of(device))
+    if plan.reason:
+        return torch_backend.layer_grads(call, dtype)
+    gradients = [torch.empty(shape, dtype=dtype, device=device) for shape in plan.shapes]
+    _run_layers(plan, call, gradients, (), None)
+    return gradients
+
+
+def layer_update_(
+    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
+) -> None:
+    """Gradients and the optimizer's update in one go; see `Backend.layer_update_`.
+
+    Nothing that the gradients are computed from may share memory with weights or state, nor these with each other.
+    """
+    if not weights:
+        return
+    device = call.error.device
+    check_device(device)
+    if len(call.inputs) > MOST_LAYERS:
+        _update_in_parts(call, weights, state, rule, hyper)
+        return
+    changed = [*weights, *state]
+    kernel_rule = (state and RULES[rule].with_state) or rule
+    numbers, sets = _numbers_and_sets(RULES[kernel_rule].tile_numbers, hyper, len(weights))
+    plan = plan_layers(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(device))
+    if plan.reason:
+        torch_backend.layer_update_(call, weights, state, rule, hyper)
+        return
+    _run_layers(plan, call, weights, state, _on_device(numbers, device))
+    torch.autograd.graph.increment_version(changed)
+
+
+def _update_in_parts(
+    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
+) -> None:
+    first, each, numbers = 0, len(state) // len(weights), len(hyper) // len(weights)
+    for part in split(call):
+        end = first + sum(part.weight_grads) + sum(part.bias_grads)
+        own_state, own_hyper = state[first * each : end * each], hyper[first * numbers : end * numbers]
+        layer_update_(part, weights[first:end], own_state, rule, own_hyper)
+        first = end
+
+
+def _run_layers(
+    plan: Plan, call: LayerCall, destinations: Sequence[Tensor], state: Sequence[Tensor], hyper: Tensor | None
+) -> None:
+    """destinations: of the gradients, in the operators' order; state: an equal number of tensors for each of them."""
+    if plan.arguments is None:
+        return
+    error, stored = _projection_tensors(plan, call.error, call.stored)
+    inputs, saved = [_dense(x) for x in call.inputs], [_dense(h) for h in call.saved]
+    masks = [None if mask is None else _dense(mask) for mask in call.dropout_mask]
+    sums = error.new_empty(plan.sums, dtype=torch.float32) if plan.sums else None
+    deltas = error.new_empty(plan.delta_numbers, dtype=plan.dtype) if plan.delta_numbers else None
+    first_delta, size = (0, 0) if deltas is None else (deltas.data_ptr(), plan.dtype.itemsize)
+    each, hidden = len(state) // len(destinations), len(saved)
+    addresses = [error.data_ptr(), _address(stored), _address(sums), _address(hyper)]
+    for i, (x, weight, bias) in enumerate(zip(inputs, plan.weights, plan.biases, strict=True)):
+        is_hidden = i < hidden
+        addresses += (
+            x.data_ptr(),
+            saved[i].data_ptr() if is_hidden else 0,
+            _address(masks[i]) if is_hidden else 0,
+            first_delta + plan.delta_offsets[i] * size if size else 0,
+        )
+        for parameter in (weight, bias):
+            addresses.append(0 if parameter < 0 else destinations[parameter].data_ptr())
+        for parameter in (weight, bias):
+            for which in range(2):
+                there = parameter >= 0 and which < each
+                addresses.append(state[parameter * each + which].data_ptr() if there else 0)
+    _run(plan, addresses, call.error.device)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _run(plan: Plan, addresses: list[int], device: torch.device) -> None:
+    """On the current stream of the device that the tensors are on."""
+    assert plan.arguments is not None
+    # The plan's own are everybody's, on whichever thread autograd runs.
+    arguments = Arguments.from_buffer_copy(plan.arguments)
+    plan.pack(arguments, 0, *addresses)
+    _on_stream(device, lambda there, stream: there.run(arguments, stream))
+
+
+def _on_stream(device: torch.device, call: Callable[[Library, int], None]) -> None:
+    if device.type != "cuda":
+        call(library(), 0)
+    elif device.index == torch.cuda.current_device():
+        call(library(), raw_stream(device.index))
+    else:
+        with torch.cuda.device(device):
+            call(library(), raw_stream(device.index))
+
+
+def _projection_tensors(plan: Plan, error: Tensor, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The error, and what the kernels read beside it: U or P."""
+    if plan.source == "projection" and plan.widest:
+        return error, _dense(torch_backend.shared_projection(error, stored, plan.feedback, plan.widest).values.float())
+    return error, stored[0] if plan.source == "matrix" and stored else None
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, its elements one after the other."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The one dtype of what is updated in place; None if there are several, or gaps in memory."""
+    dtype = tensors[0].dtype
+    return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None
+
+
+def _numbers_and_sets(
+    numbers_of: Callable[..., tuple[float, ...]], hyper: Sequence[float], parameters: int
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The numbers that a rule's kernel reads, and where in them each parameter's set begins."""
+    each, hyper = len(hyper) // parameters, list(map(float, hyper))
+    if hyper == hyper[:each] * parameters:
+        return numbers_of(*hyper[:each]), ()
+    firsts: dict[tuple[float, ...], int] = {}
+    sets = []
+    for first in range(0, len(hyper), each):
+        numbers = numbers_of(*hyper[first : first + each])
+        sets.append(firsts.setdefault(numbers, len(firsts) * len(numbers)))
+    return tuple(chain.from_iterable(firsts)), tuple(sets)
+
+
+_numbers: dict[tuple[torch.device, int], tuple[tuple[float, ...], Tensor]] = {}
+
+
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """The numbers where kernels read them; written only if they changed since the last call on this stream.
+
+    A graph under capture gets its own, written by the graph.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    key = device, raw_stream(device.index) if device.type == "cuda" else 0
+    if not capturing and key in _numbers and _numbers[key][0] == numbers:
+        return _numbers[key][1]
+    made = torch.empty(len(numbers), dtype=torch.float32, device=device)
+    values = (ctypes.c_float * len(numbers))(*numbers)
+    _on_stream(device, lambda there, stream: there.write_numbers(made.data_ptr(), values, stream))
+    if not capturing:
+        _numbers[key] = numbers, made
+    return made
+
+
+def project_taps(call: TapsCall) -> list[Tensor]:
+    """δ of every tap; see `Backend.project_taps`."""
+    if torch.compiler.is_compiling():
+        deltas: list[Tensor] = torch.ops.dfa_kernels.project_taps(*encoded(call))
+        return deltas
+    error = call.error
+    check_device(error.device)
+    if len(call.sizes) > MOST_LAYERS:
+        return project_taps(some_taps(call, 0, MOST_LAYERS)) + project_taps(some_taps(call, MOST_LAYERS, None))
+    saved = [None if h is None else _ordered(h) for h in call.saved]
+    plan = plan_taps(taps_looks(call._replace(saved=saved)), target_of(error.device))
+    if plan.reason:
+        return torch_backend.project_taps(call)
+    masks = [m if m is None or h is None else _like(m, h) for m, h in zip(call.dropout_mask, saved, strict=True)]
+    results = [
+        error.new_empty((error.shape[0], size)) if h is None else torch.empty_like(h)
+        for size, h in zip(call.sizes, saved, strict=True)
+    ]
+    error, stored = _projection_tensors(plan, error, call.stored)
+    addresses = [error.data_ptr(), _address(stored), 0, 0]
+    for h, mask, result in zip(saved, masks, results, strict=True):
+        addresses += (0, _address(h), _address(mask), result.data_ptr(), 0, 0, 0, 0, 0, 0)
+    _run(plan, addresses, call.error.device)
+    return results
+
+
+def some_taps(call: TapsCall, first: int, end: int | None) -> TapsCall:
+    """The call for some of its taps."""
+    here = slice(first, end)
+    return call._replace(
+        sizes=call.sizes[here],
+        saved=call.saved[here],
+        dropout_mask=call.dropout_mask[here],
+        activations=call.activations[here],
+        parameters=call.parameters[2 * first : None if end is None else 2 * end],
+    )
+
+
+def _ordered(saved: Tensor) -> Tensor:
+    """saved, in one of the two orders the kernel knows: contiguous, or channels last."""
+    if saved.is_contiguous() or (saved.dim() >= 3 and saved.movedim(1, -1).is_contiguous()):
+        return saved
+    return saved.contiguous()
+
+
+def _like(mask: Tensor, saved: Tensor) -> Tensor:
+    """mask, in the order of saved."""
+    return mask if mask.stride() == saved.stride() else torch.empty_like(saved).copy_(mask)

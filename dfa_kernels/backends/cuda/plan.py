@@ -1,0 +1,386 @@
+"""Which launches a call takes: from what it looks like to the library's arguments, complete but for the addresses.
+
+Plans are saved: in every step the looks are read and compared, nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...feedback.spec import FeedbackSpec
+from ..calls import LayerCall, TapsCall
+from .arguments import (
+    ACTIVATIONS,
+    DTYPES,
+    MOST_LAYERS,
+    POINTERS,
+    RULES,
+    SHARED_POINTERS,
+    SOURCES,
+    TASKS,
+    Arguments,
+    arguments_of,
+)
+from .library import library
+
+LARGEST_STRIP_ERROR = 64
+"""Components of the error up to which every strip makes P anew. Estimated, not measured."""
+MOST_RESIDENT = 3
+"""Strips on a multiprocessor at once, by their registers."""
+STRIP, WIDE, UNITS, DELTA_ROWS = 64, 128, 64, 64
+"""Sides of the tiles of `csrc/`: of gradients, by strips and by grouped products, and of P."""
+OLDEST_FOR_BFLOAT16 = 80
+ALIGNMENT = 16
+"""Bytes to whose multiples every layer's δ is aligned in the workspace."""
+
+
+class Target(NamedTuple):
+    """The GPU a plan is for."""
+
+    capability: int
+    multiprocessors: int
+    shared: int
+    """Bytes of shared memory that a multiprocessor has."""
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of it that the driver takes from every program."""
+        return 1024 if self.capability >= 80 else 0
+
+
+class ErrorLooks(NamedTuple):
+    """All of the error and of the feedback that decides what runs; plain values, cheap to hash."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    feedback: FeedbackSpec
+    is_stored: bool
+    is_elsewhere: bool
+    """Whether what is stored is on another device than the error."""
+
+
+class Looks(NamedTuple):
+    """All of a call of `layer_grads` or `layer_update_` that decides its plan."""
+
+    error: ErrorLooks
+    inputs: tuple[torch.Size, ...]
+    saved: tuple[torch.Size, ...]
+    dtypes: frozenset[torch.dtype]
+    """Of the activations."""
+    activations: tuple[str, ...]
+    parameters: tuple[float, ...]
+    weight_grads: tuple[bool, ...]
+    bias_grads: tuple[bool, ...]
+    dtype: torch.dtype | None
+    """Of the parameters; None if they differ in it or have gaps in memory."""
+    rule: str
+    sets: tuple[int, ...]
+    """Where each parameter's numbers for the rule begin; empty if all share one set."""
+
+
+class TapsLooks(NamedTuple):
+    """All of a call of `project_taps` that decides its plan."""
+
+    error: ErrorLooks
+    sizes: tuple[int, ...]
+    channels: tuple[int, ...]
+    channels_last: tuple[bool, ...]
+    dtypes: frozenset[torch.dtype]
+    activations: tuple[str, ...]
+    parameters: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of the library takes, but for the addresses; without arguments the torch backend, for a reason."""
+
+    arguments: Arguments | None = None
+    reason: str = ""
+    task: str = ""
+    why: str = ""
+    feedback: FeedbackSpec = field(default_factory=FeedbackSpec)
+    source: str = ""
+    dtype: torch.dtype = torch.float32
+    """Of the activations."""
+    widest: int = 0
+    """Units of the widest tap: rows of U that are needed."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of the gradients, in the order of the operators."""
+    weights: tuple[int, ...] = ()
+    biases: tuple[int, ...] = ()
+    """Which of them belongs to each layer; -1 where a layer wants none."""
+    delta_offsets: tuple[int, ...] = ()
+    """Where each layer's δ begins in the workspace of delta_numbers, if there is one."""
+    delta_numbers: int = 0
+    sums: int = 0
+    """float32 numbers for sums of δ over tiles of rows."""
+    pack: Any = None
+    """Writes the addresses of all tensors into the arguments."""
+
+
+def error_looks(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec) -> ErrorLooks:
+    """What the projection's arguments look like. Reads no values, so meta tensors do."""
+    elsewhere = bool(stored) and stored[0].device != error.device
+    return ErrorLooks(error.shape, error.stride(), error.dtype, feedback, bool(stored), elsewhere)
+
+
+def looks_of(call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[int, ...] = ()) -> Looks:
+    """What the call looks like."""
+    masks = [mask for mask in call.dropout_mask if mask is not None]
+    return Looks(
+        error_looks(call.error, call.stored, call.feedback),
+        tuple([x.shape for x in call.inputs]),
+        tuple([h.shape for h in call.saved]),
+        frozenset([tensor.dtype for tensor in (*call.inputs, *call.saved, *masks)]),
+        tuple(call.activations),
+        tuple(call.parameters),
+        tuple(call.weight_grads),
+        tuple(call.bias_grads),
+        dtype,
+        rule,
+        sets,
+    )
+
+
+def taps_looks(call: TapsCall) -> TapsLooks:
+    """What the call looks like, its saved tensors in one of the two orders that the kernel knows."""
+    present = [tensor for tensor in (*call.saved, *call.dropout_mask) if tensor is not None]
+    return TapsLooks(
+        error_looks(call.error, call.stored, call.feedback),
+        tuple(call.sizes),
+        tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in call.saved]),
+        tuple([h is not None and not h.is_contiguous() for h in call.saved]),
+        frozenset([tensor.dtype for tensor in present]),
+        tuple(call.activations),
+        tuple(call.parameters),
+    )
+
+
+@lru_cache(maxsize=512)
+def plan_layers(looks: Looks, target: Target) -> Plan:
+    """The plan of every call that looks like this."""
+    widths_in = [shape[1] for shape in looks.inputs]
+    widths_out = [shape[1] for shape in looks.saved]
+    widths_out += [looks.error.shape[1]] * (len(looks.inputs) - len(looks.saved))
+    rows, hidden = looks.error.shape[0], len(looks.saved)
+    positions = [shape[0] // rows if rows else 1 for shape in looks.inputs]
+    shapes: list[tuple[int, ...]] = []
+    weights, biases = [], []
+    for width, out, wants_weight, wants_bias in zip(
+        widths_in, widths_out, looks.weight_grads, looks.bias_grads, strict=True
+    ):
+        weights.append(len(shapes) if wants_weight else -1)
+        shapes += [(out, width)] * wants_weight
+        biases.append(len(shapes) if wants_bias else -1)
+        shapes += [(out,)] * wants_bias
+    plan = Plan(shapes=tuple(shapes), weights=tuple(weights), biases=tuple(biases))
+    reason = reason_for_torch(looks.error.dtype, looks.dtypes, looks.dtype, target)
+    if reason or not shapes:
+        return replace(plan, reason=reason)
+    assert looks.dtype is not None
+    (dtype,) = looks.dtypes
+    sizes = [t * out for t, out in zip(positions, widths_out, strict=True)]
+    numbers, scales = _projected(looks.error, sizes[:hidden])
+    numbers |= dict(
+        hidden=hidden, dtype=DTYPES[dtype], parameter_dtype=DTYPES[looks.dtype], rule=RULES[looks.rule],
+    )  # fmt: skip
+    layers: list[dict[str, Any]] = [
+        dict(width_in=width, width_out=out, positions=t, channels=1, weight_set=_set(looks, w), bias_set=_set(looks, b))
+        for width, out, t, w, b in zip(widths_in, widths_out, positions, weights, biases, strict=True)
+    ]
+    for i, (name, scale) in enumerate(zip(looks.activations, scales, strict=True)):
+        p, q = looks.parameters[2 * i : 2 * i + 2]
+        layers[i] |= dict(activation=ACTIVATIONS[name], scale=scale, p=p, q=q)
+    plan = replace(
+        plan,
+        feedback=looks.error.feedback,
+        source=source_of(looks.error),
+        dtype=dtype,
+        widest=max(sizes[:hidden], default=0),
+        pack=_packer(len(layers)),
+    )
+    why_wide = _why_wide(plan, arguments_of(numbers, layers), target)
+    return _wide(plan, numbers, layers, why_wide) if why_wide else _strips(plan, numbers, layers, target)
+
+
+def _set(looks: Looks, parameter: int) -> int:
+    return looks.sets[parameter] if looks.sets and parameter >= 0 else 0
+
+
+def _why_wide(plan: Plan, arguments: Arguments, target: Target) -> str:
+    """Why this cannot or should not be done by strips; empty if it should."""
+    size = library().strip_bytes(ctypes.byref(arguments))
+    if size > (there := target.shared - target.reserved):
+        return f"δ of the whole batch beside a tile takes {size} bytes of shared memory, of {there}"
+    if arguments.hidden and plan.source != "projection" and arguments.error_size > LARGEST_STRIP_ERROR:
+        return f"products with {arguments.error_size} error components would be made anew in every strip"
+    return ""
+
+
+def _strips(plan: Plan, numbers: dict[str, Any], layers: list[dict[str, Any]], target: Target) -> Plan:
+    """No more programs than the GPU holds at once, if that can be; each has a run of tiles, as short as that allows."""
+    size = library().strip_bytes(ctypes.byref(arguments_of(numbers, layers)))
+    most = target.multiprocessors * max(1, min(MOST_RESIDENT, target.shared // (size + target.reserved)))
+    tiles = _tiles(plan, layers, STRIP)
+    run = 1
+    while sum(m * _runs(n, run) for m, n in tiles) > most and run < max(n for _, n in tiles):
+        run += 1
+    chunks = [_runs(n, run) for _, n in tiles]
+    made = _finished(plan, "strip", numbers, layers, tiles, chunks)
+    return replace(made, why=f"δ of the whole batch fits beside a tile; {run} of these to a program")
+
+
+def _wide(plan: Plan, numbers: dict[str, Any], layers: list[dict[str, Any]], why: str) -> Plan:
+    """A program for each tile; δ of all layers in a workspace, and its sums if there are biases."""
+    rows, itemsize = numbers["rows"], plan.dtype.itemsize
+    each = ALIGNMENT // itemsize
+    spans = [-(-rows * layer["positions"] * layer["width_out"] // each) * each for layer in layers]
+    *offsets, total = accumulate(spans, initial=0)
+    *firsts, sums = accumulate([layer["positions"] * layer["width_out"] for layer in layers], initial=0)
+    for layer, first in zip(layers, firsts, strict=True):
+        layer["first_sum"] = first
+    tiles = _tiles(plan, layers, WIDE)
+    made = _finished(plan, "wide", numbers, layers, tiles, [max(1, n) for _, n in tiles])
+    row_tiles = -(-rows // DELTA_ROWS)
+    return replace(made, why=why, delta_offsets=tuple(offsets), delta_numbers=total, sums=row_tiles * sums)
+
+
+def _tiles(plan: Plan, layers: list[dict[str, Any]], side: int) -> list[tuple[int, int]]:
+    """Tiles along each layer's outputs, none if no gradient of it is wanted, and along its inputs, none for a bias."""
+    found = []
+    for layer, weight, bias in zip(layers, plan.weights, plan.biases, strict=True):
+        wanted = weight >= 0 or bias >= 0
+        down, across = -(-layer["width_out"] // side), -(-layer["width_in"] // side)
+        found.append((down if wanted else 0, across if weight >= 0 else 0))
+    return found
+
+
+def _runs(tiles: int, run: int) -> int:
+    return max(1, -(-tiles // run))
+
+
+def _finished(
+    plan: Plan, task: str, numbers: dict[str, Any], layers: list[dict[str, Any]], tiles: list[tuple[int, int]],
+    chunks: list[int],
+) -> Plan:  # fmt: skip
+    *firsts, programs = accumulate([m * chunk for (m, _), chunk in zip(tiles, chunks, strict=True)], initial=0)
+    for layer, first, chunk in zip(layers, firsts, chunks, strict=True):
+        layer |= dict(first_program=first, chunks=chunk)
+    return replace(plan, task=task, arguments=arguments_of(numbers | dict(task=TASKS[task], programs=programs), layers))
+
+
+@lru_cache(maxsize=512)
+def plan_taps(looks: TapsLooks, target: Target) -> Plan:
+    """The plan of every call that looks like this, of at most MOST_LAYERS taps."""
+    dtype = next(iter(looks.dtypes), looks.error.dtype)
+    if reason := reason_for_torch(looks.error.dtype, looks.dtypes, looks.error.dtype, target):
+        return Plan(reason=reason)
+    numbers, scales = _projected(looks.error, looks.sizes)
+    layers: list[dict[str, Any]] = [
+        dict(width_in=0, width_out=size, positions=1, channels=channels, channels_last=last)
+        for size, channels, last in zip(looks.sizes, looks.channels, looks.channels_last, strict=True)
+    ]
+    for i, (name, scale) in enumerate(zip(looks.activations, scales, strict=True)):
+        p, q = looks.parameters[2 * i : 2 * i + 2]
+        layers[i] |= dict(activation=ACTIVATIONS[name], scale=scale, p=p, q=q)
+    numbers |= dict(task=TASKS["taps"], hidden=len(layers), dtype=DTYPES[dtype])
+    why = f"a tile of the projection serves all {len(layers)} taps" if len(layers) > 1 else "a tile of the projection"
+    return Plan(
+        arguments_of(numbers, layers),
+        task="taps",
+        why=why,
+        feedback=looks.error.feedback,
+        source=source_of(looks.error),
+        dtype=dtype,
+        widest=max(looks.sizes),
+        pack=_packer(len(layers)),
+    )
+
+
+def _packer(layers: int) -> Any:
+    return struct.Struct(f"{len(SHARED_POINTERS) + len(POINTERS) * layers}Q").pack_into
+
+
+def reason_for_torch(
+    error: torch.dtype, activations: Set[torch.dtype], parameters: torch.dtype | None, target: Target
+) -> str:
+    """Why the torch backend has to compute with these dtypes; empty if it has not."""
+    if parameters is None:
+        return "the parameters and their state differ in dtype or have gaps in memory"
+    if lacking := {error, parameters, *activations} - set(DTYPES):
+        return f"the kernels compute in {_names(DTYPES)}, not in {_names(lacking)}"
+    if len(activations) > 1:
+        return f"the layers' activations differ in dtype: {_names(activations)}"
+    if torch.bfloat16 in activations and target.capability < OLDEST_FOR_BFLOAT16:
+        return f"sm_{target.capability} has no products of bfloat16"
+    return ""
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def source_of(looks: ErrorLooks) -> str:
+    """Where the kernels get U from; "projection" where the torch backend has to make e Uᵀ first."""
+    feedback = looks.feedback
+    kind = feedback.row
+    if kind.tile == "blocks" or feedback.dtype not in DTYPES or looks.is_elsewhere:
+        return "projection"
+    if kind.tile in ("signs", "nonzeros"):
+        return kind.tile
+    return "matrix" if looks.is_stored else kind.name
+
+
+def _projected(looks: ErrorLooks, sizes: Sequence[int]) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """What the library is told of the projection, and the factor to e Bᵀ for each size."""
+    feedback, (rows, error_size), widest = looks.feedback, looks.shape, max(sizes, default=1)
+    source = source_of(looks)
+    if source == "projection":
+        scales = tuple([math.sqrt(widest / size) if feedback.normalize else 1.0 for size in sizes])
+    else:
+        value = float(feedback.row.value(feedback, error_size))
+        scales = tuple([value * feedback.scale(size, error_size) for size in sizes])
+    numbers = dict(
+        source=SOURCES[source],
+        error_dtype=DTYPES[looks.dtype],
+        stored_dtype=DTYPES.get(feedback.dtype, 0),
+        rows=rows,
+        error_size=error_size,
+        stride_row=looks.strides[0],
+        stride_column=looks.strides[1],
+        widest=widest,
+        nonzeros=feedback.nonzeros_per_row(error_size) if source == "nonzeros" else 0,
+        key0=feedback.seed & 0xFFFFFFFF,
+        key1=feedback.seed >> 32,
+    )
+    return numbers, scales
+
+
+def split(call: LayerCall) -> list[LayerCall]:
+    """The call in parts of at most MOST_LAYERS layers, in their order; the last one has the output layer."""
+    parts = []
+    for first in range(0, len(call.inputs), MOST_LAYERS):
+        here = slice(first, first + MOST_LAYERS)
+        parts.append(
+            call._replace(
+                inputs=call.inputs[here],
+                saved=call.saved[here],
+                dropout_mask=call.dropout_mask[here],
+                activations=call.activations[here],
+                parameters=call.parameters[2 * first : 2 * here.stop],
+                weight_grads=call.weight_grads[here],
+                bias_grads=call.bias_grads[here],
+            )
+        )
+    return parts
