@@ -2,11 +2,6 @@
 // functions that emulator.h runs block by block.
 #pragma once
 
-typedef unsigned short uint16;
-typedef unsigned int uint32;
-typedef unsigned long long uint64;
-typedef long long int64;
-
 #ifdef __CUDACC__
 #define DFA_DEVICE __device__ __forceinline__
 #define DFA_HD __host__ __device__ __forceinline__  // for the launching code as well
@@ -28,6 +23,11 @@ typedef long long int64;
 #endif
 
 namespace dfa {
+
+typedef unsigned short uint16;
+typedef unsigned int uint32;
+typedef unsigned long long uint64;
+typedef long long int64;
 
 struct Half {
   uint16 bits;
