@@ -51,7 +51,7 @@ DFA_DEVICE void nonzero_entries(const Arguments& a, int64 unit, int column, floa
   int64 offset = row_words(a, unit, 0, SPARSE_STREAM).word[0] * E >> 32;
   int64 known = -1;
   Words w = {};
-  DFA_UNROLL
+  DFA_ROLLED
   for (int i = 0; i < QUAD; ++i) {
     int64 turned = column + i - offset, place = turned < 0 ? turned + E : turned;
     int64 j = ((place + 1) * k - 1) / E, first = j * E / k, width = (j + 1) * E / k - first;
@@ -59,7 +59,9 @@ DFA_DEVICE void nonzero_entries(const Arguments& a, int64 unit, int column, floa
     known = j / 2;
     uint32 position = j % 2 ? w.word[2] : w.word[0], sign = j % 2 ? w.word[3] : w.word[1];
     int64 within = static_cast<int64>(position) * width >> 32;
-    u[i] = first + within != place ? 0.0f : sign & 1 ? 1.0f : -1.0f;
+    float found = first + within != place ? 0.0f : sign & 1 ? 1.0f : -1.0f;
+    DFA_UNROLL
+    for (int n = 0; n < QUAD; ++n) u[n] = n == i ? found : u[n];
   }
 }
 

@@ -7,8 +7,10 @@
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define DFA_BFLOAT16(statement)
+#define DFA_RESIDENT 2
 #else
 #define DFA_BFLOAT16(statement) statement
+#define DFA_RESIDENT 1  // of float32 products: ptxas would spill to have the registers for two
 #endif
 
 DFA_KERNEL(128, 3) dfa_strip_float32(DFA_GIVEN dfa::Arguments a) { dfa::strip<float>(a); }
@@ -17,7 +19,7 @@ DFA_KERNEL(128, 3) dfa_strip_bfloat16(DFA_GIVEN dfa::Arguments a) { DFA_BFLOAT16
 
 DFA_KERNEL(128, 4) dfa_deltas(DFA_GIVEN dfa::Arguments a) { dfa::deltas(a); }
 
-DFA_KERNEL(256, 2) dfa_product_float32(DFA_GIVEN dfa::Arguments a) { dfa::product<float>(a); }
+DFA_KERNEL(256, DFA_RESIDENT) dfa_product_float32(DFA_GIVEN dfa::Arguments a) { dfa::product<float>(a); }
 DFA_KERNEL(256, 2) dfa_product_float16(DFA_GIVEN dfa::Arguments a) { dfa::product<dfa::Half>(a); }
 DFA_KERNEL(256, 2) dfa_product_bfloat16(DFA_GIVEN dfa::Arguments a) { DFA_BFLOAT16(dfa::product<dfa::BFloat16>(a);) }
 

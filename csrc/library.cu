@@ -6,8 +6,10 @@
 #include <cstdio>
 
 #ifndef DFA_ARCHITECTURES
-#define DFA_ARCHITECTURES "host"  // or "sm_75 … compute_75 …", what setup.py asked nvcc for
+#define DFA_ARCHITECTURES host  // or sm_75+compute_75+…, what setup.py asks nvcc for
 #endif
+#define DFA_TEXT(name) #name
+#define DFA_TEXT_OF(macro) DFA_TEXT(macro)
 #define DFA_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -90,7 +92,7 @@ int run_wide(const Arguments& a, void* stream) {
 
 DFA_EXPORT int dfa_abi_version() { return DFA_ABI_VERSION; }
 DFA_EXPORT long long dfa_arguments_bytes() { return sizeof(Arguments); }
-DFA_EXPORT const char* dfa_architectures() { return DFA_ARCHITECTURES; }
+DFA_EXPORT const char* dfa_architectures() { return DFA_TEXT_OF(DFA_ARCHITECTURES); }
 
 // Why the last call on this thread that did not return 0 failed.
 DFA_EXPORT const char* dfa_message() { return message; }

@@ -13,14 +13,18 @@ DFA_HD constexpr int slab_bytes(int threads) { return threads / WARP * SLAB_ROWS
 // Calls f(row, column, four sums) for every four neighbours of a product [M, N].
 //
 // Through shared memory, so that a warp's accesses to a row of the parameter lie side by side, and so that what f
-// becomes is in the program once for each slab and not for each of a thread's sums.
+// becomes is in the program once, not for each of a thread's sums.
 template <class Product, class F>
 DFA_DEVICE void for_each_quad(const Product& product, float* scratch, F f) {
   float* slab = scratch + thread() / WARP * SLAB_ROWS * SLAB_PITCH;
   int lane = thread() % WARP;
-  DFA_UNROLL
+  DFA_ROLLED
   for (int s = 0; s < Product::SLABS; ++s) {
-    product.put(s, slab);
+    // Sums are in registers, which have no index.
+    DFA_UNROLL
+    for (int n = 0; n < Product::SLABS; ++n) {
+      if (n == s) product.put(n, slab);
+    }
     sync_warp();
     DFA_ROLLED
     for (int i = lane; i < SLAB_ROWS * SLAB_COLUMNS / QUAD; i += WARP) {

@@ -15,61 +15,58 @@ DFA_HD constexpr int pitch_of(int width) {
   return width + PER_PIECE<T>;
 }
 
-// [rows, width] in memory, row after row.
-template <class T>
-struct Matrix {
-  const T* first;
-  int64 rows;
-  int width;
-  bool whole_pieces;  // whether each begins where one access may
-
-  DFA_DEVICE Matrix(const void* memory, int64 rows, int width)
-      : first(static_cast<const T*>(memory)),
-        rows(rows),
-        width(width),
-        whole_pieces(width % PER_PIECE<T> == 0 && reinterpret_cast<uint64>(memory) % sizeof(Piece) == 0) {}
-
-  // From (row, column) on, 0 outside.
-  DFA_DEVICE Piece piece(int64 row, int column) const {
-    union {
-      Piece found;
-      T elements[PER_PIECE<T>];
-    };
-    found = Piece{};
-    if (row >= rows) return found;
-    const T* from = first + row * width + column;
-    if (whole_pieces) {
-      if (column < width) found = *reinterpret_cast<const Piece*>(from);
-    } else {
-      DFA_UNROLL
-      for (int i = 0; i < PER_PIECE<T>; ++i) {
-        if (column + i < width) elements[i] = from[i];
-      }
-    }
-    return found;
-  }
-};
-
+// A thread's share of the tiles [DEPTH, WIDTH] of a matrix in memory, one below the other.
 template <class T, int DEPTH, int WIDTH, int THREADS>
 struct Staging {
-  static constexpr int ACROSS = WIDTH / PER_PIECE<T>, PIECES = DEPTH * ACROSS / THREADS;
-  static_assert(PIECES * THREADS == DEPTH * ACROSS, "every thread has the same number of pieces");
+  static constexpr int ACROSS = WIDTH / PER_PIECE<T>, APART = THREADS / ACROSS, PIECES = DEPTH / APART;
+  static_assert(APART * ACROSS == THREADS && PIECES * APART == DEPTH, "every thread has the same number of pieces");
+  const T* next;
+  int width, rows_left, columns_left;
+  bool whole;  // whether one access reaches every piece
   Piece pieces[PIECES];
 
-  DFA_DEVICE void load(const Matrix<T>& matrix, int64 row, int column) {
+  // The matrix is [rows, width], its rows without gaps; the first tile begins in its first row, at `column`.
+  DFA_DEVICE void begin(const void* matrix, int rows, int columns, int column) {
+    column += thread() % ACROSS * PER_PIECE<T>;
+    width = columns;
+    columns_left = columns - column;
+    rows_left = columns_left > 0 ? rows - thread() / ACROSS : 0;
+    next = static_cast<const T*>(matrix) + int64{thread() / ACROSS} * width + column;
+    whole = columns % PER_PIECE<T> == 0 && reinterpret_cast<uint64>(matrix) % sizeof(Piece) == 0;
+  }
+
+  // The next tile sets out; 0 beyond the matrix.
+  DFA_DEVICE void load() {
     DFA_UNROLL
     for (int i = 0; i < PIECES; ++i) {
-      int n = i * THREADS + thread();
-      pieces[i] = matrix.piece(row + n / ACROSS, column + n % ACROSS * PER_PIECE<T>);
+      pieces[i] = Piece{};
+      if (i * APART < rows_left) read(next + int64{i * APART} * width, pieces[i]);
     }
+    next += int64{DEPTH} * width;
+    rows_left -= DEPTH;
+  }
+
+  DFA_DEVICE void read(const T* from, Piece& piece) const {
+    if (whole) {
+      piece = *reinterpret_cast<const Piece*>(from);
+      return;
+    }
+    union {
+      Piece all;
+      T elements[PER_PIECE<T>];
+    };
+    all = piece;
+    DFA_UNROLL
+    for (int i = 0; i < PER_PIECE<T>; ++i) {
+      if (i < columns_left) elements[i] = from[i];
+    }
+    piece = all;
   }
 
   DFA_DEVICE void store(T* shared) const {
+    T* to = shared + thread() / ACROSS * pitch_of<T>(WIDTH) + thread() % ACROSS * PER_PIECE<T>;
     DFA_UNROLL
-    for (int i = 0; i < PIECES; ++i) {
-      int n = i * THREADS + thread();
-      *reinterpret_cast<Piece*>(shared + n / ACROSS * pitch_of<T>(WIDTH) + n % ACROSS * PER_PIECE<T>) = pieces[i];
-    }
+    for (int i = 0; i < PIECES; ++i) *reinterpret_cast<Piece*>(to + i * APART * pitch_of<T>(WIDTH)) = pieces[i];
   }
 };
 

@@ -57,6 +57,33 @@ DFA_DEVICE void make_strip(const Arguments& a, int layer, int out, T* delta, flo
   }
 }
 
+// x in the order in which a program reads it: one tile of inputs after the other, each in steps of rows. One step is
+// always on its way: a step's product is the time that a load has, and a tile's end the time of the next one's first.
+template <class T>
+struct Steps {
+  typedef StripShape<T> Shape;
+  const void* x;
+  int length, width, column, end;
+  typename Shape::Stage next;
+
+  DFA_DEVICE Steps(const void* x, int length, int width, int first, int end)
+      : x(x), length(length), width(width), column(first), end(end) {
+    next.begin(x, length, width, column);
+    next.load();
+  }
+
+  // The step that is on its way goes into the buffer, and the one after it sets out.
+  DFA_DEVICE void advance(T* buffer, bool last) {
+    next.store(buffer);
+    if (last) {
+      column += Shape::N;
+      if (column >= end) return;
+      next.begin(x, length, width, column);
+    }
+    next.load();
+  }
+};
+
 template <class T>
 DFA_DEVICE void strip(const Arguments& a) {
   typedef StripShape<T> Shape;
@@ -78,30 +105,21 @@ DFA_DEVICE void strip(const Arguments& a) {
   }
   if (place.first == place.end) return;
 
-  Destination weight = weight_of(a, place.layer);
-  Matrix<T> x(tensors.x, length, layer.width_in);
-  typename Shape::Stage next;
-  next.load(x, 0, place.first * Shape::N);
+  Steps<T> steps(tensors.x, length, layer.width_in, place.first * Shape::N, place.end * Shape::N);
   for (int tile = place.first; tile < place.end; ++tile) {
     typename Shape::Product product;
     product.clear();
     sync();
-    next.store(buffers);
+    steps.advance(buffers, depth == Shape::DEPTH);
     sync();
-    prefetch_tile<Shape>(weight, layer, out, tile * Shape::N);
+    prefetch_tile<Shape>(a, place.layer, out, tile * Shape::N);
     for (int first = 0, turn = 0; first < depth; first += Shape::DEPTH, turn ^= 1) {
-      bool last = first + Shape::DEPTH == depth;
-      // What the next step reads is on its way while this one multiplies.
-      if (!last) {
-        next.load(x, first + Shape::DEPTH, tile * Shape::N);
-      } else if (tile + 1 < place.end) {
-        next.load(x, 0, (tile + 1) * Shape::N);
-      }
+      int left = depth - first - Shape::DEPTH;
+      if (left > 0) steps.advance(buffers + (turn ^ 1) * Shape::BUFFER, left == Shape::DEPTH);
       product.template add<Shape::DEPTH>(delta + first * Shape::PITCH, buffers + turn * Shape::BUFFER);
-      if (!last) next.store(buffers + (turn ^ 1) * Shape::BUFFER);
       sync();
     }
-    spend_tile<Shape>(product, scratch, weight, layer, out, tile * Shape::N);
+    spend_tile<Shape>(product, scratch, a, place.layer, out, tile * Shape::N);
   }
 }
 

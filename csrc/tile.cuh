@@ -28,13 +28,15 @@ DFA_DEVICE Destination bias_of(const Arguments& a, int layer) {
 
 // A tile of the parameter and its state comes nearer while the product is made that will change it.
 template <class Shape>
-DFA_DEVICE void prefetch_tile(const Destination& to, const Layer& layer, int row, int column) {
+DFA_DEVICE void prefetch_tile(const Arguments& a, int layer, int row, int column) {
+  Destination to = weight_of(a, layer);
+  int width_in = a.layer[layer].width_in, width_out = a.layer[layer].width_out;
   constexpr int LINE = 128;
   int size = to.dtype == FLOAT32 ? 4 : 2, across = Shape::N * size / LINE;
   for (int i = thread(); to.rule != STORE && i < Shape::M * across; i += Shape::THREADS) {
     int r = row + i / across, c = column + i % across * (LINE / size);
-    if (r >= layer.width_out || c >= layer.width_in) continue;
-    int64 at = (int64{r} * layer.width_in + c) * size;
+    if (r >= width_out || c >= width_in) continue;
+    int64 at = (int64{r} * width_in + c) * size;
     prefetch(static_cast<const char*>(to.parameter) + at);
     if (to.rule != SGD) prefetch(static_cast<const char*>(to.state0) + at);
     if (to.rule == ADAMW) prefetch(static_cast<const char*>(to.state1) + at);
@@ -44,10 +46,12 @@ DFA_DEVICE void prefetch_tile(const Destination& to, const Layer& layer, int row
 // The sums of the tile at (row, column) of the gradient go where they belong.
 template <class Shape>
 DFA_DEVICE void spend_tile(
-    const typename Shape::Product& product, float* scratch, const Destination& to, const Layer& layer, int row, int column) {
+    const typename Shape::Product& product, float* scratch, const Arguments& a, int layer, int row, int column) {
+  Destination to = weight_of(a, layer);
+  int width_in = a.layer[layer].width_in, width_out = a.layer[layer].width_out;
   for_each_quad(product, scratch, [&](int i, int j, const float(&gradient)[QUAD]) {
-    int out = row + i, in = column + j, count = minimum(QUAD, layer.width_in - in);
-    if (out < layer.width_out && count > 0) spend(to, {int64{out} * layer.width_in + in, count, false}, gradient);
+    int out = row + i, in = column + j, count = minimum(QUAD, width_in - in);
+    if (out < width_out && count > 0) spend(to, {int64{out} * width_in + in, count, false}, gradient);
   });
 }
 

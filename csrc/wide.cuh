@@ -97,48 +97,42 @@ DFA_DEVICE void spend_bias(const Arguments& a, int layer, int out) {
   spend(bias_of(a, layer), {own, 1, false}, total);
 }
 
+// A tile of one layer's gradient; the plan gives each program one.
 template <class T>
 DFA_DEVICE void product(const Arguments& a) {
   typedef WideShape<T> Shape;
   Place place = place_of(a, block(), Shape::M, Shape::N);
   const Layer& layer = a.layer[place.layer];
   const Tensors& tensors = a.tensors[place.layer];
-  int length = a.rows * layer.positions, out = place.m * Shape::M;
+  int length = a.rows * layer.positions, out = place.m * Shape::M, in = place.first * Shape::N;
   if (place.chunk == 0 && tensors.bias) spend_bias<Shape>(a, place.layer, out);
+  if (place.first == place.end) return;
 
-  Destination weight = weight_of(a, place.layer);
-  Matrix<T> delta(tensors.delta, length, layer.width_out), x(tensors.x, length, layer.width_in);
   T* buffers = reinterpret_cast<T*>(shared_memory());
-  for (int tile = place.first; tile < place.end; ++tile) {
-    int in = tile * Shape::N;
-    typename Shape::Product product;
-    typename Shape::Stage next_delta, next_x;
-    product.clear();
-    next_delta.load(delta, 0, out);
-    next_x.load(x, 0, in);
+  typename Shape::Product product;
+  typename Shape::Stage next_delta, next_x;
+  // What is on its way goes into a buffer, and what follows it sets out: a step's product is the time that a load has.
+  auto advance = [&](T* buffer) {
+    next_delta.store(buffer);
+    next_x.store(buffer + Shape::BUFFER);
+    next_delta.load();
+    next_x.load();
+  };
+  product.clear();
+  next_delta.begin(tensors.delta, length, layer.width_out, out);
+  next_x.begin(tensors.x, length, layer.width_in, in);
+  next_delta.load();
+  next_x.load();
+  advance(buffers);
+  sync();
+  prefetch_tile<Shape>(a, place.layer, out, in);
+  for (int first = 0, turn = 0; first < length; first += Shape::DEPTH, turn ^= 1) {
+    const T* own = buffers + turn * 2 * Shape::BUFFER;
+    advance(buffers + (turn ^ 1) * 2 * Shape::BUFFER);
+    product.template add<Shape::DEPTH>(own, own + Shape::BUFFER);
     sync();
-    next_delta.store(buffers);
-    next_x.store(buffers + Shape::BUFFER);
-    sync();
-    prefetch_tile<Shape>(weight, layer, out, in);
-    for (int first = 0, turn = 0; first < length; first += Shape::DEPTH, turn ^= 1) {
-      const T* own = buffers + turn * 2 * Shape::BUFFER;
-      T* other = buffers + (turn ^ 1) * 2 * Shape::BUFFER;
-      bool last = first + Shape::DEPTH >= length;
-      // What the next step reads is on its way while this one multiplies.
-      if (!last) {
-        next_delta.load(delta, first + Shape::DEPTH, out);
-        next_x.load(x, first + Shape::DEPTH, in);
-      }
-      product.template add<Shape::DEPTH>(own, own + Shape::BUFFER);
-      if (!last) {
-        next_delta.store(other);
-        next_x.store(other + Shape::BUFFER);
-      }
-      sync();
-    }
-    spend_tile<Shape>(product, reinterpret_cast<float*>(buffers), weight, layer, out, in);
   }
+  spend_tile<Shape>(product, reinterpret_cast<float*>(buffers), a, place.layer, out, in);
 }
 
 }  // namespace dfa

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -95,7 +94,7 @@ def _declared(path: Path, made: ctypes.CDLL) -> Library:
     made.dfa_strip_bytes.argtypes, made.dfa_strip_bytes.restype = [ctypes.POINTER(Arguments)], ctypes.c_longlong
     made.dfa_write_numbers.argtypes = [pointer, ctypes.POINTER(ctypes.c_float), ctypes.c_int, pointer]
     made.dfa_write_numbers.restype = ctypes.c_int
-    architectures = re.split(r"\s+", made.dfa_architectures().decode())
+    architectures = made.dfa_architectures().decode().split("+")
     return Library(
         path, tuple(architectures), made.dfa_strip_bytes, made.dfa_run, made.dfa_write_numbers, made.dfa_message
     )

@@ -222,7 +222,7 @@ def project_taps(call: TapsCall) -> list[Tensor]:
     plan = plan_taps(taps_looks(call._replace(saved=saved)), target_of(error.device))
     if plan.reason:
         return torch_backend.project_taps(call)
-    masks = [m if m is None or h is None else _like(m, h) for m, h in zip(call.dropout_mask, saved, strict=True)]
+    masks = [None if m is None or h is None else _like(m, h) for m, h in zip(call.dropout_mask, saved, strict=True)]
     results = [
         error.new_empty((error.shape[0], size)) if h is None else torch.empty_like(h)
         for size, h in zip(call.sizes, saved, strict=True)
