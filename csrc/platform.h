@@ -40,7 +40,12 @@ struct alignas(16) Piece {  // what one access moves
 };
 
 #ifdef __CUDACC__
-DFA_DEVICE int block() { return blockIdx.x; }
+// Read anew each time, so that what follows from it need not be kept in registers.
+DFA_DEVICE int block() {
+  int number;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(number));
+  return number;
+}
 DFA_DEVICE int thread() { return threadIdx.x; }
 DFA_DEVICE void sync() { __syncthreads(); }
 DFA_DEVICE void sync_warp() { __syncwarp(); }

@@ -19,24 +19,24 @@ DFA_HD constexpr int pitch_of(int width) {
 template <class T, int DEPTH, int WIDTH, int THREADS>
 struct Staging {
   static constexpr int ACROSS = WIDTH / PER_PIECE<T>, APART = THREADS / ACROSS, PIECES = DEPTH / APART;
+  static constexpr int WHOLE = 1 << 30;
   static_assert(APART * ACROSS == THREADS && PIECES * APART == DEPTH, "every thread has the same number of pieces");
   const T* next;
-  int width, rows_left, columns_left;
-  bool whole;  // whether one access reaches every piece
+  int rows_left, columns_left;
   Piece pieces[PIECES];
 
   // The matrix is [rows, width], its rows without gaps; the first tile begins in its first row, at `column`.
-  DFA_DEVICE void begin(const void* matrix, int rows, int columns, int column) {
+  DFA_DEVICE void begin(const void* matrix, int rows, int width, int column) {
     column += thread() % ACROSS * PER_PIECE<T>;
-    width = columns;
-    columns_left = columns - column;
+    columns_left = width - column;
     rows_left = columns_left > 0 ? rows - thread() / ACROSS : 0;
     next = static_cast<const T*>(matrix) + int64{thread() / ACROSS} * width + column;
-    whole = columns % PER_PIECE<T> == 0 && reinterpret_cast<uint64>(matrix) % sizeof(Piece) == 0;
+    // One access reaches every piece.
+    if (width % PER_PIECE<T> == 0 && reinterpret_cast<uint64>(matrix) % sizeof(Piece) == 0) columns_left = WHOLE;
   }
 
   // The next tile sets out; 0 beyond the matrix.
-  DFA_DEVICE void load() {
+  DFA_DEVICE void load(int width) {
     DFA_UNROLL
     for (int i = 0; i < PIECES; ++i) {
       pieces[i] = Piece{};
@@ -47,7 +47,7 @@ struct Staging {
   }
 
   DFA_DEVICE void read(const T* from, Piece& piece) const {
-    if (whole) {
+    if (columns_left == WHOLE) {
       piece = *reinterpret_cast<const Piece*>(from);
       return;
     }

@@ -69,7 +69,7 @@ struct Steps {
   DFA_DEVICE Steps(const void* x, int length, int width, int first, int end)
       : x(x), length(length), width(width), column(first), end(end) {
     next.begin(x, length, width, column);
-    next.load();
+    next.load(width);
   }
 
   // The step that is on its way goes into the buffer, and the one after it sets out.
@@ -80,7 +80,7 @@ struct Steps {
       if (column >= end) return;
       next.begin(x, length, width, column);
     }
-    next.load();
+    next.load(width);
   }
 };
 

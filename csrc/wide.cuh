@@ -115,24 +115,27 @@ DFA_DEVICE void product(const Arguments& a) {
   auto advance = [&](T* buffer) {
     next_delta.store(buffer);
     next_x.store(buffer + Shape::BUFFER);
-    next_delta.load();
-    next_x.load();
+    next_delta.load(layer.width_out);
+    next_x.load(layer.width_in);
   };
   product.clear();
   next_delta.begin(tensors.delta, length, layer.width_out, out);
   next_x.begin(tensors.x, length, layer.width_in, in);
-  next_delta.load();
-  next_x.load();
+  next_delta.load(layer.width_out);
+  next_x.load(layer.width_in);
   advance(buffers);
   sync();
   prefetch_tile<Shape>(a, place.layer, out, in);
-  for (int first = 0, turn = 0; first < length; first += Shape::DEPTH, turn ^= 1) {
+  for (int left = length, turn = 0; left > 0; left -= Shape::DEPTH, turn ^= 1) {
     const T* own = buffers + turn * 2 * Shape::BUFFER;
     advance(buffers + (turn ^ 1) * 2 * Shape::BUFFER);
     product.template add<Shape::DEPTH>(own, own + Shape::BUFFER);
     sync();
   }
-  spend_tile<Shape>(product, reinterpret_cast<float*>(buffers), a, place.layer, out, in);
+  // Found anew: the product needs every register.
+  place = place_of(a, block(), Shape::M, Shape::N);
+  float* scratch = reinterpret_cast<float*>(shared_memory());
+  spend_tile<Shape>(product, scratch, a, place.layer, place.m * Shape::M, place.first * Shape::N);
 }
 
 }  // namespace dfa
