@@ -41,7 +41,7 @@ def known_to(nvcc: str) -> list[int]:
 
 
 def asked_for() -> list[str]:
-    """The names that TORCH_CUDA_ARCH_LIST means: "sm_75" for machine code, "compute_75" for PTX; those too old left out."""
+    """The names that TORCH_CUDA_ARCH_LIST means: "sm_75" for machine code, "compute_75" for PTX; none too old."""
     names: list[str] = []
     for item in os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)

@@ -50,8 +50,8 @@ DFA_DEVICE int thread() { return threadIdx.x; }
 DFA_DEVICE void sync() { __syncthreads(); }
 DFA_DEVICE void sync_warp() { __syncwarp(); }
 DFA_DEVICE char* shared_memory() {
-  extern __shared__ Piece dynamic_shared[];
-  return reinterpret_cast<char*>(dynamic_shared);
+  extern __shared__ __align__(128) char dynamic_shared[];
+  return dynamic_shared;
 }
 DFA_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 

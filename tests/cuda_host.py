@@ -60,9 +60,9 @@ def on_host(task: str = "", backwards: bool = False, multiprocessors: int = 4) -
     found, raw = host_library()
     ran: list[str] = []
 
-    def run(arguments: Any, stream: Any) -> int:
+    def run(arguments: Any, device: int, stream: int) -> int:
         ran.append(plan_names[arguments._obj.task])
-        return int(found._run(arguments, stream))
+        return int(found._run(arguments, device, stream))
 
     plan_names = {number: name for name, number in plan.TASKS.items()}
     # Without shared memory no strip fits; with all the memory that there is, all do.

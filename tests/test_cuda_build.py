@@ -59,7 +59,7 @@ def program(path: Path, text: str) -> None:
 
 
 def build(what: str, checkout: Path, home: Path, path: str | None = None, **environment: str) -> tuple[Path, str, str]:
-    """What setuptools makes ("wheel", "editable" or "sdist"), as pip asks for it; what was said; what nvcc was asked."""
+    """What setuptools makes ("wheel", "editable", "sdist") when pip asks; what was said; what nvcc was asked."""
     asked, out = checkout.parent / "asked.txt", checkout.parent / "out"
     asked.unlink(missing_ok=True)
     out.mkdir(exist_ok=True)
@@ -138,6 +138,7 @@ def test_an_editable_install_builds_for_the_gpus_here(
 
 def test_a_source_distribution_has_the_sources(checkout: Path, tmp_path: Path) -> None:
     made, _, _ = build("sdist", checkout, tmp_path)
-    names = {name.partition("/")[2] for name in tarfile.open(made).getnames()}
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
     assert "setup.py" in names

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from .arguments import ABI_VERSION, Arguments
 
 PATH = Path(__file__).with_name("libdfa_kernels.so")
+ELF_HEADER = 64
 HOST = "host"
 """In place of its architectures, a library says that it runs the kernels on the CPU: a host compiler made it."""
 
@@ -47,15 +49,14 @@ class Library:
                 return True
         return False
 
-    def run(self, arguments: Arguments, stream: int) -> None:
-        """The launches of a task, on this stream of the current device."""
-        status = self._run(ctypes.byref(arguments), stream)
-        if status:
+    def run(self, arguments: Arguments, device: int, stream: int) -> None:
+        """The launches of a task, on this stream of the device, which is the current one."""
+        if self._run(ctypes.byref(arguments), device, stream):
             self._fail()
 
-    def write_numbers(self, to: int, numbers: Any, stream: int) -> None:
-        """Floats of the host to the device's memory at this address, on the stream."""
-        if self._write_numbers(to, numbers, len(numbers), stream):
+    def write_numbers(self, to: int, numbers: Any, device: int, stream: int) -> None:
+        """Floats of the host to the device's memory at this address."""
+        if self._write_numbers(to, numbers, len(numbers), device, stream):
             self._fail()
 
     def _fail(self) -> None:
@@ -71,28 +72,38 @@ def load(path: Path) -> Library:
     again = "build it again: `pip install .` in a checkout of this version, where nvcc is"
     if not path.exists():
         raise LibraryError(f"no library was built: {path} is not there; install where nvcc is")
+    if not is_whole(path):
+        raise LibraryError(f"{path} is not whole, or no library for 64-bit Linux; {again}")
     try:
         made = ctypes.CDLL(str(path))
-        version, size = made.dfa_abi_version, made.dfa_arguments_bytes
-        version.restype, size.restype = ctypes.c_int, ctypes.c_longlong
-        found = version()
-        if found != ABI_VERSION:
-            raise LibraryError(f"{path} has ABI version {found}, expected {ABI_VERSION}; {again}")
-        if size() != ctypes.sizeof(Arguments):
-            raise LibraryError(
-                f"{path} takes {size()} bytes of arguments, expected {ctypes.sizeof(Arguments)}; {again}"
-            )
+        version = made.dfa_abi_version()
+        if version != ABI_VERSION:
+            raise LibraryError(f"{path} has ABI version {version}, expected {ABI_VERSION}; {again}")
+        made.dfa_arguments_bytes.restype = ctypes.c_longlong
+        size, expected = made.dfa_arguments_bytes(), ctypes.sizeof(Arguments)
+        if size != expected:
+            raise LibraryError(f"{path} takes {size} bytes of arguments, expected {expected}; {again}")
         return _declared(path, made)
     except (OSError, AttributeError) as failure:
         raise LibraryError(f"{path} cannot be used: {failure}; {again}") from failure
 
 
+def is_whole(path: Path) -> bool:
+    """Whether an ELF file reaches as far as its header says. The loader does not ask, and ends the process instead."""
+    with path.open("rb") as file:
+        header = file.read(ELF_HEADER)
+    if len(header) < ELF_HEADER or header[:5] != b"\x7fELF\x02":
+        return False
+    (sections,), (entry_size, entries) = struct.unpack_from("<Q", header, 0x28), struct.unpack_from("<HH", header, 0x3A)
+    return path.stat().st_size >= int(sections) + int(entry_size) * int(entries)
+
+
 def _declared(path: Path, made: ctypes.CDLL) -> Library:
     pointer = ctypes.c_void_p
     made.dfa_architectures.restype = made.dfa_message.restype = ctypes.c_char_p
-    made.dfa_run.argtypes, made.dfa_run.restype = [ctypes.POINTER(Arguments), pointer], ctypes.c_int
+    made.dfa_run.argtypes, made.dfa_run.restype = [ctypes.POINTER(Arguments), ctypes.c_int, pointer], ctypes.c_int
     made.dfa_strip_bytes.argtypes, made.dfa_strip_bytes.restype = [ctypes.POINTER(Arguments)], ctypes.c_longlong
-    made.dfa_write_numbers.argtypes = [pointer, ctypes.POINTER(ctypes.c_float), ctypes.c_int, pointer]
+    made.dfa_write_numbers.argtypes = [pointer, ctypes.POINTER(ctypes.c_float), ctypes.c_int, ctypes.c_int, pointer]
     made.dfa_write_numbers.restype = ctypes.c_int
     architectures = made.dfa_architectures().decode().split("+")
     return Library(

@@ -15,7 +15,7 @@ from ...updates import RULES
 from .. import torch_backend
 from ..calls import LayerCall, TapsCall, encoded
 from .arguments import MOST_LAYERS, Arguments
-from .library import Library, library, why_not
+from .library import library, why_not
 from .plan import Plan, Target, looks_of, plan_layers, plan_taps, split, taps_looks
 
 # A library that runs on the CPU has as many multiprocessors and as much shared memory as this.
@@ -143,17 +143,18 @@ def _run(plan: Plan, addresses: list[int], device: torch.device) -> None:
     # The plan's own are everybody's, on whichever thread autograd runs.
     arguments = Arguments.from_buffer_copy(plan.arguments)
     plan.pack(arguments, 0, *addresses)
-    _on_stream(device, lambda there, stream: there.run(arguments, stream))
+    _on_stream(device, lambda index, stream: library().run(arguments, index, stream))
 
 
-def _on_stream(device: torch.device, call: Callable[[Library, int], None]) -> None:
+def _on_stream(device: torch.device, call: Callable[[int, int], None]) -> None:
+    """call(number of the device, its current stream), with the device as the current one."""
     if device.type != "cuda":
-        call(library(), 0)
+        call(0, 0)
     elif device.index == torch.cuda.current_device():
-        call(library(), raw_stream(device.index))
+        call(device.index, raw_stream(device.index))
     else:
         with torch.cuda.device(device):
-            call(library(), raw_stream(device.index))
+            call(device.index, raw_stream(device.index))
 
 
 def _projection_tensors(plan: Plan, error: Tensor, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -203,7 +204,7 @@ def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
         return _numbers[key][1]
     made = torch.empty(len(numbers), dtype=torch.float32, device=device)
     values = (ctypes.c_float * len(numbers))(*numbers)
-    _on_stream(device, lambda there, stream: there.write_numbers(made.data_ptr(), values, stream))
+    _on_stream(device, lambda index, stream: library().write_numbers(made.data_ptr(), values, index, stream))
     if not capturing:
         _numbers[key] = numbers, made
     return made
