@@ -109,27 +109,15 @@ def _run_layers(
     if plan.arguments is None:
         return
     error, stored = _projection_tensors(plan, call.error, call.stored)
+    # Names, so that copies live until the launch.
     inputs, saved = [_dense(x) for x in call.inputs], [_dense(h) for h in call.saved]
-    masks = [None if mask is None else _dense(mask) for mask in call.dropout_mask]
+    masks = [_dense(mask) for mask in call.dropout_mask if mask is not None]
     sums = error.new_empty(plan.sums, dtype=torch.float32) if plan.sums else None
-    deltas = error.new_empty(plan.delta_numbers, dtype=plan.dtype) if plan.delta_numbers else None
-    first_delta, size = (0, 0) if deltas is None else (deltas.data_ptr(), plan.dtype.itemsize)
-    each, hidden = len(state) // len(destinations), len(saved)
-    addresses = [error.data_ptr(), _address(stored), _address(sums), _address(hyper)]
-    for i, (x, weight, bias) in enumerate(zip(inputs, plan.weights, plan.biases, strict=True)):
-        is_hidden = i < hidden
-        addresses += (
-            x.data_ptr(),
-            saved[i].data_ptr() if is_hidden else 0,
-            _address(masks[i]) if is_hidden else 0,
-            first_delta + plan.delta_offsets[i] * size if size else 0,
-        )
-        for parameter in (weight, bias):
-            addresses.append(0 if parameter < 0 else destinations[parameter].data_ptr())
-        for parameter in (weight, bias):
-            for which in range(2):
-                there = parameter >= 0 and which < each
-                addresses.append(state[parameter * each + which].data_ptr() if there else 0)
+    workspace = error.new_empty(plan.delta_numbers, dtype=plan.dtype) if plan.delta_numbers else None
+    first_delta = _address(workspace)
+    addresses = [0, error.data_ptr(), _address(stored), _address(sums), _address(hyper)]
+    addresses += [tensor.data_ptr() for tensor in (*inputs, *saved, *masks, *destinations, *state)]
+    addresses += [first_delta + offset for offset in plan.delta_offsets]
     _run(plan, addresses, call.error.device)
 
 
@@ -142,7 +130,7 @@ def _run(plan: Plan, addresses: list[int], device: torch.device) -> None:
     assert plan.arguments is not None
     # The plan's own are everybody's, on whichever thread autograd runs.
     arguments = Arguments.from_buffer_copy(plan.arguments)
-    plan.pack(arguments, 0, *addresses)
+    plan.pack(arguments, 0, *plan.order(addresses))
     _on_stream(device, lambda index, stream: library().run(arguments, index, stream))
 
 
@@ -229,9 +217,9 @@ def project_taps(call: TapsCall) -> list[Tensor]:
         for size, h in zip(call.sizes, saved, strict=True)
     ]
     error, stored = _projection_tensors(plan, error, call.stored)
-    addresses = [error.data_ptr(), _address(stored), 0, 0]
-    for h, mask, result in zip(saved, masks, results, strict=True):
-        addresses += (0, _address(h), _address(mask), result.data_ptr(), 0, 0, 0, 0, 0, 0)
+    addresses = [0, error.data_ptr(), _address(stored)]
+    addresses += [tensor.data_ptr() for tensor in (*saved, *masks) if tensor is not None]
+    addresses += [result.data_ptr() for result in results]
     _run(plan, addresses, call.error.device)
     return results
 

@@ -12,12 +12,14 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...feedback.spec import FeedbackSpec
+from ...updates import RULES as UPDATE_RULES
 from ..calls import LayerCall, TapsCall
 from .arguments import (
     ACTIVATIONS,
@@ -80,6 +82,8 @@ class Looks(NamedTuple):
     """Of the activations."""
     activations: tuple[str, ...]
     parameters: tuple[float, ...]
+    masks: tuple[bool, ...]
+    """Whether each hidden layer has one."""
     weight_grads: tuple[bool, ...]
     bias_grads: tuple[bool, ...]
     dtype: torch.dtype | None
@@ -96,6 +100,9 @@ class TapsLooks(NamedTuple):
     sizes: tuple[int, ...]
     channels: tuple[int, ...]
     channels_last: tuple[bool, ...]
+    has_saved: tuple[bool, ...]
+    masks: tuple[bool, ...]
+    """Whether each tap has the respective tensor."""
     dtypes: frozenset[torch.dtype]
     activations: tuple[str, ...]
     parameters: tuple[float, ...]
@@ -120,13 +127,17 @@ class Plan:
     weights: tuple[int, ...] = ()
     biases: tuple[int, ...] = ()
     """Which of them belongs to each layer; -1 where a layer wants none."""
+    masks: tuple[bool, ...] = ()
+    """Whether each hidden layer has one."""
     delta_offsets: tuple[int, ...] = ()
-    """Where each layer's δ begins in the workspace of delta_numbers, if there is one."""
+    """Bytes before each layer's δ in the workspace of delta_numbers, if there is one."""
     delta_numbers: int = 0
     sums: int = 0
     """float32 numbers for sums of δ over tiles of rows."""
+    order: Any = None
+    """Of the addresses of all tensors, as the operator lists them: those that the arguments begin with."""
     pack: Any = None
-    """Writes the addresses of all tensors into the arguments."""
+    """Writes these into the arguments."""
 
 
 def error_looks(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec) -> ErrorLooks:
@@ -145,6 +156,7 @@ def looks_of(call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[
         frozenset([tensor.dtype for tensor in (*call.inputs, *call.saved, *masks)]),
         tuple(call.activations),
         tuple(call.parameters),
+        tuple([mask is not None for mask in call.dropout_mask]),
         tuple(call.weight_grads),
         tuple(call.bias_grads),
         dtype,
@@ -161,6 +173,8 @@ def taps_looks(call: TapsCall) -> TapsLooks:
         tuple(call.sizes),
         tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in call.saved]),
         tuple([h is not None and not h.is_contiguous() for h in call.saved]),
+        tuple([h is not None for h in call.saved]),
+        tuple([h is not None and m is not None for h, m in zip(call.saved, call.dropout_mask, strict=True)]),
         frozenset([tensor.dtype for tensor in present]),
         tuple(call.activations),
         tuple(call.parameters),
@@ -208,10 +222,11 @@ def plan_layers(looks: Looks, target: Target) -> Plan:
         source=source_of(looks.error),
         dtype=dtype,
         widest=max(sizes[:hidden], default=0),
-        pack=_packer(len(layers)),
+        masks=looks.masks,
     )
     why_wide = _why_wide(plan, arguments_of(numbers, layers), target)
-    return _wide(plan, numbers, layers, why_wide) if why_wide else _strips(plan, numbers, layers, target)
+    plan = _wide(plan, numbers, layers, why_wide) if why_wide else _strips(plan, numbers, layers, target)
+    return _addressed(plan, *_layer_addresses(plan, hidden, looks.rule))
 
 
 def _set(looks: Looks, parameter: int) -> int:
@@ -253,7 +268,13 @@ def _wide(plan: Plan, numbers: dict[str, Any], layers: list[dict[str, Any]], why
     tiles = _tiles(plan, layers, WIDE)
     made = _finished(plan, "wide", numbers, layers, tiles, [max(1, n) for _, n in tiles])
     row_tiles = -(-rows // DELTA_ROWS)
-    return replace(made, why=why, delta_offsets=tuple(offsets), delta_numbers=total, sums=row_tiles * sums)
+    return replace(
+        made,
+        why=why,
+        delta_offsets=tuple([at * itemsize for at in offsets]),
+        delta_numbers=total,
+        sums=row_tiles * sums,
+    )
 
 
 def _tiles(plan: Plan, layers: list[dict[str, Any]], side: int) -> list[tuple[int, int]]:
@@ -296,7 +317,7 @@ def plan_taps(looks: TapsLooks, target: Target) -> Plan:
         layers[i] |= dict(activation=ACTIVATIONS[name], scale=scale, p=p, q=q)
     numbers |= dict(task=TASKS["taps"], hidden=len(layers), dtype=DTYPES[dtype])
     why = f"a tile of the projection serves all {len(layers)} taps" if len(layers) > 1 else "a tile of the projection"
-    return Plan(
+    plan = Plan(
         arguments_of(numbers, layers),
         task="taps",
         why=why,
@@ -304,12 +325,35 @@ def plan_taps(looks: TapsLooks, target: Target) -> Plan:
         source=source_of(looks.error),
         dtype=dtype,
         widest=max(looks.sizes),
-        pack=_packer(len(layers)),
     )
+    names = [("saved", i) for i, there in enumerate(looks.has_saved) if there]
+    names += [("mask", i) for i, there in enumerate(looks.masks) if there]
+    names += [("delta", i) for i in range(len(layers))]
+    return _addressed(plan, ["error", "stored"], names)
 
 
-def _packer(layers: int) -> Any:
-    return struct.Struct(f"{len(SHARED_POINTERS) + len(POINTERS) * layers}Q").pack_into
+def _layer_addresses(plan: Plan, hidden: int, rule: str) -> tuple[list[str], list[tuple[str, int]]]:
+    """What the operator lists the addresses of: (what, layer), in its order."""
+    layers = range(len(plan.weights))
+    names = [("x", i) for i in layers] + [("saved", i) for i in range(hidden)]
+    names += [("mask", i) for i, there in enumerate(plan.masks) if there]
+    owners = {slot: ("weight", i) for i, slot in enumerate(plan.weights)}
+    owners |= {slot: ("bias", i) for i, slot in enumerate(plan.biases)}
+    of_parameters = [owners[slot] for slot in range(len(plan.shapes))]
+    names += of_parameters
+    states = len(UPDATE_RULES[rule].state) if rule in UPDATE_RULES else 0
+    names += [(f"{kind}_state{which}", i) for kind, i in of_parameters for which in range(states)]
+    names += [("delta", i) for i in layers if plan.delta_offsets]
+    return list(SHARED_POINTERS), names
+
+
+def _addressed(plan: Plan, shared: Sequence[str], names: Sequence[tuple[str, int]]) -> Plan:
+    """The plan for addresses that come as a 0, those of `shared`, then those of `names`; 0 is that of what is not."""
+    assert plan.arguments is not None
+    at = {name: 1 + i for i, name in enumerate((*shared, *names))}
+    wanted: list[Any] = [*SHARED_POINTERS, *[(name, i) for i in range(plan.arguments.layers) for name in POINTERS]]
+    order = itemgetter(*[at.get(name, 0) for name in wanted])
+    return replace(plan, order=order, pack=struct.Struct(f"{len(wanted)}Q").pack_into)
 
 
 def reason_for_torch(
