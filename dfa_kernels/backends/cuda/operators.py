@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,14 +110,14 @@ def _run_layers(
     if plan.arguments is None:
         return
     error, stored = _projection_tensors(plan, call.error, call.stored)
-    # Names, so that copies live until the launch.
-    inputs, saved = [_dense(x) for x in call.inputs], [_dense(h) for h in call.saved]
-    masks = [_dense(mask) for mask in call.dropout_mask if mask is not None]
+    # A name, so that copies live until the launch.
+    read = [t if t.is_contiguous() else t.contiguous() for t in (*call.inputs, *call.saved)]
+    read += [_dense(mask) for mask in call.dropout_mask if mask is not None]
     sums = error.new_empty(plan.sums, dtype=torch.float32) if plan.sums else None
     workspace = error.new_empty(plan.delta_numbers, dtype=plan.dtype) if plan.delta_numbers else None
     first_delta = _address(workspace)
     addresses = [0, error.data_ptr(), _address(stored), _address(sums), _address(hyper)]
-    addresses += [tensor.data_ptr() for tensor in (*inputs, *saved, *masks, *destinations, *state)]
+    addresses += [tensor.data_ptr() for tensor in (*read, *destinations, *state)]
     addresses += [first_delta + offset for offset in plan.delta_offsets]
     _run(plan, addresses, call.error.device)
 
@@ -131,18 +132,18 @@ def _run(plan: Plan, addresses: list[int], device: torch.device) -> None:
     # The plan's own are everybody's, on whichever thread autograd runs.
     arguments = Arguments.from_buffer_copy(plan.arguments)
     plan.pack(arguments, 0, *plan.order(addresses))
-    _on_stream(device, lambda index, stream: library().run(arguments, index, stream))
+    _on_stream(device, library().run, arguments)
 
 
-def _on_stream(device: torch.device, call: Callable[[int, int], None]) -> None:
-    """call(number of the device, its current stream), with the device as the current one."""
+def _on_stream(device: torch.device, call: Callable[..., None], *arguments: Any) -> None:
+    """call(*arguments, number of the device, its current stream), with the device as the current one."""
     if device.type != "cuda":
-        call(0, 0)
+        call(*arguments, 0, 0)
     elif device.index == torch.cuda.current_device():
-        call(device.index, raw_stream(device.index))
+        call(*arguments, device.index, raw_stream(device.index))
     else:
         with torch.cuda.device(device):
-            call(device.index, raw_stream(device.index))
+            call(*arguments, device.index, raw_stream(device.index))
 
 
 def _projection_tensors(plan: Plan, error: Tensor, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -192,7 +193,7 @@ def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
         return _numbers[key][1]
     made = torch.empty(len(numbers), dtype=torch.float32, device=device)
     values = (ctypes.c_float * len(numbers))(*numbers)
-    _on_stream(device, lambda index, stream: library().write_numbers(made.data_ptr(), values, index, stream))
+    _on_stream(device, library().write_numbers, made.data_ptr(), values)
     if not capturing:
         _numbers[key] = numbers, made
     return made
