@@ -276,3 +276,11 @@ def test_show_to_modes():
     torch.compile(torch.ones_like, backend="eager")(torch.ones(2))
     _torch_internals.show_to_modes([torch.relu_])
     assert torch.compile(call, backend="eager", fullgraph=True)(torch.ones(2)).tolist() == [-2, -2]
+
+
+@pytest.mark.gpu
+def test_raw_stream():
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert _torch_internals.raw_stream(torch.cuda.current_device()) == stream.cuda_stream
+    assert _torch_internals.raw_stream(torch.cuda.current_device()) == torch.cuda.current_stream().cuda_stream

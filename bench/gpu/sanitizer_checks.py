@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from bench.gpu.forced import kernel_planner
 from bench.gpu.precision import tf32
 from bench.gpu.processes import write
 from bench.gpu.tuning_workloads import taps_call
-from dfa_kernels.backends import BACKENDS, cuda, torch_backend
+from dfa_kernels.backends import BACKENDS, OLDEST_FOR_TRITON, cuda, torch_backend
 from dfa_kernels.backends.calls import Backend, LayerCall
 from dfa_kernels.backends.cuda.arguments import TASKS
 from dfa_kernels.backends.cuda.library import Library
@@ -111,17 +111,19 @@ CUDA_CHECKS = (
 )
 
 
-def cuda_checks() -> tuple[Check, ...]:
-    """Those of the CUDA C++ kernels, where there is a library that has code for the first GPU."""
+def checks_here(by_triton: Sequence[Check]) -> list[Check]:
+    """Triton's where Triton is used, and those of the CUDA C++ kernels where a library has code for the first GPU."""
     if not torch.cuda.is_available():
-        return ()
+        return list(by_triton)
     major, minor = torch.cuda.get_device_capability(0)
-    return () if cuda.why_not(10 * major + minor) else CUDA_CHECKS
+    capability = 10 * major + minor
+    usual = by_triton if capability >= OLDEST_FOR_TRITON else ()
+    return [*usual, *(() if cuda.why_not(capability) else CUDA_CHECKS)]
 
 
 def main(argv: list[str] | None = None) -> int:
     known = {check.name: check for check in (*CHECKS, *CUDA_CHECKS)}
-    usual = [check.name for check in (*CHECKS, *cuda_checks())]
+    usual = [check.name for check in checks_here(CHECKS)]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--checks", nargs="*", default=usual, choices=known, help="which to do; default all")
