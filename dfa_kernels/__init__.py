@@ -6,6 +6,7 @@ from .feedback import Feedback
 from .feedback.memory import feedback_memory
 from .forward.side_loss import side_loss
 from .forward.taps import Tap, TapInfo
+from .graphed_step import GraphedStep
 from .wrapper import DFA
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "DFA",
     "Alignment",
     "Feedback",
+    "GraphedStep",
     "Tap",
     "TapInfo",
     "alignment",

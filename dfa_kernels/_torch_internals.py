@@ -16,15 +16,22 @@ from torch.utils._pytree import tree_map_only
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def backward_reaches(node: Any) -> bool:
-    """Within a backward pass: whether it runs this node of the graph, which hands a gradient to a parameter."""
+def backward_reaches(nodes: Iterable[Any]) -> list[bool]:
+    """Within a backward pass: whether it runs these nodes of the graph, which hand parameters their gradients."""
     try:
-        return torch._C._will_engine_execute_node(node)
+        return [*map(torch._C._will_engine_execute_node, nodes)]
     except RuntimeError as error:
         raise RuntimeError(
             "torch.autograd.grad: it cannot go through a pass whose gradients a fused optimizer computes; use "
             "backward(), or a pass within `with model.backprop():`"
         ) from error
+
+
+def apply_node(node: type[torch.autograd.Function], *args: Any) -> Any:
+    """``node.apply(*args)`` where no transform of torch.func is at work, without looking for traces of one."""
+    if torch.compiler.is_compiling():
+        return node.apply(*args)
+    return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
 
 
 def take_saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
@@ -79,11 +86,15 @@ def module_calls_are_observed() -> bool:
     return bool(nn.modules.module._has_any_global_hook())
 
 
-def calls_are_observed(module: nn.Module) -> bool:
-    """Whether a hook waits for this module's calls or their gradients."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def call_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Where the module keeps the hooks that wait for its calls or their gradients, all its life."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def tensors_by_name(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Every parameter and buffer, with the dictionary of its module in which it stands by that name."""
+    holders = [holder for each in module.modules() for holder in (each._parameters, each._buffers)]
+    return [(holder, name, tensor) for holder in holders for name, tensor in holder.items() if tensor is not None]
 
 
 def is_under_functorch() -> bool:

@@ -15,9 +15,16 @@ AUTOCAST_DEVICES = frozenset(
 )
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast makes of a product's operands there; None where it is off."""
+    if device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Keeps autocast from rounding the operands of the products inside."""
-    if device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

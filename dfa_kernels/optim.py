@@ -11,7 +11,7 @@ GradScaler, a print); the step then goes on from the gradients, as after any bac
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from . import backends
 from ._torch_internals import is_inside_ddp, step_is_observed
 from .autocast import without_autocast
+from .backends.calls import DeviceNumbers
 from .backward.deferred import DeferredCall, Ledger
 from .backward.lazy_gradient import LazyGradient
+from .numbers_on_device import NumbersOnDevice, is_captured, is_on_device
 from .updates import RULES
 from .wrapper import DFA
 
@@ -32,7 +34,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     rule: str
 
-    def __init__(self, model: DFA, defaults: dict[str, Any], max_norm: float | None) -> None:
+    def __init__(self, model: DFA, defaults: dict[str, Any], max_norm: float | None, capturable: bool) -> None:
         if isinstance(model, DistributedDataParallel):
             raise TypeError(f"model: got DistributedDataParallel; {_NO_REDUCTION}")
         if not isinstance(model, DFA):
@@ -40,8 +42,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm: got {max_norm}, expected a positive number or None")
         super().__init__(model.parameters(), defaults)
-        # No option of a group: the norm is that of all groups. Nor a state: torch's optimizers have none to load.
+        # No options of a group: the norm is that of all groups. Nor a state: torch's optimizers have none to load, and
+        # whether steps are captured is not for a checkpoint to say.
         self.max_norm = max_norm
+        self.capturable = capturable
+        self._on_device: NumbersOnDevice | None = None
         self._ledger = Ledger()
         model._optimizer = weakref.ref(self)
         weakref.finalize(self, self._ledger.close)
@@ -89,6 +94,36 @@ class FusedOptimizer(torch.optim.Optimizer):
             if used:
                 raise ValueError(f"state_dict: it was made with {used}, which {type(self).__name__} does not have")
         super().load_state_dict(state_dict)
+        self._on_device = None
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu").clone()
+
+    def refresh(self) -> None:
+        """Brings changes of ``param_groups``, a scheduler's say, to the device; to be called before a graph's replay.
+
+        `GraphedStep` and every step do it themselves. Without ``capturable`` there is nothing to do.
+
+        Raises:
+            RuntimeError: under capture, if there is a change.
+        """
+        if self.capturable:
+            self._numbers_on_device()
+
+    def forget_counts(self) -> None:
+        """Makes the next update of parameters without state their first, as a dropped state elsewhere does."""
+        if self._on_device is not None and RULES[self.rule].counts:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if "step" not in self.state.get(p, {}):
+                        self._on_device.step_of(p).zero_()
+
+    def baked_options(self) -> tuple[Any, ...]:
+        """What a graph captured now keeps, whatever becomes of the options: everything else follows them."""
+        rates = [group["lr"] for group in self.param_groups]
+        table = None if self._on_device is None else self._on_device.table.data_ptr()
+        on_device = [rate.data_ptr() if is_on_device(rate) else None for rate in rates]
+        return self._state_names(), self.max_norm, table, *on_device
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Computes the deferred gradients and updates every parameter. Then no gradient is left, deferred or not.
@@ -102,25 +137,36 @@ class FusedOptimizer(torch.optim.Optimizer):
     # takes 1 % of a step, so here it happens only if there is a hook or a profiler.
     step.hooked = True  # type: ignore[attr-defined]
 
-    @torch.no_grad()
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with torch.no_grad():
+            self._update()
+        return loss
+
+    def _update(self) -> None:
+        on_device = self._numbers_on_device() if self.capturable else None
+        if on_device is not None:
+            on_device.copy_rates([self._numbers(group) for group in self.param_groups])
         call = self._ledger.take_whole() if self.max_norm is None else None
         if call is None:
             self._ledger.make()
         else:
             # The gradients' products belong to the backward pass, which autocast does not reach either.
-            with without_autocast(call.weights[0].device):
-                self._update_fused(call)
+            with without_autocast(call.parameters[0].device):
+                done = self._update_fused(call, on_device)
+            if done:
+                return
         if self.max_norm is not None:
             torch.nn.utils.clip_grad_norm_([p for p, _, _ in self._with_gradient()], self.max_norm)
+        if on_device is not None:
+            self._update_from_device(on_device)
+            return
         for p, gradient, group in self._with_gradient():
             RULES[self.rule].apply_(p, self._own_state(p), self._hyper(group, p), gradient)
             p.grad = None
-        return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
@@ -133,28 +179,63 @@ class FusedOptimizer(torch.optim.Optimizer):
                     _refuse_sparse(gradient)
                     yield p, gradient, group
 
-    def _update_fused(self, call: DeferredCall) -> None:
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        if not groups.keys() >= {id(p) for p in call.weights}:
-            shapes = [tuple(p.shape) for p in call.weights if id(p) not in groups]
+    def _update_from_device(self, on_device: NumbersOnDevice) -> None:
+        with_gradient = [(p, gradient) for p, gradient, _ in self._with_gradient()]
+        on_device.count([p for p, _ in with_gradient])
+        for p, gradient in with_gradient:
+            RULES[self.rule].apply_row_(p, self._own_state(p), on_device.row(p), gradient)
+            p.grad = None
+
+    def _update_fused(self, call: DeferredCall, on_device: NumbersOnDevice | None) -> bool:
+        """Returns whether these were all parameters."""
+        parameters, known = call.parameters, [id(p) for group in self.param_groups for p in group["params"]]
+        if not set(known).issuperset(map(id, parameters)):
+            shapes = [tuple(p.shape) for p in parameters if id(p) not in known]
             raise RuntimeError(
                 f"step: the model has parameters of shape {shapes} that this optimizer does not; its parameters were "
                 "replaced since, so make a new optimizer"
             )
-        state = [tensor for p in call.weights for tensor in self._own_state(p)] if self._state_names() else []
-        hyper = [number for p in call.weights for number in self._hyper(groups[id(p)], p)]
-        update_ = backends.BACKENDS[call.backend].layer_update_
-        update_(call.layers(), call.weights, state, self.rule, hyper)
+        state = [tensor for p in parameters for tensor in self._own_state(p)] if self._state_names() else []
+        hyper: list[float] | DeviceNumbers
+        if on_device is None:
+            hyper = self._hyper_of_each(parameters)
+        else:
+            on_device.count(parameters)
+            hyper = on_device.rows(parameters)
+        update_ = backends.BACKENDS[call.plan.backend].layer_update_
+        update_(call.layers(), parameters, state, self.rule, hyper)
+        return len(parameters) == len(known)
 
     def _state_names(self) -> tuple[str, ...]:
         return RULES[self.rule].state
 
+    def _numbers(self, group: dict[str, Any]) -> list[Any]:
+        """The numbers that the rule unpacks, but for counts of steps. Those of torch are tensors now and then."""
+        raise NotImplementedError
+
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
         """The numbers that the rule unpacks, for the update of ``p`` that is about to run."""
-        raise NotImplementedError
+        return list(map(float, self._numbers(group)))
+
+    def _hyper_of_each(self, parameters: Sequence[Tensor]) -> list[float]:
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        return [number for p in parameters for number in self._hyper(groups[id(p)], p)]
+
+    def _numbers_on_device(self) -> NumbersOnDevice:
+        """As they are now, and the counts of steps there as well."""
+        numbers = [self._numbers(group) for group in self.param_groups]
+        if self._on_device is None or not self._on_device.suits(self.param_groups):
+            self._on_device = NumbersOnDevice(RULES[self.rule], self.param_groups, numbers)
+            for p, state in self.state.items():
+                if "step" in state:
+                    state["step"] = self._on_device.step_of(p).copy_(state["step"])
+        self._on_device.write(numbers)
+        return self._on_device
 
     def _own_state(self, p: Tensor) -> list[Tensor]:
         state, names = self.state[p], self._state_names()
+        if self._on_device is not None and RULES[self.rule].counts and "step" not in state:
+            state["step"] = self._on_device.step_of(p)
         for name in names:
             if name not in state:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -182,11 +263,15 @@ class SGD(FusedOptimizer):
 
     Args:
         model: the `DFA` module whose parameters it updates.
-        lr: learning rate; may be changed in ``param_groups``, by a scheduler for example.
+        lr: learning rate; may be changed in ``param_groups``, by a scheduler for example. A tensor of one element may
+            be filled in place, too.
         momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
         max_norm: the most that the norm of all gradients together may be; a step scales them down to it, as
             `torch.nn.utils.clip_grad_norm_` does. It needs all gradients before the first update, so they get buffers
             for that step. `state_dict()` does not hold it; it may be changed as an attribute. None: no limit.
+        capturable: whether steps may be captured in a CUDA graph: the numbers above, but for max_norm, are read from
+            device memory, where `refresh` brings what has changed in ``param_groups`` before a replay. All parameters
+            have to be on one device. `state_dict()` does not hold it.
     """
 
     rule = "sgd"
@@ -194,24 +279,30 @@ class SGD(FusedOptimizer):
     def __init__(
         self,
         model: DFA,
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0,
         weight_decay: float = 0,
         nesterov: bool = False,
         max_norm: float | None = None,
+        capturable: bool = False,
     ) -> None:
         _check_at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and momentum == 0:
             raise ValueError("nesterov: got True with momentum 0, expected a positive momentum")
         # torch.optim.SGD expects the key dampening in a state that it loads.
         defaults = dict(lr=lr, momentum=momentum, dampening=0, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(model, defaults, max_norm)
+        super().__init__(model, defaults, max_norm, capturable)
 
     def _state_names(self) -> tuple[str, ...]:
         return RULES["momentum"].state if any(group["momentum"] for group in self.param_groups) else ()
 
-    def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
-        return [float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"]]
+    def _numbers(self, group: dict[str, Any]) -> list[Any]:
+        return [group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]]
+
+    def _hyper_of_each(self, parameters: Sequence[Tensor]) -> list[float]:
+        if len(self.param_groups) > 1:
+            return super()._hyper_of_each(parameters)
+        return self._hyper(self.param_groups[0], parameters[0]) * len(parameters)
 
 
 class AdamW(FusedOptimizer):
@@ -219,8 +310,9 @@ class AdamW(FusedOptimizer):
 
     Args:
         model: the `DFA` module whose parameters it updates.
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr as in `SGD`.
         max_norm: as in `SGD`.
+        capturable: as in `SGD`; steps are counted in device memory, too.
     """
 
     rule = "adamw"
@@ -228,30 +320,35 @@ class AdamW(FusedOptimizer):
     def __init__(
         self,
         model: DFA,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         max_norm: float | None = None,
+        capturable: bool = False,
     ) -> None:
         _check_at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         for beta in betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas: got {betas}, expected two numbers in [0, 1)")
-        super().__init__(model, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), max_norm)
+        super().__init__(model, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), max_norm, capturable)
+
+    def _numbers(self, group: dict[str, Any]) -> list[Any]:
+        return [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
 
     def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
-        if p.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("AdamW counts its steps on the host, and a CUDA graph would repeat one of them")
+        if is_captured(p.device):
+            raise RuntimeError(
+                "AdamW counts its steps on the host, and a CUDA graph would repeat one of them; use capturable=True"
+            )
         state = self.state[p]
         if "step" not in state:
             state["step"] = torch.tensor(0.0)
         state["step"] += 1
-        beta1, beta2 = group["betas"]
-        return [*map(float, (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], state["step"]))]
+        return [*super()._hyper(group, p), float(state["step"])]
 
 
-def _check_at_least_zero(**numbers: float) -> None:
+def _check_at_least_zero(**numbers: float | Tensor) -> None:
     for name, number in numbers.items():
         if not number >= 0:
             raise ValueError(f"{name}: got {number}, expected a number >= 0")

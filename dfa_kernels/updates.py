@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ._torch_internals import add_each_
@@ -19,9 +20,13 @@ from ._torch_internals import add_each_
 # layer of 10 rows costs a factor of 20 in accuracy. A gradient this small is stored at no cost.
 SMALL = 2**16
 
+# exp of it is 0 in double precision too, and no step count times it is NaN.
+LOG_OF_ZERO = -1e4
+
 T = TypeVar("T")
 State = Sequence[Tensor]
 Hyper = Sequence[float]
+Row = Sequence[Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,12 @@ class UpdateRule:
     """The tensors that every parameter has beside it, by the names that torch's optimizer uses."""
     tile_numbers: Callable[..., tuple[float, ...]]
     """(*hyper) → what the kernels' epilogue takes. Differences from 1 are taken here, in double precision."""
+    row: Callable[..., tuple[float, ...]]
+    """(*hyper without AdamW's step) → a row of `DeviceNumbers`, but for that step, its last number. lr is the first."""
+    apply_row_: Callable[[Tensor, State, Row, Tensor], None]
+    """(parameter, state, row, gradient): the update from a gradient, whose numbers no host needs to know."""
+    counts: bool = False
+    """Whether a parameter's updates are counted."""
     with_state: str = ""
     """The row for parameters that have state, if it is another."""
 
@@ -83,6 +94,39 @@ def adamw_product_(parameter: Tensor, state: State, hyper: Hyper, delta: Tensor,
     adamw_(parameter, state, hyper, delta.t() @ x)
 
 
+def sgd_row_(parameter: Tensor, state: State, row: Row, gradient: Tensor) -> None:
+    lr, weight_decay, momentum, nesterov = row
+    step = gradient.to(parameter.dtype) + parameter * weight_decay
+    for velocity in state:
+        moved = velocity * momentum + step
+        # A group without momentum leaves its buffer alone.
+        velocity.copy_(torch.where(torch.as_tensor(momentum) != 0, moved, velocity))
+        step = torch.where(torch.as_tensor(nesterov) != 0, step + moved * momentum, moved)
+    parameter.sub_(step * lr)
+
+
+def adamw_row_(parameter: Tensor, state: State, row: Row, gradient: Tensor) -> None:
+    lr, share1, beta2, share2, eps, weight_decay, log_beta1, log_beta2, step = row
+    mean, square = state
+    gradient = gradient.to(parameter.dtype)
+    correction1, correction2 = (-torch.expm1(torch.as_tensor(step * log)) for log in (log_beta1, log_beta2))
+    parameter.mul_(1 - lr * weight_decay)
+    mean.add_((gradient - mean) * share1)
+    square.mul_(beta2).add_(gradient * gradient * share2)
+    denominator = square.sqrt() / correction2.sqrt() + eps
+    parameter.sub_(mean / denominator * (lr / correction1))
+
+
+def _sgd_row(lr: float, momentum: float, weight_decay: float, nesterov: float) -> tuple[float, ...]:
+    return lr, weight_decay, momentum, nesterov
+
+
+def _adamw_row(lr: float, beta1: float, beta2: float, eps: float, decay: float) -> tuple[float, ...]:
+    """In float32 neither 1 - beta nor 1 - beta**step would be exact: the latter is made of the logarithm by expm1."""
+    log1, log2 = (math.log(beta) if beta else LOG_OF_ZERO for beta in (beta1, beta2))
+    return lr, 1 - beta1, beta2, 1 - beta2, eps, decay, log1, log2
+
+
 def _sgd_numbers(lr: float, momentum: float, weight_decay: float, nesterov: float) -> tuple[float, ...]:
     return lr, weight_decay
 
@@ -97,9 +141,11 @@ def _adamw_numbers(lr: float, beta1: float, beta2: float, eps: float, decay: flo
 
 
 RULES: dict[str, UpdateRule] = {
-    "sgd": UpdateRule(sgd_, sgd_product_, (), _sgd_numbers, with_state="momentum"),
-    "momentum": UpdateRule(sgd_, sgd_product_, ("momentum_buffer",), _momentum_numbers),
-    "adamw": UpdateRule(adamw_, adamw_product_, ("exp_avg", "exp_avg_sq"), _adamw_numbers),
+    "sgd": UpdateRule(sgd_, sgd_product_, (), _sgd_numbers, _sgd_row, sgd_row_, with_state="momentum"),
+    "momentum": UpdateRule(sgd_, sgd_product_, ("momentum_buffer",), _momentum_numbers, _sgd_row, sgd_row_),
+    "adamw": UpdateRule(
+        adamw_, adamw_product_, ("exp_avg", "exp_avg_sq"), _adamw_numbers, _adamw_row, adamw_row_, counts=True
+    ),
 }
 
 

@@ -6,14 +6,14 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
+from .backward.attach import Repeated, attach, repeated
 from .backward.deferred import Ledger
-from .backward.node import attach
 from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
 from .compilers import check_not_recorded, is_recorded, warn_of_compiled, whole
 from .feedback import Feedback
@@ -24,7 +24,7 @@ from .forward.reach import bypassed, warn_of_uncovered, warn_of_unknown
 from .forward.record import Pass, Watched, recorded
 from .forward.rows import RowDims
 from .forward.segments import FusedLayer, SegmentedPass
-from .forward.sequence import plain_modules, run_sequence
+from .forward.sequence import PlainSequence, plain_sequence
 from .forward.survey import Survey, survey
 from .forward.taps import OutputTap, Tap, TapInfo, TapPolicy, tap_names
 from .forward.weight_layers import WeightCall
@@ -91,6 +91,8 @@ class DFA(nn.Module):
         self._error_size: int | None = None
         self._looks: tuple[Any, ...] | None = None
         self._sketch: Sketch | None = None
+        self._sequence: PlainSequence | None = None
+        self._repeated: Repeated | None = None
         self._chained: list[str] = []
         self._backprop = False
         self._optimizer: weakref.ref[FusedOptimizer] | None = None
@@ -173,7 +175,7 @@ class DFA(nn.Module):
         if "matrix" in found and own._given is not None:
             found["matrix"] = found["matrix"].to(own._given.device)
         self.feedback = Feedback.from_state_dict(found, device=own.device)
-        self._looks = None
+        self._looks = self._repeated = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A checkpoint without feedback, of the plain network say, leaves the model its own."""
@@ -183,25 +185,47 @@ class DFA(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no optimizer, and has seen no pass."""
-        return {**self.__dict__, "_optimizer": None, "_looks": None, "_sketch": None, "_survey": None}
+        forgotten = ("_optimizer", "_looks", "_sketch", "_survey", "_sequence", "_repeated")
+        return {**self.__dict__, **dict.fromkeys(forgotten)}
 
     def extra_repr(self) -> str:
         return f"feedback={self.feedback!r}, backend={self.backend!r}"
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         check_not_recorded()
-        seen = self._recorded(args, kwargs)
+        ledger = self._ledger()
+        sequence = self._as_sequence(args, kwargs)
+        if sequence is not None:
+            return self._plain_pass(sequence, args[0], ledger)
+        return self._end(whole(self._observed, args, kwargs), ledger)
+
+    def _as_sequence(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PlainSequence | None:
+        """The network, if it is plain; the last pass's, as long as that holds."""
+        if kwargs or len(args) != 1 or self._policy.kind == "named" or self._output is not None:
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        # Not by the attribute: that of a module is slow to find.
+        net, x = cast(nn.Module, self._modules["net"]), args[0]
+        if self._sequence is None or not self._sequence.holds(net, x, self.batch_dims):
+            self._repeated = None
+            self._sequence = plain_sequence(net, x, self.batch_dims, self._policy.kind == "nonlinearity")
+        return self._sequence
+
+    def _plain_pass(self, sequence: PlainSequence, x: Tensor, ledger: Ledger | None) -> Tensor:
+        output, own = sequence.run(x)
+        ends = self._repeated
+        if ends is not None and ends.suits(self.feedback, self.backend, ledger):
+            return ends.attach(output, own, ledger)
+        segments, last = sequence.segments(own)
+        seen = recorded(output, segments, last, self.feedback, self.backend, self.batch_dims, None, Watched())
+        self._repeated = repeated(seen, own, self.backend)
+        return self._end(seen, ledger)
+
+    def _end(self, seen: Pass, ledger: Ledger | None) -> Tensor:
         if self._taps is None or not torch.compiler.is_compiling():
             self._remember(seen)
-        return attach(seen, self._ledger())
-
-    def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
-        if self._policy.kind != "named" and self._output is None:
-            modules = plain_modules(self.net, self.batch_dims, args, kwargs)
-            if modules is not None:
-                found = run_sequence(modules, args[0], self._policy.kind == "nonlinearity")
-                return recorded(*found, self.feedback, self.backend, self.batch_dims, None, Watched())
-        return whole(self._observed, args, kwargs)
+        return attach(seen, ledger)
 
     def _observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
         segmented = SegmentedPass(self._policy, self._surveyed(args, kwargs).weight_layers)

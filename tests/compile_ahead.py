@@ -73,6 +73,7 @@ def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
             # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
             yield replace(two, error_size=10)
             yield from (replace(case, rule="adamw", source="gaussian") for case in (one, two))
+            yield from (replace(case, rule="adamw", numbers_in_memory=True) for case in (one, two))
         without_tma = next(i for i, config in enumerate(configs.two_phase) if not config.needs_tma)
         if arch in ASYNCHRONOUS and dtype in ("fp16", "bf16"):
             yield replace(two, config=without_tma, network="even")
@@ -148,7 +149,7 @@ def machine_code(case: Case, arch: int, known: Path | None) -> dict[str, Any]:
     plan = planned(case, arch)
     promised = {"multiplies": case.multiplies, "tma": plan.uses_tma, "warps": plan.config.num_warps}
     promised |= {"programs": plan.config.programs, "stages": plan.config.num_stages}
-    return promised | described(source_of(plan), plan.options, arch, known, plan.arguments)
+    return promised | described(source_of(plan, case.numbers_in_memory), plan.options, arch, known, plan.arguments)
 
 
 def hadamard(length: int, dtype: torch.dtype, arch: int, known: Path | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import dfa_kernels as dfa
-from dfa_kernels import updates
+from dfa_kernels import numbers_on_device, updates
 from dfa_kernels.backward.lazy_gradient import LazyGradient
 
 FUSED = {"sgd": dfa.optim.SGD, "adamw": dfa.optim.AdamW}
@@ -480,6 +480,109 @@ def test_grad_scaler(rule, options, make, width, clip):
         scaler.update()
 
     check(make, rule, options, width=width, step=step, prepare=prepare)
+
+
+@every_rule
+@pytest.mark.parametrize("make, width", NETS.values(), ids=NETS)
+def test_capturable(make, width, rule, options):
+    """Numbers and counts of steps that are read from the device give the same."""
+    check_capturable(make, rule, options, width=width)
+
+
+def check_capturable(make, rule, options, **how):
+    ref = train(make(), plain(rule, options), dtype=torch.float64, **how)
+    same = train(make(), plain(rule, options), **how)
+    out = train(make(), capturable(rule, options), **how)
+    assert_close(out, ref, same)
+    exact = train(make(), capturable(rule, options), dtype=torch.float64, **how)
+    for a, b in zip(exact.parameters(), ref.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+def capturable(rule, options):
+    return lambda model: FUSED[rule](model, **options, capturable=True)
+
+
+@two_rules
+def test_capturable_groups_and_schedulers(rule, options):
+    """One group's rate is a number, another's a tensor that its scheduler fills in place."""
+    schedulers = {}
+
+    def prepare(model, optimizer):
+        (group,) = optimizer.param_groups
+        group["params"], last = group["params"][:4], group["params"][4:]
+        rate = torch.tensor(0.03, dtype=torch.float64)
+        optimizer.add_param_group({"params": last, "lr": rate, "weight_decay": 0.0})
+        schedulers[optimizer] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+
+    def step(model, optimizer, i, width):
+        usual_step(model, optimizer, i, width)
+        schedulers[optimizer].step()
+
+    check_capturable(mlp, rule, options, prepare=prepare, step=step)
+
+
+@two_rules
+def test_refresh_brings_changes_to_the_device(rule, options):
+    """And nothing else: what has not changed is not written again."""
+    model = dfa.DFA(mlp())
+    optimizer = capturable(rule, options)(model)
+    usual_step(model, optimizer, 0, 5)
+    table = optimizer._on_device.table
+    before, version = table.clone(), table._version
+    optimizer.refresh()
+    assert table._version == version
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.refresh()
+    assert table is optimizer._on_device.table
+    assert (table[:, 0] == 0.5).all()
+    assert torch.equal(table[:, 1:], before[:, 1:])
+
+
+def test_a_change_under_capture_is_refused(monkeypatch):
+    """The graph would bring it back at each replay."""
+    optimizer = dfa.optim.SGD(dfa.DFA(mlp()), 0.1, capturable=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(numbers_on_device, "is_captured", lambda device: True)
+        with pytest.raises(RuntimeError, match=r"capturable: .*or there was none.*refresh\(\)"):
+            optimizer.step()
+    optimizer.refresh()
+    optimizer.param_groups[0]["lr"] = 0.2
+    monkeypatch.setattr(numbers_on_device, "is_captured", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"capturable: param_groups have changed.*refresh\(\)"):
+        optimizer.step()
+
+
+def test_capturable_needs_one_device():
+    net = mlp()
+    net[4].to("meta")
+    with pytest.raises(ValueError, match=r"capturable.*\['cpu', 'meta'\]"):
+        dfa.optim.SGD(dfa.DFA(net), 0.1, capturable=True).refresh()
+
+
+@pytest.mark.parametrize("first, second", [("plain", "capturable"), ("capturable", "plain"), ("fused", "capturable"),
+                                           ("capturable", "fused"), ("capturable", "capturable")])  # fmt: skip
+@two_rules
+def test_state_goes_on_in_a_capturable_optimizer(rule, options, first, second):
+    """And from it in others, torch's too, which see the counts of steps."""
+    kinds = {"plain": plain, "fused": fused, "capturable": capturable}
+    model = dfa.DFA(mlp())
+    optimizer = kinds[first](rule, options)(model)
+    for i in range(3):
+        usual_step(model, optimizer, i, 5)
+    optimizer.zero_grad()
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    other = dfa.DFA(copy.deepcopy(model.net))
+    resumed = kinds[second](rule, options)(other)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    expected = train(mlp(), plain(rule, options))
+    for i in range(3, 6):
+        usual_step(other, resumed, i, 5)
+    assert_close(other, expected, expected)
+    if rule == "adamw":
+        assert all(state["step"] == 6 for state in resumed.state.values())
 
 
 @pytest.fixture

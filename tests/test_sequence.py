@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfa_kernels as dfa
 from dfa_kernels.autocast import CASTS_LACK_GRAPHS
-from dfa_kernels.forward.sequence import plain_modules
+from dfa_kernels.forward.sequence import plain_sequence
 
 ACTIVATIONS = [
     nn.Tanh(), nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.1), nn.LeakyReLU(-0.5), nn.Sigmoid(), nn.GELU(),
@@ -55,7 +55,7 @@ def output_and_gradients(net: nn.Module, taps: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_equals_the_observed_pass(activation, dropout, taps):
     net = network(activation, dropout)
-    assert plain_modules(net, None, batch()[:1], {}) is not None
+    assert plain_sequence(net, batch()[0], None, True) is not None
     found = output_and_gradients(copy.deepcopy(net), taps)
     expected = output_and_gradients(Opaque(copy.deepcopy(net)), taps)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -157,19 +157,17 @@ def plain(*layers: nn.Module) -> nn.Sequential:
     ],
 )
 def test_leaves_other_networks_to_the_observed_pass(net):
-    assert plain_modules(net, None, (torch.zeros(2, 8),), {}) is None
+    assert plain_sequence(net, torch.zeros(2, 8), None, True) is None
 
 
 def test_leaves_other_calls_to_the_observed_pass():
     net, x = plain(nn.Linear(8, 3)), torch.zeros(2, 8)
-    assert plain_modules(net, None, (x,), {}) is not None
-    assert plain_modules(net, None, (x,), {"mask": None}) is None
-    assert plain_modules(net, None, (x, x), {}) is None
-    assert plain_modules(net, None, (x.clone().requires_grad_(),), {}) is None
-    assert plain_modules(net, None, (x.to("meta"),), {}) is None
+    assert plain_sequence(net, x, None, True) is not None
+    assert plain_sequence(net, x.clone().requires_grad_(), None, True) is None
+    assert plain_sequence(net, x.to("meta"), None, True) is None
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
-        assert plain_modules(net, None, (x,), {}) is None
+        assert plain_sequence(net, x, None, True) is None
     finally:
         handle.remove()
 
@@ -196,3 +194,103 @@ def test_a_replaced_class_forward_is_run(monkeypatch):
     net, x = plain(nn.Linear(8, 3)), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: torch.tanh(2 * x))
     assert torch.equal(dfa.DFA(net)(x), net(x))
+
+
+def small(dropout: float = 0.5) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(8, 9), nn.LeakyReLU(0.1)),
+        nn.Dropout(dropout),
+        nn.Linear(9, 6),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    )
+
+
+def set_forward(model):
+    model.net[2].forward = lambda x: 2 * F.linear(x, model.net[2].weight)
+
+
+def narrow(model):
+    model.net[2].weight.data = model.net[2].weight.data[:5].clone()
+    model.net[2].bias.data = model.net[2].bias.data[:5].clone()
+    model.net[4].weight.data = model.net[4].weight.data[:, :5].clone()
+
+
+def replace_parameter(model):
+    model.net[4].weight = nn.Parameter(torch.ones(3, 6))
+
+
+def replace_module(model):
+    torch.manual_seed(4)
+    model.net[0][0] = nn.Linear(8, 9)
+
+
+def append(model):
+    torch.manual_seed(4)
+    model.net.extend([nn.Tanh(), nn.Linear(3, 3)])
+
+
+def parametrize(model):
+    torch.nn.utils.parametrize.register_parametrization(model.net[2], "bias", nn.ReLU())
+
+
+CHANGES = {
+    "nothing": lambda model: None,
+    "eval": lambda model: model.eval(),
+    "dropout": lambda model: setattr(model.net[1], "p", 0.9),
+    "slope": lambda model: setattr(model.net[0][1], "negative_slope", 0.7),
+    "frozen": lambda model: model.net[2].weight.requires_grad_(False),
+    "frozen bias": lambda model: model.net[2].bias.requires_grad_(False),
+    "no bias": lambda model: model.net[2].register_parameter("bias", None),
+    "hook": lambda model: model.net[2].register_forward_hook(lambda module, args, output: 2 * output),
+    "gradient's hook": lambda model: model.net[2].weight.register_hook(lambda gradient: 3 * gradient),
+    "forward": set_forward,
+    "narrow": narrow,
+    "parameter": replace_parameter,
+    "module": replace_module,
+    "network": lambda model: setattr(model, "net", network(nn.ReLU(), 0.2)),
+    "one layer more": append,
+    "parametrized": parametrize,
+    "double": lambda model: model.double(),
+    "feedback": lambda model: setattr(model, "feedback", dfa.Feedback("rademacher", seed=5)),
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pass_known_from_the_last_one_sees_what_has_changed_since(change, fused):
+    """Each change once before the first pass, once behind some; then the step of both is the same."""
+
+    def parameters_after_a_step(passes: int) -> list[torch.Tensor]:
+        model, x = dfa.DFA(small()), batch()[0].flatten(1)
+        for _ in range(passes):
+            model(x).square().sum().backward()
+            model.zero_grad()
+        CHANGES[change](model)
+        optimizer = (dfa.optim.SGD if fused else torch.optim.SGD)(model if fused else model.parameters(), lr=0.1)
+        x = x.to(next(model.parameters()).dtype)
+        x = x.view(7, 2, 4) if change == "network" else x
+        torch.manual_seed(2)
+        model(x).square().sum().backward()
+        optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for found, expected in zip(parameters_after_a_step(2), parameters_after_a_step(0), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_another_batch_is_another_pass():
+    """In size, dtype, device and gradient; one under autocast too."""
+    model, fresh, x = dfa.DFA(small(0.0)), dfa.DFA(small(0.0)), batch()[0].flatten(1)
+
+    def gradients(model: dfa.DFA, x: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(x)
+        output.float().square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    for batch_of, autocast in ((x, False), (x[:3], False), (x, True), (x.clone().requires_grad_(), False), (x, False)):
+        found, expected = gradients(model, batch_of, autocast), gradients(copy.deepcopy(fresh), batch_of, autocast)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -100,7 +100,7 @@ def test_looking_at_a_shape_does_not_unfuse_a_layer():
     model = dfa.DFA(Net(forward, nn.Linear(8, 16), nn.Linear(16, 4)))
     optimizer = dfa.optim.SGD(model, 0.1)
     trained_by(model)
-    assert len(optimizer._ledger.calls[0].weights) == 4
+    assert len(optimizer._ledger.calls[0].parameters) == 4
 
 
 def test_taps_that_only_exist_without_gradients_are_refused():

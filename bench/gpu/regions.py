@@ -105,6 +105,27 @@ def _trained(make: Callable[[Problem, nn.Sequential, float, bool], Trained], gra
     return variant
 
 
+def _graphed_step(make: Callable[[Problem, nn.Sequential, float], tuple[nn.Module, torch.optim.Optimizer]]) -> Variant:
+    """A step as users have it captured, with the batch's way into the graph."""
+
+    def variant(problem: Problem, lr: float) -> Regions:
+        net = copy.deepcopy(problem.net)
+        model, optimizer = make(problem, net, lr)
+        step = dfa.GraphedStep(model, optimizer, F.cross_entropy, problem.x, problem.y)
+        return {STEP: Region(lambda: step(problem.x, problem.y), net, weights_of(net), graphed=True)}
+
+    return variant
+
+
+def _bp_to_graph(problem: Problem, net: nn.Sequential, lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    return net, _torch_sgd(net, lr)
+
+
+def _ours_to_graph(problem: Problem, net: nn.Sequential, lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = dfa.DFA(net, problem.feedback(), backend=problem.backend)
+    return model, dfa.optim.SGD(model, lr=lr, capturable=True)
+
+
 def _torch_sgd(net: nn.Module, lr: float) -> torch.optim.SGD:
     return torch.optim.SGD(net.parameters(), lr=lr, fused=True)
 
@@ -227,6 +248,7 @@ BP, BP_GRAPHED, BP_COMPILED = "BP", "BP, graphed", "BP, torch.compile"
 OURS, OURS_GRAPHED, OURS_TORCH_SGD = "dfa.DFA", "dfa.DFA, graphed", "dfa.DFA + torch SGD"
 NAIVE, IN_TORCH, BY_HAND = "naive DFA", "unified DFA in torch", "δ + cuBLAS by hand"
 BY_HAND_GRAPHED = "δ + cuBLAS by hand, graphed"
+BP_GRAPHED_STEP, OURS_GRAPHED_STEP = "BP, GraphedStep", "dfa.DFA, GraphedStep"
 
 EVERYWHERE: dict[str, Variant] = {
     BP: _trained(_bp, graphed=False),
@@ -240,6 +262,8 @@ ON_GPU: dict[str, Variant] = {
     BP_GRAPHED: _trained(_bp, graphed=True),
     BY_HAND_GRAPHED: by_hand_graphed,
     OURS_GRAPHED: _trained(_ours, graphed=True),
+    BP_GRAPHED_STEP: _graphed_step(_bp_to_graph),
+    OURS_GRAPHED_STEP: _graphed_step(_ours_to_graph),
     BP_COMPILED: bp_compiled,
 }
 """The compiled one last: it takes longest to make."""

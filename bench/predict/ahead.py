@@ -61,10 +61,12 @@ class Case:
     error_size: int = 10
     network: str = "aligned"
     rows: int = 1024
+    numbers_in_memory: bool = False
 
     @property
     def name(self) -> str:
         about = f"{self.kernel} {self.config} {self.dtype} {self.rule} {self.source} E={self.error_size} {self.network}"
+        about += " numbers in memory" * self.numbers_in_memory
         return about if self.rows == 1024 else f"{about} rows={self.rows}"
 
     @property
@@ -141,7 +143,7 @@ def _planned_in_two(case: Case, config: Any, target: Target) -> LaunchPlan:
     return first
 
 
-def types_of(plan: LaunchPlan) -> tuple[list[Any], tuple[Any, ...]]:
+def types_of(plan: LaunchPlan, numbers_in_memory: bool) -> tuple[list[Any], tuple[Any, ...]]:
     """The types of the launch's tensors, and its numbers."""
     problem = plan.problem
     how = problem.projected
@@ -161,6 +163,8 @@ def types_of(plan: LaunchPlan) -> tuple[list[Any], tuple[Any, ...]]:
     tensors += [(POINTERS[problem.parameter_dtype],) * layers] * 6
     if problem.rule == "store":
         return tensors, (*plan.numbers, (0.5,))
+    if numbers_in_memory:
+        return tensors, (*plan.numbers, ("*fp32",))
     numbers_of = RULES[problem.rule].tile_numbers
     return tensors, (*plan.numbers, numbers_of(*(0.5,) * len(inspect.signature(numbers_of).parameters)))
 
@@ -174,12 +178,12 @@ def _factor_types(plan: LaunchPlan, x: str, layers: int) -> list[Any]:
     return [delta, delta, (x,), *(view,) * MOST_VIEWS, "*fp32"]
 
 
-def source_of(plan: LaunchPlan) -> ASTSource:
+def source_of(plan: LaunchPlan, numbers_in_memory: bool = False) -> ASTSource:
     """Specialised as a launch on torch's tensors is: every address a multiple of 16, the error's columns adjacent.
 
     But for the numbers in tuples, which a launch specialises as well: on being 1, and on being a multiple of 16.
     """
-    tensors, numbers = types_of(plan)
+    tensors, numbers = types_of(plan, numbers_in_memory)
     names = plan.kernel.arg_names
     constants = {name: value for name, value in plan.arguments.items() if name.isupper()}
     runtime = [name for name in names if name not in constants]
@@ -199,6 +203,8 @@ def source_of(plan: LaunchPlan) -> ASTSource:
 def _number_type(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_number_type, value))
+    if isinstance(value, str):
+        return value
     return "fp32" if isinstance(value, float) else "i32"
 
 

@@ -57,6 +57,20 @@ class TapsCall(NamedTuple):
         return list(zip(self.sizes, self.saved, self.dropout_mask, self.activations, p, q, strict=True))
 
 
+class DeviceNumbers(NamedTuple):
+    """The numbers of an update in the device's memory, so that a captured graph reads what they are at its replay."""
+
+    table: Tensor
+    """[parameters of the optimizer, numbers]: a row of the rule's, as `updates.UpdateRule.row` says; for kernels in
+    float32, without gaps."""
+    rows: Sequence[int]
+    """Which one is that of each parameter in the call."""
+
+    def row(self, i: int) -> tuple[Tensor, ...]:
+        """The numbers of the i-th parameter in the call."""
+        return self.table[self.rows[i]].unbind()
+
+
 def encoded(call: LayerCall | TapsCall) -> list[Any]:
     """The call as the registered operators take it: one argument after the other, the feedback as text."""
     return [value.encode() if isinstance(value, FeedbackSpec) else value for value in call]
@@ -84,12 +98,12 @@ class Backend(Protocol):
         weights: Sequence[Tensor],
         state: Sequence[Tensor],
         rule: str,
-        hyper: Sequence[float],
+        hyper: Sequence[float] | DeviceNumbers,
     ) -> None:
         """`layer_grads` and the optimizer's update in one.
 
         ``weights`` are the parameters in the order of `layer_grads`' result; ``state`` and ``hyper`` hold an equal
-        share for each of them.
+        share for each of them. `DeviceNumbers` are on the device of the weights.
         """
 
     def hadamard(self, x: Tensor, scale: float = 1.0) -> Tensor:

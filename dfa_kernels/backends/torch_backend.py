@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from ..feedback.hadamard import hadamard_by_products
 from ..feedback.projection import project_by_torch
 from ..feedback.spec import FeedbackSpec
 from ..updates import RULES, are_small, shares, update_each_
-from .calls import LayerCall, TapsCall
+from .calls import DeviceNumbers, LayerCall, TapsCall
 
 hadamard = hadamard_by_products
 
@@ -37,16 +36,29 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
         _layer_deltas(call), call.weight_grads, call.bias_grads, strict=True
     ):
         if wants_weight:
-            grads.append(_as(delta.t().mm(x), dtype))
+            gradient = delta.t().mm(x)
+            grads.append(gradient if gradient.dtype is dtype else gradient.to(dtype))
         if wants_bias:
             grads.append(_bias_grad(delta, dtype))
     return grads
 
 
 def layer_update_(
-    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
+    call: LayerCall,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rule: str,
+    hyper: Sequence[float] | DeviceNumbers,
 ) -> None:
-    """See `Backend.layer_update_`. No gradient outlives its layer's product, unless all together are small."""
+    """See `Backend.layer_update_`. No gradient outlives its layer's product, unless all together are small.
+
+    Or unless numbers are on the device, which torch's products take from the host.
+    """
+    if isinstance(hyper, DeviceNumbers):
+        grads = layer_grads(call, weights[0].dtype) if weights else []
+        for i, (p, own_state, grad) in enumerate(zip(weights, shares(state, len(weights)), grads, strict=True)):
+            RULES[rule].apply_row_(p, own_state, hyper.row(i), grad)
+        return
     if weights and are_small(weights):
         update_each_(rule, weights, state, hyper, layer_grads(call, weights[0].dtype))
         return
@@ -64,16 +76,15 @@ def layer_update_(
 
 def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
     """(δa [R·T, out], x [R·T, in]) of one layer after the other."""
-    error, saved, dropout_mask, activations = call.error, call.saved, call.dropout_mask, call.activations
-    sizes = [positions(h, error) * h.shape[1] for h in saved]
-    shared = shared_projection(error, call.stored, call.feedback, max(sizes)) if sizes else None
-    for i, x in enumerate(call.inputs):
-        if shared is None or i == len(saved):
-            delta = _as(error, x.dtype)
-        else:
-            numbers = call.parameters[2 * i : 2 * i + 2]
-            delta = delta_of(shared, error.dtype, sizes[i], saved[i], dropout_mask[i], activations[i], *numbers)
-        yield delta, x
+    error, inputs, saved = call.error, call.inputs, call.saved
+    if saved:
+        sizes = [positions(h, error) * h.shape[1] for h in saved]
+        shared = shared_projection(error, call.stored, call.feedback, max(sizes))
+        p, q = call.parameters[0::2], call.parameters[1::2]
+        for x, *tap in zip(inputs, sizes, saved, call.dropout_mask, call.activations, p, q, strict=False):
+            yield delta_of(shared, error.dtype, *tap), x
+    for x in inputs[len(saved) :]:
+        yield _as(error, x.dtype), x
 
 
 def positions(tensor: Tensor, error: Tensor) -> int:
@@ -81,27 +92,25 @@ def positions(tensor: Tensor, error: Tensor) -> int:
     return tensor.shape[0] // error.shape[0] if error.shape[0] else 1
 
 
-@dataclass
 class SharedProjection:
     """e Uᵀ [R, l_max], scaled for the widest layer. A narrower one takes its columns, times the ratio of the scales."""
 
-    values: Tensor
-    normalize: bool
+    def __init__(self, values: Tensor, normalize: bool) -> None:
+        self.values, self.normalize = values, normalize
+        self.widest = values.shape[1]
 
     def for_size(self, size: int) -> tuple[Tensor, float]:
-        widest = self.values.shape[1]
-        if size == widest:
+        if size == self.widest:
             return self.values, 1.0
-        return self.values[:, :size], math.sqrt(widest / size) if self.normalize else 1.0
+        return self.values[:, :size], math.sqrt(self.widest / size) if self.normalize else 1.0
 
 
 def shared_projection(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec, size: int) -> SharedProjection:
     """Computed where the feedback lives, brought back to the error's device."""
-    device = stored[0].device if stored else error.device
-    if device == error.device:
-        values = project_by_torch(error, list(stored), feedback, size)
+    if stored and stored[0].device != error.device:
+        values = project_by_torch(error.to(stored[0].device), list(stored), feedback, size).to(error.device)
     else:
-        values = project_by_torch(error.to(device), list(stored), feedback, size).to(error.device)
+        values = project_by_torch(error, list(stored), feedback, size)
     return SharedProjection(values, feedback.normalize)
 
 
@@ -119,18 +128,19 @@ def delta_of(
     values, ratio = shared.for_size(size)
     if saved is None:
         return (values if values is shared.values else values * ratio).to(dtype)
-    wide = _as(saved, values.dtype)
-    values = values if values.shape == saved.shape else values.reshape(saved.shape)
+    wide = saved if saved.dtype is values.dtype else saved.to(values.dtype)
+    if saved.dim() != 2 or saved.shape[1] != size:
+        values = values.reshape(saved.shape)
     # δ in the order of the saved tensor, which a convolution would bring it into. Compilers choose orders themselves:
     # asked for one in a backward pass, Dynamo traces that anew and leaves out that autocast is off.
-    if not torch.compiler.is_compiling() and not saved.is_contiguous():
+    if not saved.is_contiguous() and not torch.compiler.is_compiling():
         values = torch.empty_like(saved, dtype=values.dtype).copy_(values)
     delta = ACTIVATIONS[activation].gradient(values, wide, p, q)
     if dropout_mask is not None:
         delta = delta * dropout_mask
     if ratio != 1:
         delta = delta * ratio
-    return _as(delta, saved.dtype)
+    return delta if wide is saved else delta.to(saved.dtype)
 
 
 def _bias_grad(delta: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._torch_internals import map_tensors
@@ -22,7 +21,6 @@ class LazyGradient(Tensor):
 
     made: Tensor | None
     _make: Callable[[], None]
-    _like: tuple[torch.Size, torch.dtype, torch.device]
 
     @staticmethod
     def __new__(cls, parameter: Tensor, make: Callable[[], None]) -> LazyGradient:
@@ -30,12 +28,7 @@ class LazyGradient(Tensor):
             cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
         )
         gradient.made, gradient._make = None, make
-        gradient._like = parameter.shape, parameter.dtype, parameter.device
         return gradient
-
-    def suits(self, parameter: Tensor) -> bool:
-        """Whether the parameter still is what it was: it may have moved, or have been cast."""
-        return self._like == (parameter.shape, parameter.dtype, parameter.device)
 
     def look(self) -> Tensor:
         """The gradient itself."""

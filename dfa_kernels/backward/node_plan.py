@@ -1,32 +1,112 @@
-"""Which of the node's tensors is what: the plan that `DFANode` follows, built from the segments of a pass."""
+"""Which of a node's tensors is what, built from the segments of a pass: the plans that the two nodes follow."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..backends.calls import LayerCall
 from ..feedback.spec import FeedbackSpec
 from ..forward.record import Pass
-from ..forward.segments import Convolution, FusedLayer
+from ..forward.segments import Convolution, FusedLayer, Segment
 
 
 @dataclass(slots=True)
-class LayerSlot:
-    """Where one fused layer's tensors stand among the node's; ``saved`` is None for the output layer."""
+class LayersPlan:
+    """Linear layers that share a launch, without the tensors that every pass makes anew: those stand by number.
+
+    ``saved``, ``dropout_mask`` and ``activations`` are of hidden layers only; one more input is the output layer's.
+    """
+
+    inputs: tuple[int, ...]
+    saved: tuple[int, ...]
+    dropout_mask: tuple[int | None, ...]
+    stored: tuple[int, ...]
+    kept: int
+    """How many tensors the numbers count: those that a pass keeps until its backward pass."""
+    activations: list[str]
+    numbers: list[float]
+    """Two for each activation."""
+    parameters: list[nn.Parameter]
+    """Those that learn, in the order of `layer_grads`' result."""
+    weight_grads: list[bool]
+    bias_grads: list[bool]
+    feedback: FeedbackSpec
+    backend: str
+    batch_dims: int
+    """How many leading dimensions of the output are rows."""
+    dtype: torch.dtype
+    """Of the parameters."""
+    has_shared: bool
+    """Whether a parameter is more than one layer's."""
+
+    def call(self, error: Tensor, kept: Sequence[Tensor]) -> LayerCall:
+        rows = [as_rows(tensor) for tensor in kept]
+        return LayerCall(
+            error,
+            [kept[i] for i in self.stored],
+            self.feedback,
+            [rows[i] for i in self.inputs],
+            [rows[i] for i in self.saved],
+            [None if i is None else rows[i] for i in self.dropout_mask],
+            self.activations,
+            self.numbers,
+            self.weight_grads,
+            self.bias_grads,
+        )
+
+
+def meet_numbers(feedback: FeedbackSpec, units: Iterable[Sequence[int]], numbers: Iterable[float]) -> float:
+    """Shows a compiler, in a forward pass, numbers that may vary from call to call and that a backward pass reads.
+
+    The compiler of torch 2.10 confuses them with each other if it first meets some in the backward pass.
+    """
+    return sum([math.prod(each) for each in units]) + sum(numbers) + feedback.gain
+
+
+def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, list[Tensor]]:
+    """The plan for these layers of the pass, and the tensors that it numbers. The output layer is the last, if any."""
+    table = TensorTable()
+    hidden = [layer for layer in layers if layer is not seen.last]
+    learning = [(layer.weight.requires_grad, layer.bias is not None and layer.bias.requires_grad) for layer in layers]
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+    plan = LayersPlan(
+        inputs=tuple([table.index(layer.x) for layer in layers]),
+        saved=tuple([table.index(layer.saved) for layer in hidden]),
+        dropout_mask=tuple([table.optional(layer.dropout_mask) for layer in hidden]),
+        stored=tuple([table.index(part) for part in seen.stored]),
+        kept=len(table.tensors),
+        activations=[layer.activation for layer in hidden],
+        numbers=[number for layer in hidden for number in (layer.p, layer.q)],
+        parameters=parameters,
+        weight_grads=[weight for weight, _ in learning],
+        bias_grads=[bias for _, bias in learning],
+        feedback=seen.feedback,
+        backend=seen.backend,
+        batch_dims=len(seen.rows),
+        dtype=layers[0].weight.dtype,
+        has_shared=len({id(p) for p in parameters}) < len(parameters),
+    )
+    return plan, table.tensors
+
+
+@dataclass(slots=True)
+class ConvolutionSlot:
+    """Where one fused convolution's tensors stand among the node's."""
 
     x: int
-    saved: int | None
+    saved: int
     dropout_mask: int | None
     weight: int
     bias: int | None
     activation: str
     p: float
     q: float
-    units: tuple[int, ...]
-    convolution: Convolution | None
+    numbers: Convolution
 
 
 @dataclass(slots=True)
@@ -51,15 +131,13 @@ class RootSlot:
 
 
 @dataclass(slots=True)
-class NodePlan:
-    """What `DFANode` does with its tensors. ``saved`` are the indices of those it keeps until the backward pass."""
+class TapsPlan:
+    """The segments that need their δ itself. ``kept`` are the numbers of the tensors kept until the backward pass."""
 
     roots: tuple[RootSlot, ...]
-    linears: tuple[LayerSlot, ...]
-    convolutions: tuple[LayerSlot, ...]
+    convolutions: tuple[ConvolutionSlot, ...]
     stored: tuple[int, ...]
-    saved: tuple[int, ...]
-    dtype: torch.dtype
+    kept: tuple[int, ...]
     feedback: FeedbackSpec
     backend: str
     batch_dims: int
@@ -116,59 +194,60 @@ class TensorTable:
         return None if tensor is None else self.index(tensor)
 
 
-def make_plan(table: TensorTable, seen: Pass) -> NodePlan:
-    roots, linears, convolutions = [], [], []
-    dtype = grouped_dtype(seen)
-    for segment in seen.segments:
-        units, layer = segment.units, segment.layer
-        if layer is None or (layer.convolution is None and not shares_launch(layer, dtype)):
-            tap = table.index(segment.tap) if torch.compiler.is_compiling() else None
-            roots.append(RootSlot(table.index(segment.root), units, segment.rows, tap))
-        elif layer.convolution is None:
-            linears.append(_layer_slot(table, layer, units, is_output=False))
+def taps_plan(seen: Pass, segments: Sequence[Segment]) -> tuple[TapsPlan, list[Tensor]]:
+    """The plan for these segments of the pass, and the tensors that it numbers."""
+    table = TensorTable()
+    roots, convolutions = [], []
+    for segment in segments:
+        if segment.layer is not None and segment.layer.convolution is not None:
+            convolutions.append(_convolution_slot(table, segment.layer, segment.layer.convolution))
         else:
-            convolutions.append(_layer_slot(table, layer, units, is_output=False))
-    if seen.last is not None:
-        linears.append(_layer_slot(table, seen.last, (), is_output=True))
-    saved = [i for slot in (*linears, *convolutions) for i in (slot.x, slot.saved, slot.dropout_mask) if i is not None]
-    saved += [root.tap for root in roots if root.tap is not None]
-    stored_at = tuple(table.index(u) for u in seen.stored)
-    return NodePlan(
+            tap = table.index(segment.tap) if torch.compiler.is_compiling() else None
+            roots.append(RootSlot(table.index(segment.root), segment.units, segment.rows, tap))
+    kept = [i for slot in convolutions for i in (slot.x, slot.saved, slot.dropout_mask, slot.weight) if i is not None]
+    kept += [root.tap for root in roots if root.tap is not None]
+    stored = tuple([table.index(part) for part in seen.stored])
+    plan = TapsPlan(
         roots=tuple(roots),
-        linears=tuple(linears),
         convolutions=tuple(convolutions),
-        stored=stored_at,
-        saved=tuple(dict.fromkeys([*saved, *stored_at, *(slot.weight for slot in convolutions)])),
-        dtype=dtype,
+        stored=stored,
+        kept=tuple(dict.fromkeys([*kept, *stored])),
         feedback=seen.feedback,
         backend=seen.backend,
         batch_dims=len(seen.rows),
     )
+    return plan, table.tensors
 
 
-def shares_launch(layer: FusedLayer, dtype: torch.dtype) -> bool:
-    """Whether `layer_grads` computes the layer's gradients together with those of the others."""
-    return layer.convolution is None and layer.weight.dtype == dtype
+def sharing_layers(seen: Pass) -> tuple[list[FusedLayer], list[Segment]]:
+    """The linear layers that share a launch, the output layer last; and the segments that are none."""
+    dtype, layers, others = _shared_dtype(seen), [], []
+    for segment in seen.segments:
+        layer = segment.layer
+        if layer is not None and layer.convolution is None and layer.weight.dtype == dtype:
+            layers.append(layer)
+        else:
+            others.append(segment)
+    return (layers if seen.last is None else [*layers, seen.last]), others
 
 
-def grouped_dtype(seen: Pass) -> torch.dtype:
+def _shared_dtype(seen: Pass) -> torch.dtype | None:
     """The one parameter dtype of the layers that share a launch; the output layer's, which has to be among them."""
     for layer in (seen.last, *[segment.layer for segment in seen.segments]):
         if layer is not None and layer.convolution is None:
             return layer.weight.dtype
-    return torch.float32
+    return None
 
 
-def _layer_slot(table: TensorTable, layer: FusedLayer, units: tuple[int, ...], is_output: bool) -> LayerSlot:
-    return LayerSlot(
+def _convolution_slot(table: TensorTable, layer: FusedLayer, numbers: Convolution) -> ConvolutionSlot:
+    return ConvolutionSlot(
         x=table.index(layer.x),
-        saved=None if is_output else table.index(layer.saved),
+        saved=table.index(layer.saved),
         dropout_mask=table.optional(layer.dropout_mask),
         weight=table.index(layer.weight),
         bias=table.optional(layer.bias),
         activation=layer.activation,
         p=layer.p,
         q=layer.q,
-        units=units,
-        convolution=layer.convolution,
+        numbers=numbers,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import backends
 from ..forward.record import Pass
 from .deltas import describe
-from .node import layer_call, taps_call
-from .node_plan import NodePlan, TensorTable, make_plan
+from .node_plan import LayersPlan, TapsPlan, layers_plan, sharing_layers, taps_plan
+from .taps_node import taps_call
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,27 @@ class StepPlan:
 class Sketch:
     """A pass without its values: enough to tell what its backward pass runs."""
 
-    plan: NodePlan
-    tensors: dict[int, Tensor]
-    """What the node saves, on the meta device."""
+    layers: tuple[LayersPlan, list[Tensor]] | None
+    """With the tensors that the plan numbers, on the meta device; so are those of the taps."""
+    taps: tuple[TapsPlan, dict[int, Tensor]] | None
     error: Tensor
-    wanted: list[bool]
+    backend: str
     device: torch.device
 
 
 def sketch(seen: Pass) -> Sketch:
     """A pass by its shapes, strides and dtypes."""
-    table = TensorTable()
-    plan = make_plan(table, seen)
-    device = seen.output.device
-    return Sketch(
-        plan,
-        {i: _without_values(table.tensors[i], device) for i in plan.saved},
-        torch.empty(math.prod(seen.rows), seen.error_size, dtype=seen.output.dtype, device="meta"),
-        [tensor.requires_grad for tensor in table.tensors],
-        device,
-    )
+    layers, others = sharing_layers(seen)
+    device, layers_found, taps_found = seen.output.device, None, None
+    if layers:
+        plan, kept = layers_plan(seen, layers)
+        # Only what a shape is: a sketch keeps no parameter alive.
+        layers_found = replace(plan, parameters=[]), [_without_values(tensor, device) for tensor in kept]
+    if others:
+        taps, tensors = taps_plan(seen, others)
+        taps_found = taps, {i: _without_values(tensors[i], device) for i in taps.kept}
+    error = torch.empty(math.prod(seen.rows), seen.error_size, dtype=seen.output.dtype, device="meta")
+    return Sketch(layers_found, taps_found, error, seen.backend, device)
 
 
 def _without_values(tensor: Tensor, device: torch.device) -> Tensor:
@@ -65,23 +66,28 @@ def step_plan(seen: Sketch, rule: str | None, bypassed: Sequence[str], chained: 
     rule: of the fused optimizer that finishes it, if there is one; bypassed: the names of taps that paths go around;
     chained: of layers that a chain through others teaches.
     """
-    plan, backend = seen.plan, backends.BACKENDS[seen.plan.backend]
-    lines = [f"backend {plan.backend} on {seen.device}"]
-    if plan.linears:
-        call = layer_call(plan, seen.tensors, seen.error, seen.wanted)
+    backend = backends.BACKENDS[seen.backend]
+    lines = [f"backend {seen.backend} on {seen.device}"]
+    if seen.layers is not None:
+        layers, kept = seen.layers
+        call = layers.call(seen.error, kept)
         widths = ", ".join(f"{x.shape[1]}→{out}" for x, out in zip(call.inputs, call.widths_out(), strict=True))
         update = "" if rule is None else f", {rule} update included"
-        said = backend.describe_layers(call, plan.dtype, rule or "store", seen.device)
+        said = backend.describe_layers(call, layers.dtype, rule or "store", seen.device)
         lines.append(f"linear layers {widths}{update}: {said}")
-    if plan.convolutions:
-        lines.append(f"fused convolutions ({len(plan.convolutions)}): δ below, weight gradients from torch")
-    if plan.roots:
-        lines.append(f"segments with local graphs ({len(plan.roots)}): δ below, then autograd")
-    if plan.roots or plan.convolutions:
-        taps = taps_call(plan, seen.tensors, seen.error)
-        lines.append(f"δ of these taps: {describe(plan.backend, taps, seen.device)}")
+    if seen.taps is not None:
+        lines += _lines_of_taps(*seen.taps, seen.error, seen.device)
     if chained:
         lines.append(f"taught by a chain through later layers, up to a tap: {', '.join(chained)}")
     if bypassed:
         lines.append(f"reached by a chain past their tap, too: what is taught at {', '.join(bypassed)}")
     return StepPlan(tuple(lines))
+
+
+def _lines_of_taps(plan: TapsPlan, kept: dict[int, Tensor], error: Tensor, device: torch.device) -> list[str]:
+    lines = []
+    if plan.convolutions:
+        lines.append(f"fused convolutions ({len(plan.convolutions)}): δ below, weight gradients from torch")
+    if plan.roots:
+        lines.append(f"segments with local graphs ({len(plan.roots)}): δ below, then autograd")
+    return [*lines, f"δ of these taps: {describe(plan.backend, taps_call(plan, kept, error), device)}"]

@@ -82,8 +82,12 @@ def project(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int) -> Tens
 def project_by_torch(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int) -> Tensor:
     """The same by torch on any device, as `project_unscaled` of the scaled error."""
     wide = error if error.dtype in _WIDE else error.float()
+    scale = spec.scale(size, error.shape[1])
+    if spec.dtype in _WIDE and is_one_product(wide.dtype, stored, spec):
+        # Of a sum with no share in it nothing is read.
+        return torch.addmm(wide.new_empty(()), wide, _rows(stored[0], size).t(), beta=0, alpha=scale)
     # In float16 the error has to be scaled before its components are summed.
-    return project_unscaled(wide * spec.scale(size, error.shape[1]), stored, spec, size)
+    return project_unscaled(wide * scale, stored, spec, size)
 
 
 def _by_operator(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int) -> Tensor:
@@ -119,9 +123,9 @@ def project_unscaled(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int
     U.
     """
     dtype = _projected_dtype(error.dtype, spec)
-    if is_one_product(error.dtype, stored, spec):
-        return error.to(dtype) @ _rows(stored[0], size).T
-    return _project_in_blocks(error, stored, spec, size, dtype)
+    if not is_one_product(error.dtype, stored, spec):
+        return _project_in_blocks(error, stored, spec, size, dtype)
+    return (error if error.dtype is dtype else error.to(dtype)) @ _rows(stored[0], size).t()
 
 
 def _rows(matrix: Tensor, size: int) -> Tensor:

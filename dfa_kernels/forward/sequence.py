@@ -7,16 +7,15 @@ and an activation may overwrite its pre-activation. The result is the same as a 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._torch_internals import calls_are_observed, module_calls_are_observed
+from .._torch_internals import call_hooks, module_calls_are_observed
 from ..activations import ACTIVATIONS, Activation, module_parameters
-from ..autocast import WithoutGraph
+from ..autocast import WithoutGraph, autocast_dtype
 from .segments import FusedLayer, Segment
 from .survey import row_count
 
@@ -27,76 +26,158 @@ _CODE: dict[type[nn.Module], str] = {
     nn.Flatten: "F",
     **dict.fromkeys(_ROW_OF_MODULE, "A"),
 }
+_WITH_OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Dropout: ("training", "p"),
+    nn.Flatten: ("start_dim", "end_dim"),
+    **{kind: tuple([name for name, _ in row.parameters]) for kind, row in _ROW_OF_MODULE.items() if row.parameters},
+}
 # A class whose forward somebody has replaced since is not what its name says.
 _FORWARDS: dict[type[nn.Module], Any] = {kind: getattr(kind, "forward") for kind in (*_CODE, nn.Sequential)}  # noqa: B009
 # Hidden layers with one activation each, dropout on either side of it, and the output layer.
 _PLAIN = re.compile("[FD]*(?:LD?AD?)+L")
 
 
-def plain_modules(
-    net: nn.Module, batch_dims: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[nn.Module] | None:
-    """The leaves of ``net`` if `run_sequence` may run them on ``args``, else None."""
-    if type(net) is not nn.Sequential or kwargs or len(args) != 1 or torch.compiler.is_compiling():
+class PlainLayer(NamedTuple):
+    """A Linear module and what follows it up to the next one. Numbers of dropout are 0 where none is drawn."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    dropout_before: float
+    activation: Activation | None
+    p: float
+    q: float
+    dropout_behind: float
+
+
+def plain_sequence(net: nn.Module, x: Tensor, batch_dims: int | None, tap_at_activation: bool) -> PlainSequence | None:
+    """``net`` if it is plain and x is a batch for it, else None."""
+    if type(net) is not nn.Sequential or not isinstance(x, Tensor) or x.requires_grad:
         return None
-    x, modules = args[0], _leaves(net)
-    if not _is_plain(tuple([type(module) for module in modules])) or not isinstance(x, Tensor) or x.requires_grad:
+    containers, leaves = _unfolded(net)
+    kinds = "".join([_CODE.get(type(module), "?") for module in leaves])
+    if _PLAIN.fullmatch(kinds) is None or not all([*map(_runs_as_its_class, (*containers, *leaves))]):
         return None
-    if module_calls_are_observed() or not (_runs_as_its_class(net) and all([*map(_runs_as_its_class, modules)])):
-        return None
-    dims = x.dim() - sum([_dims_less(module, x.dim()) for module in modules if type(module) is nn.Flatten])
+    dims = x.dim() - sum([_dims_less(module, x.dim()) for module in leaves if type(module) is nn.Flatten])
     if dims < 2 or row_count(dims, batch_dims) != dims - 1:
         return None
-    return modules if _share_a_launch([m for m in modules if type(m) is nn.Linear], x.device) else None
+    if not _share_a_launch([module for module in leaves if type(module) is nn.Linear], x.device):
+        return None
+    found = PlainSequence(containers, leaves, x, batch_dims, tap_at_activation)
+    return None if module_calls_are_observed() else found
 
 
-def run_sequence(
-    modules: list[nn.Module], x: Tensor, tap_at_activation: bool
-) -> tuple[Tensor, list[Segment], FusedLayer]:
-    """Output, segments and last layer. A tap is at the activation, or behind the dropout that follows it.
+class PlainSequence:
+    """A plain network as one pass has found it: whether another finds it so still, and its run.
 
-    All in one frame, as every module of a narrow network takes no longer than a few of them.
+    A tap is at the activation, or behind the dropout that follows it.
     """
-    segments: list[Segment] = []
-    # The newest layer, as long as no tap follows it.
-    layer: FusedLayer | None = None
-    with WithoutGraph():
-        for module in modules:
+
+    def __init__(
+        self,
+        containers: list[nn.Module],
+        leaves: list[nn.Module],
+        x: Tensor,
+        batch_dims: int | None,
+        tap_at_activation: bool,
+    ) -> None:
+        self._net, self._batch_dims = containers[0], batch_dims
+        self._containers = [(module._modules, [*module._modules.values()]) for module in containers]
+        self._leaves, self._kinds = leaves, [*map(type, leaves)]
+        everything = (*containers, *leaves)
+        self._hooks = [hooks for module in everything for hooks in call_hooks(module)]
+        self._attributes = [module.__dict__ for module in everything]
+        self._forwards = [(kind, _FORWARDS[kind]) for kind in {*map(type, everything)}]
+        linears: list[dict[str, Any]] = [module._parameters for module in leaves if type(module) is nn.Linear]
+        self._parameters = [(own, own["weight"], own["bias"]) for own in linears]
+        self._looks = self._looks_now(x)
+        self._first = next(i for i, module in enumerate(leaves) if type(module) is nn.Linear)
+        self._late = not tap_at_activation
+        self.layers = self._plain_layers()
+
+    def holds(self, net: nn.Module, x: Tensor, batch_dims: int | None) -> bool:
+        """Whether a pass of x would find everything but values as it was. Nothing here calls a function per module."""
+        if net is not self._net or batch_dims != self._batch_dims:
+            return False
+        for modules, children in self._containers:
+            if [*modules.values()] != children:
+                return False
+        if any(self._hooks) or module_calls_are_observed() or [*map(type, self._leaves)] != self._kinds:
+            return False
+        for kind, forward in self._forwards:
+            if kind.forward is not forward:  # type: ignore[attr-defined]
+                return False
+        for own in self._attributes:
+            if "forward" in own:
+                return False
+        for parameters, weight, bias in self._parameters:
+            if parameters.get("weight") is not weight or parameters.get("bias") is not bias:
+                return False
+        return isinstance(x, Tensor) and not x.requires_grad and self._looks_now(x) == self._looks
+
+    def _looks_now(self, x: Tensor) -> list[Any]:
+        """What may change in place. What else may about parameters, a product refuses."""
+        looks: list[Any] = [x.shape, x.dtype, x.device, autocast_dtype(x.device)]
+        for _, weight, bias in self._parameters:
+            looks += (weight.requires_grad, weight.shape, weight.dtype, bias is None or bias.requires_grad)
+        for module in self._leaves:
             kind = type(module)
+            if kind in _WITH_OPTIONS:
+                looks += [getattr(module, name) for name in _WITH_OPTIONS[kind]]
+        return looks
+
+    def _plain_layers(self) -> list[PlainLayer]:
+        layers: list[PlainLayer] = []
+        for module in self._leaves[self._first :]:
+            kind, row = type(module), _ROW_OF_MODULE.get(type(module))
             if kind is nn.Linear:
-                if layer is not None:
-                    segments.append(Segment(layer.weight, x, x, layer))
-                # Not by the module's own attributes, which are slow to find.
-                weight, bias = module._parameters["weight"], module._parameters["bias"]
-                a = F.linear(x, weight, bias)  # type: ignore[arg-type]
-                x = x if x.dtype == a.dtype else x.to(a.dtype)
-                layer = FusedLayer(x, weight, bias, None, "identity", 0.0, 0.0, a, None)  # type: ignore[arg-type]
-                x = a
-            elif (row := _ROW_OF_MODULE.get(kind)) is not None:
-                assert layer is not None
+                own = module._parameters
+                layers.append(PlainLayer(own["weight"], own["bias"], 0.0, None, 0.0, 0.0, 0.0))  # type: ignore[arg-type]
+            elif row is not None:
                 p, q = module_parameters(row, module)
-                h = row.apply(x, p, q)
-                layer.activation, layer.p, layer.q = row.name, p, q
-                layer.saved = h if row.keeps_output(p, q) else x
-                x = h
-                if tap_at_activation:
-                    segments.append(Segment(layer.weight, h, h, layer))
-                    layer = None
-            elif kind is nn.Dropout:
-                x = _dropped_out(module, x, layer)
+                layers[-1] = layers[-1]._replace(activation=row, p=p, q=q)
             else:
-                x = x.flatten(module.start_dim, module.end_dim)  # type: ignore[arg-type]
-    assert layer is not None
-    return x, segments, layer
+                p = float(cast(nn.Dropout, module).p) if module.training else 0.0
+                last = layers[-1]
+                layers[-1] = (
+                    last._replace(dropout_before=p) if last.activation is None else last._replace(dropout_behind=p)
+                )
+        return layers
+
+    def run(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The output; and of each layer the input, what f' is computed from, and the dropout mask up to the tap."""
+        own: list[Tensor | None] = []
+        with WithoutGraph():
+            for module in self._leaves[: self._first]:
+                x = module(x)
+            for weight, bias, dropout_before, row, p, q, dropout_behind in self.layers:
+                a, mask = F.linear(x, weight, bias), None
+                x = x if x.dtype is a.dtype else x.to(a.dtype)
+                if dropout_before:
+                    mask = F.dropout(torch.ones_like(a), dropout_before)
+                    a = a * mask
+                h = a if row is None else row.apply(a, p, q)
+                own += (x, h if row is None or row.keeps_output(p, q) else a)
+                x = h
+                if dropout_behind:
+                    behind = F.dropout(torch.ones_like(h), dropout_behind)
+                    x = h * behind
+                    if self._late:
+                        mask = behind if mask is None else mask * behind
+                own.append(mask)
+        return x, own
+
+    def segments(self, own: list[Tensor | None]) -> tuple[list[Segment], FusedLayer]:
+        """Segments and last layer of a run."""
+        tensors = iter(own)
+        layers = [
+            FusedLayer(x, layer.weight, layer.bias, None, _name(layer.activation), layer.p, layer.q, saved, mask)  # type: ignore[arg-type]
+            for layer, x, saved, mask in zip(self.layers, tensors, tensors, tensors, strict=True)
+        ]
+        return [Segment(layer.weight, layer.saved, layer.saved, layer) for layer in layers[:-1]], layers[-1]
 
 
-def _dropped_out(module: Any, x: Tensor, layer: FusedLayer | None) -> Tensor:
-    if not module.training or module.p == 0:
-        return x
-    mask = F.dropout(torch.ones_like(x), module.p)
-    if layer is not None:
-        layer.dropout_mask = mask if layer.dropout_mask is None else layer.dropout_mask * mask
-    return x * mask
+def _name(row: Activation | None) -> str:
+    return "identity" if row is None else row.name
 
 
 def _dims_less(module: Any, dims: int) -> int:
@@ -104,25 +185,23 @@ def _dims_less(module: Any, dims: int) -> int:
     return int(module.end_dim % dims - module.start_dim % dims)
 
 
-@lru_cache(maxsize=64)
-def _is_plain(kinds: tuple[type[nn.Module], ...]) -> bool:
-    return _PLAIN.fullmatch("".join([_CODE.get(kind, "?") for kind in kinds])) is not None
-
-
-def _leaves(net: nn.Module) -> list[nn.Module]:
-    leaves: list[nn.Module] = []
+def _unfolded(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """A Sequential and those inside it; and the modules inside all of them that are none."""
+    containers, leaves = [net], []
     for module in net._modules.values():
-        if type(module) is nn.Sequential and _runs_as_its_class(module):
-            leaves += _leaves(module)
+        if type(module) is nn.Sequential:
+            inner, own = _unfolded(module)
+            containers += inner
+            leaves += own
         elif module is not None:
             leaves.append(module)
-    return leaves
+    return containers, leaves
 
 
 def _runs_as_its_class(module: nn.Module) -> bool:
     """Whether calling it runs its class's own forward, and nothing else but what all modules' calls run."""
     kind = type(module)
-    return not calls_are_observed(module) and "forward" not in module.__dict__ and kind.forward is _FORWARDS.get(kind)
+    return not any(call_hooks(module)) and "forward" not in module.__dict__ and kind.forward is _FORWARDS.get(kind)
 
 
 def _share_a_launch(layers: list[nn.Module], device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from .launch_plan import LaunchPlan
 from .problem import Target
 
 Arguments = Sequence[Tensor | tuple[Tensor, ...] | TensorDescriptor]
-Hyper = tuple[tuple[float, ...], ...]
+Hyper = tuple[tuple[float, ...] | tuple[Tensor], ...]
 
 INTERPRETED = type(two_phase).__name__ == "InterpretedFunction"
 """Whether TRITON_INTERPRET=1 was set when the kernels were made, so that they run on the CPU, slowly."""

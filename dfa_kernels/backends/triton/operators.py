@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...updates import RULES
 from .. import torch_backend
-from ..calls import LayerCall, TapsCall, encoded
+from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
 from .launch import Arguments, check_device, counters, launch, target_of
 from .launch_plan import LaunchPlan
 from .problem import TapsProblem, Target
@@ -36,7 +36,11 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
 
 
 def layer_update_(
-    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
+    call: LayerCall,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rule: str,
+    hyper: Sequence[float] | DeviceNumbers,
 ) -> None:
     """Gradients and the optimizer's update in one go; see `Backend.layer_update_`.
 
@@ -51,7 +55,8 @@ def layer_update_(
     changed = [*weights, *state]
     kernel_rule = (state and RULES[rule].with_state) or rule
     numbers, sets = _numbers_and_sets(kernel_rule, hyper, len(weights))
-    route = route_of(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(call.error.device))
+    looks = looks_of(call, _dtype_in_place(changed), kernel_rule, sets, isinstance(hyper, DeviceNumbers))
+    route = route_of(looks, target_of(call.error.device))
     if route.reason:
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
@@ -60,18 +65,30 @@ def layer_update_(
 
 
 def _update_in_parts(
-    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
+    call: LayerCall,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rule: str,
+    hyper: Sequence[float] | DeviceNumbers,
 ) -> None:
-    first, each, numbers = 0, len(state) // len(weights), len(hyper) // len(weights)
+    first, each = 0, len(state) // len(weights)
     for part in split(call):
         end = first + sum(part.weight_grads) + sum(part.bias_grads)
-        own_state, own_hyper = state[first * each : end * each], hyper[first * numbers : end * numbers]
-        layer_update_(part, weights[first:end], own_state, rule, own_hyper)
+        if isinstance(hyper, DeviceNumbers):
+            own: Sequence[float] | DeviceNumbers = hyper._replace(rows=hyper.rows[first:end])
+        else:
+            numbers = len(hyper) // len(weights)
+            own = hyper[first * numbers : end * numbers]
+        layer_update_(part, weights[first:end], state[first * each : end * each], rule, own)
         first = end
 
 
 def _launch(
-    route: Route, call: LayerCall, destinations: Sequence[Tensor], state: Sequence[Tensor], numbers: tuple[float, ...]
+    route: Route,
+    call: LayerCall,
+    destinations: Sequence[Tensor],
+    state: Sequence[Tensor],
+    numbers: tuple[float, ...] | tuple[Tensor],
 ) -> None:
     """destinations: of the gradients, in the operators' order; state: an equal number of tensors for each of them."""
     plan = route.plan
@@ -121,8 +138,13 @@ def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
     return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None
 
 
-def _numbers_and_sets(rule: str, hyper: Sequence[float], parameters: int) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """The numbers for the kernel's epilogue, and where in them each parameter's set begins."""
+def _numbers_and_sets(
+    rule: str, hyper: Sequence[float] | DeviceNumbers, parameters: int
+) -> tuple[tuple[float, ...] | tuple[Tensor], tuple[int, ...]]:
+    """The numbers for the kernel's epilogue, or the table that it finds them in; and where each parameter's begin."""
+    if isinstance(hyper, DeviceNumbers):
+        width = hyper.table.shape[1]
+        return (hyper.table,), tuple([row * width for row in hyper.rows])
     # Floats all of them: a launch is compiled for the types of its numbers.
     each, hyper, numbers_of = len(hyper) // parameters, list(map(float, hyper)), RULES[rule].tile_numbers
     if hyper == hyper[:each] * parameters:

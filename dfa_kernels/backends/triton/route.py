@@ -73,6 +73,7 @@ class Looks(NamedTuple):
     rule: str
     sets: tuple[int, ...]
     """Where each parameter's numbers for the rule begin; empty if all share one set."""
+    numbers_in_memory: bool
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class Route:
     """Which of them belongs to each layer; the first stands in where a layer wants none."""
 
 
-def looks_of(call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[int, ...] = ()) -> Looks:
+def looks_of(
+    call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[int, ...] = (), numbers_in_memory: bool = False
+) -> Looks:
     """What the call looks like. Reads no values, so meta tensors do."""
     dropout_mask = [mask for mask in call.dropout_mask if mask is not None]
     return Looks(
@@ -104,6 +107,7 @@ def looks_of(call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[
         dtype,
         rule,
         sets,
+        numbers_in_memory,
     )
 
 

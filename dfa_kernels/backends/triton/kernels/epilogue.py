@@ -1,6 +1,7 @@
 """What becomes of a finished tile of a gradient: stored, or spent on the parameter's update where it stands.
 
-The rules of `dfa_kernels.updates`, in float32 whatever the parameter's dtype is. ``hyper`` are RULE's `tile_numbers`.
+The rules of `dfa_kernels.updates`, in float32 whatever the parameter's dtype is. ``hyper`` are RULE's `tile_numbers`;
+or, if it is one address, numbers of its `row` are read from there when they are needed, which a graph's replay repeats.
 """
 
 from __future__ import annotations
@@ -93,15 +94,21 @@ def _write(tensor, at, inside, value):
 
 
 @triton.jit
+def number(hyper, index):
+    """One of the rule's numbers, from the launch's arguments or from memory."""
+    return tl.load(hyper[0] + index) if len(hyper) == 1 else pick(hyper, index)
+
+
+@triton.jit
 def _sgd(gradient, w, at, inside, weight, hyper, first):
-    rate, decay = pick(hyper, first), pick(hyper, first + 1)
+    rate, decay = number(hyper, first), number(hyper, first + 1)
     _write(weight, at, inside, w - rate * (gradient + decay * w))
 
 
 @triton.jit
 def _momentum(gradient, w, at, inside, weight, velocity, hyper, first):
-    rate, decay = pick(hyper, first), pick(hyper, first + 1)
-    momentum, nesterov = pick(hyper, first + 2), pick(hyper, first + 3)
+    rate, decay = number(hyper, first), number(hyper, first + 1)
+    momentum, nesterov = number(hyper, first + 2), number(hyper, first + 3)
     step = gradient + decay * w
     # A group without momentum leaves its buffer alone, as torch does.
     if momentum != 0:
@@ -113,9 +120,8 @@ def _momentum(gradient, w, at, inside, weight, velocity, hyper, first):
 
 @triton.jit
 def _adamw(gradient, w, at, inside, weight, mean, square, hyper, first):
-    shrink, share1 = pick(hyper, first), pick(hyper, first + 1)
-    beta2, share2 = pick(hyper, first + 2), pick(hyper, first + 3)
-    step, correction, eps = pick(hyper, first + 4), pick(hyper, first + 5), pick(hyper, first + 6)
+    share1, beta2, share2 = number(hyper, first + 1), number(hyper, first + 2), number(hyper, first + 3)
+    shrink, step, correction, eps = _adamw_step(hyper, first)
     # One after the other, since the registers hold not all of them.
     s = beta2 * _read(square, at, inside) + share2 * gradient * gradient
     _write(square, at, inside, s)
@@ -123,3 +129,27 @@ def _adamw(gradient, w, at, inside, weight, mean, square, hyper, first):
     m += share1 * (gradient - m)
     _write(mean, at, inside, m)
     _write(weight, at, inside, w * shrink - step * m / (tl.sqrt(s) / correction + eps))
+
+
+@triton.jit
+def _adamw_step(hyper, first):
+    """(factor of the weight, rate, root of the second moment's bias correction, eps)."""
+    if len(hyper) == 1:
+        row = hyper[0] + first
+        rate, eps, count = tl.load(row), tl.load(row + 4), tl.load(row + 8)
+        correction1, correction2 = complement(tl.load(row + 6) * count), complement(tl.load(row + 7) * count)
+        shrink, step, correction = 1 - rate * tl.load(row + 5), rate / correction1, tl.sqrt(correction2)
+    else:
+        shrink, step = pick(hyper, first), pick(hyper, first + 4)
+        correction, eps = pick(hyper, first + 5), pick(hyper, first + 6)
+    return shrink, step, correction, eps
+
+
+@triton.jit
+def complement(x):
+    """1 - exp(x) of x <= 0, near 0 too to float32's precision: there by its series, of which 2^-25 is left out."""
+    near = tl.maximum(x, -1.0)
+    series = near * 0 + 1.0
+    for i in tl.static_range(10, 1, -1):
+        series = 1.0 + series * near / i
+    return tl.where(x > -1.0, -near * series, 1.0 - tl.exp(x))

@@ -1,0 +1,92 @@
+"""The end of a forward pass: its output gets the nodes that turn its gradient into every segment's.
+
+The nodes hold everything that the segments saved, the module nothing, so passes may interleave, and several may be
+alive before their backward passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._torch_internals import apply_node, gradient_is_awaited
+from ..feedback import Feedback
+from ..forward.record import Pass
+from ..forward.segments import FusedLayer
+from .deferred import Ledger
+from .layers_node import LayersNode
+from .node_plan import LayersPlan, layers_plan, meet_numbers, sharing_layers, taps_plan
+from .taps_node import TapsNode
+
+
+def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
+    """The pass's output with its nodes. ledger: a fused optimizer's, which gets the linear layers' calls."""
+    if torch.compiler.is_compiling():
+        # The compiler of torch 2.13 loses a number of both nodes that it first meets in one of them.
+        meet_numbers(seen.feedback, [segment.units for segment in seen.segments], [])
+    layers, others = sharing_layers(seen)
+    output = seen.output if seen.last is None else seen.output.detach()
+    if others:
+        plan, tensors = taps_plan(seen, others)
+        output = apply_node(TapsNode, plan, output, *tensors)
+    # A deferred call has no gradients for hooks that wait for them.
+    at_once = [layer for layer in layers if ledger is None or _is_awaited(layer)]
+    deferred = [layer for layer in layers if ledger is not None and not _is_awaited(layer)]
+    for group, owner in ((at_once, None), (deferred, ledger)):
+        if group:
+            output = _with_layers(output, *layers_plan(seen, group), owner)
+    return output
+
+
+def _is_awaited(layer: FusedLayer) -> bool:
+    """Whether somebody waits for a gradient of the layer's parameters."""
+    return gradient_is_awaited(layer.weight) or (layer.bias is not None and gradient_is_awaited(layer.bias))
+
+
+def _with_layers(output: Tensor, plan: LayersPlan, kept: Sequence[Tensor | None], ledger: Ledger | None) -> Tensor:
+    if not plan.parameters:
+        return output
+    attached: Tensor = apply_node(LayersNode, plan, ledger, output, *kept, *plan.parameters)
+    return attached
+
+
+@dataclass(slots=True)
+class Repeated:
+    """How passes end that look like an earlier one through the same plain sequence: all layers share one node."""
+
+    plan: LayersPlan
+    places: list[int]
+    """Where the plan's tensors, but those stored, stand among the layers' own."""
+    stored: list[Tensor]
+    widest: int
+    error_size: int
+    asked: str
+    """The backend that the model was told."""
+    device: torch.device
+
+    def suits(self, feedback: Feedback, backend: str, ledger: Ledger | None) -> bool:
+        """Whether what a model was told is still the same, and nobody waits for a gradient that is to be deferred."""
+        if self.asked != backend or self.plan.feedback is not feedback.spec:
+            return False
+        stored = feedback.stored(self.widest, self.error_size, self.device)
+        if stored is not self.stored and (stored or self.stored):
+            return False
+        return ledger is None or not any([*map(gradient_is_awaited, self.plan.parameters)])
+
+    def attach(self, output: Tensor, own: list[Tensor | None], ledger: Ledger | None) -> Tensor:
+        """`attach` for such a pass, whose layers have these tensors of their own."""
+        return _with_layers(output, self.plan, [*[own[i] for i in self.places], *self.stored], ledger)
+
+
+def repeated(seen: Pass, own: list[Tensor | None], backend: str) -> Repeated:
+    """For passes through a plain sequence that look like this one, whose layers have these tensors of their own."""
+    layers, _ = sharing_layers(seen)
+    plan, kept = layers_plan(seen, layers)
+    passing = kept[: len(kept) - len(seen.stored)]
+    places = [next(i for i, tensor in enumerate(own) if tensor is each) for each in passing]
+    widest = max(math.prod(segment.units) for segment in seen.segments)
+    return Repeated(plan, places, seen.stored, widest, seen.error_size, backend, seen.output.device)
