@@ -15,6 +15,13 @@ DFA_HD constexpr int pitch_of(int width) {
   return width + PER_PIECE<T>;
 }
 
+// The i-th number of a piece that was 0.
+DFA_DEVICE void put(Piece& piece, int i, float x) { piece.words[i] = bits_of(x); }
+template <class T>
+DFA_DEVICE void put(Piece& piece, int i, T x) {
+  piece.words[i / 2] |= static_cast<uint32>(x.bits) << i % 2 * 16;
+}
+
 // A thread's share of the tiles [DEPTH, WIDTH] of a matrix in memory, one below the other.
 template <class T, int DEPTH, int WIDTH, int THREADS>
 struct Staging {
@@ -22,28 +29,27 @@ struct Staging {
   static constexpr int WHOLE = 1 << 30;
   static_assert(APART * ACROSS == THREADS && PIECES * APART == DEPTH, "every thread has the same number of pieces");
   const T* next;
-  int rows_left, columns_left;
+  int columns_left;
   Piece pieces[PIECES];
 
-  // The matrix is [rows, width], its rows without gaps; the first tile begins in its first row, at `column`.
-  DFA_DEVICE void begin(const void* matrix, int rows, int width, int column) {
+  // The matrix has `width` columns and no gaps between its rows; the first tile begins in its first row, at `column`.
+  DFA_DEVICE void begin(const void* matrix, int width, int column) {
     column += thread() % ACROSS * PER_PIECE<T>;
     columns_left = width - column;
-    rows_left = columns_left > 0 ? rows - thread() / ACROSS : 0;
     next = static_cast<const T*>(matrix) + int64{thread() / ACROSS} * width + column;
     // One access reaches every piece.
-    if (width % PER_PIECE<T> == 0 && reinterpret_cast<uint64>(matrix) % sizeof(Piece) == 0) columns_left = WHOLE;
+    bool aligned = width % PER_PIECE<T> == 0 && reinterpret_cast<uint64>(matrix) % sizeof(Piece) == 0;
+    if (aligned && columns_left > 0) columns_left = WHOLE;
   }
 
-  // The next tile sets out; 0 beyond the matrix.
-  DFA_DEVICE void load(int width) {
+  // The next tile, with which the matrix has `rows` rows left, sets out; 0 beyond the matrix.
+  DFA_DEVICE void load(int width, int rows) {
     DFA_UNROLL
     for (int i = 0; i < PIECES; ++i) {
       pieces[i] = Piece{};
-      if (i * APART < rows_left) read(next + int64{i * APART} * width, pieces[i]);
+      if (columns_left > 0 && thread() / ACROSS + i * APART < rows) read(next + int64{i * APART} * width, pieces[i]);
     }
     next += int64{DEPTH} * width;
-    rows_left -= DEPTH;
   }
 
   DFA_DEVICE void read(const T* from, Piece& piece) const {
@@ -51,16 +57,10 @@ struct Staging {
       piece = *reinterpret_cast<const Piece*>(from);
       return;
     }
-    union {
-      Piece all;
-      T elements[PER_PIECE<T>];
-    };
-    all = piece;
     DFA_UNROLL
     for (int i = 0; i < PER_PIECE<T>; ++i) {
-      if (i < columns_left) elements[i] = from[i];
+      if (i < columns_left) put(piece, i, from[i]);
     }
-    piece = all;
   }
 
   DFA_DEVICE void store(T* shared) const {

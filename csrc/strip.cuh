@@ -63,24 +63,26 @@ template <class T>
 struct Steps {
   typedef StripShape<T> Shape;
   const void* x;
-  int length, width, column, end;
+  int length, width, column, end, left;
   typename Shape::Stage next;
 
   DFA_DEVICE Steps(const void* x, int length, int width, int first, int end)
-      : x(x), length(length), width(width), column(first), end(end) {
-    next.begin(x, length, width, column);
-    next.load(width);
+      : x(x), length(length), width(width), column(first), end(end), left(length) {
+    next.begin(x, width, column);
+    next.load(width, left);
   }
 
   // The step that is on its way goes into the buffer, and the one after it sets out.
   DFA_DEVICE void advance(T* buffer, bool last) {
     next.store(buffer);
+    left -= Shape::DEPTH;
     if (last) {
       column += Shape::N;
       if (column >= end) return;
-      next.begin(x, length, width, column);
+      next.begin(x, width, column);
+      left = length;
     }
-    next.load(width);
+    next.load(width, left);
   }
 };
 

@@ -112,23 +112,23 @@ DFA_DEVICE void product(const Arguments& a) {
   typename Shape::Product product;
   typename Shape::Stage next_delta, next_x;
   // What is on its way goes into a buffer, and what follows it sets out: a step's product is the time that a load has.
-  auto advance = [&](T* buffer) {
+  auto advance = [&](T* buffer, int rows) {
     next_delta.store(buffer);
     next_x.store(buffer + Shape::BUFFER);
-    next_delta.load(layer.width_out);
-    next_x.load(layer.width_in);
+    next_delta.load(layer.width_out, rows);
+    next_x.load(layer.width_in, rows);
   };
-  product.clear();
-  next_delta.begin(tensors.delta, length, layer.width_out, out);
-  next_x.begin(tensors.x, length, layer.width_in, in);
-  next_delta.load(layer.width_out);
-  next_x.load(layer.width_in);
-  advance(buffers);
+  next_delta.begin(tensors.delta, layer.width_out, out);
+  next_x.begin(tensors.x, layer.width_in, in);
+  next_delta.load(layer.width_out, length);
+  next_x.load(layer.width_in, length);
+  advance(buffers, length - Shape::DEPTH);
   sync();
   prefetch_tile<Shape>(a, place.layer, out, in);
+  product.clear();
   for (int left = length, turn = 0; left > 0; left -= Shape::DEPTH, turn ^= 1) {
     const T* own = buffers + turn * 2 * Shape::BUFFER;
-    advance(buffers + (turn ^ 1) * 2 * Shape::BUFFER);
+    advance(buffers + (turn ^ 1) * 2 * Shape::BUFFER, left - 2 * Shape::DEPTH);
     product.template add<Shape::DEPTH>(own, own + Shape::BUFFER);
     sync();
   }

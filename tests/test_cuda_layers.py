@@ -217,9 +217,10 @@ def test_more_layers_than_a_call_of_the_library_takes() -> None:
     with on_host("strip") as ran:
         check(calls[0], cuda.layer_grads(calls[0].arguments(), torch.float32))
         training = Training(calls[0], "momentum", MOMENTUM)
-        check_update(training, calls, train(cuda, training, calls))
+        for in_memory in (False, True):
+            check_update(training, calls, train(cuda, training, calls, in_memory))
         said = cuda.describe_layers(calls[0].arguments(), torch.float32, "store", DEVICE)
-    assert ran == ["strip"] * 4
+    assert ran == ["strip"] * 6
     assert said.startswith(f"in 2 parts of at most {MOST_LAYERS} layers: one launch")
 
 
@@ -233,6 +234,18 @@ def test_every_rule(task: str, rule: str, groups: list[dict[str, Any]]) -> None:
         found = train(cuda, training, calls)
     assert ran == [task] * 3
     check_update(training, calls, found)
+
+
+@both_tasks
+@pytest.mark.parametrize("rule", STATE)
+def test_numbers_in_memory(task: str, rule: str) -> None:
+    """They give what the same numbers from the host do, which are written to memory first."""
+    calls = calls_of(LAYERS, 3, wanted=SOME)
+    training = Training(calls[0], rule, RULES[f"groups of {rule}"][1])
+    with on_host(task) as ran:
+        found, given = train(cuda, training, calls, in_memory=True), train(cuda, training, calls)
+    assert ran == [task] * 6
+    assert_same(found[0] + found[1], given[0] + given[1])
 
 
 @both_tasks

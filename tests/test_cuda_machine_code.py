@@ -74,8 +74,8 @@ def test_the_kernels_for_volta(tmp_path: Path) -> None:
     path.write_bytes(cubin)
     if len(TRITONS) == 1:
         pytest.skip("the older disassemblers of `make setup` are not here")
-    # Of the registers that float32 may use if two programs shall share a multiprocessor, ptxas is six short.
-    assert stacks(path) == {**dict.fromkeys(KERNELS, 0), "dfa_product_float32": 24}
+    # For two programs on a multiprocessor ptxas keeps 4 of a thread's 64 sums, and of float32 some addresses, in memory.
+    assert stacks(path) == {**dict.fromkeys(KERNELS, 0), "dfa_product_float16": 16, "dfa_product_float32": 40}
     code = opcodes(told("nvdisasm", "-c", path))
     for kernel in BY_TENSOR_CORES:
         assert "HMMA.884.F32.F32.STEP0" in code[kernel]

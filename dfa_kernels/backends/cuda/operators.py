@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..._torch_internals import raw_stream
-from ...updates import RULES
+from ...updates import RULES, UpdateRule
 from .. import torch_backend
-from ..calls import LayerCall, TapsCall, encoded
+from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
 from .arguments import MOST_LAYERS, Arguments
 from .library import library, why_not
 from .plan import Plan, Target, looks_of, plan_layers, plan_taps, split, taps_looks
@@ -68,7 +68,11 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
 
 
 def layer_update_(
-    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
+    call: LayerCall,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rule: str,
+    hyper: Sequence[float] | DeviceNumbers,
 ) -> None:
     """Gradients and the optimizer's update in one go; see `Backend.layer_update_`.
 
@@ -83,23 +87,36 @@ def layer_update_(
         return
     changed = [*weights, *state]
     kernel_rule = (state and RULES[rule].with_state) or rule
-    numbers, sets = _numbers_and_sets(RULES[kernel_rule].tile_numbers, hyper, len(weights))
+    numbers: tuple[float, ...] = ()
+    if isinstance(hyper, DeviceNumbers):
+        sets = tuple([row * hyper.table.shape[1] for row in hyper.rows])
+    else:
+        numbers, sets = _numbers_and_sets(RULES[rule], hyper, len(weights))
     plan = plan_layers(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(device))
     if plan.reason:
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
-    _run_layers(plan, call, weights, state, _on_device(numbers, device))
+    table = hyper.table if isinstance(hyper, DeviceNumbers) else _on_device(numbers, device)
+    _run_layers(plan, call, weights, state, table)
     torch.autograd.graph.increment_version(changed)
 
 
 def _update_in_parts(
-    call: LayerCall, weights: Sequence[Tensor], state: Sequence[Tensor], rule: str, hyper: Sequence[float]
+    call: LayerCall,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rule: str,
+    hyper: Sequence[float] | DeviceNumbers,
 ) -> None:
-    first, each, numbers = 0, len(state) // len(weights), len(hyper) // len(weights)
+    first, each = 0, len(state) // len(weights)
     for part in split(call):
         end = first + sum(part.weight_grads) + sum(part.bias_grads)
-        own_state, own_hyper = state[first * each : end * each], hyper[first * numbers : end * numbers]
-        layer_update_(part, weights[first:end], own_state, rule, own_hyper)
+        if isinstance(hyper, DeviceNumbers):
+            own: Sequence[float] | DeviceNumbers = hyper._replace(rows=hyper.rows[first:end])
+        else:
+            numbers = len(hyper) // len(weights)
+            own = hyper[first * numbers : end * numbers]
+        layer_update_(part, weights[first:end], state[first * each : end * each], rule, own)
         first = end
 
 
@@ -165,18 +182,22 @@ def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
 
 
 def _numbers_and_sets(
-    numbers_of: Callable[..., tuple[float, ...]], hyper: Sequence[float], parameters: int
+    rule: UpdateRule, hyper: Sequence[float], parameters: int
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """The numbers that a rule's kernel reads, and where in them each parameter's set begins."""
+    """Rows of numbers that the rule's kernel reads, and where among them each parameter's begins."""
     each, hyper = len(hyper) // parameters, list(map(float, hyper))
     if hyper == hyper[:each] * parameters:
-        return numbers_of(*hyper[:each]), ()
+        return _row(rule, hyper[:each]), ()
     firsts: dict[tuple[float, ...], int] = {}
     sets = []
     for first in range(0, len(hyper), each):
-        numbers = numbers_of(*hyper[first : first + each])
-        sets.append(firsts.setdefault(numbers, len(firsts) * len(numbers)))
+        row = _row(rule, hyper[first : first + each])
+        sets.append(firsts.setdefault(row, len(firsts) * len(row)))
     return tuple(chain.from_iterable(firsts)), tuple(sets)
+
+
+def _row(rule: UpdateRule, hyper: Sequence[float]) -> tuple[float, ...]:
+    return (*rule.row(*hyper[:-1]), hyper[-1]) if rule.counts else rule.row(*hyper)
 
 
 _numbers: dict[tuple[torch.device, int], tuple[tuple[float, ...], Tensor]] = {}
