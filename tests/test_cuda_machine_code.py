@@ -74,7 +74,7 @@ def test_the_kernels_for_volta(tmp_path: Path) -> None:
     path.write_bytes(cubin)
     if len(TRITONS) == 1:
         pytest.skip("the older disassemblers of `make setup` are not here")
-    # For two programs on a multiprocessor ptxas keeps 4 of a thread's 64 sums, and of float32 some addresses, in memory.
+    # For two programs on a multiprocessor ptxas keeps 4 of 64 sums, and of float32 some addresses, in memory.
     assert stacks(path) == {**dict.fromkeys(KERNELS, 0), "dfa_product_float16": 16, "dfa_product_float32": 40}
     code = opcodes(told("nvdisasm", "-c", path))
     for kernel in BY_TENSOR_CORES:
