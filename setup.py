@@ -93,7 +93,7 @@ def command_for(nvcc: str, names: list[str], library: str) -> list[str]:
 
 
 def is_editable() -> bool:
-    return any("editable" in argument or argument == "develop" for argument in sys.argv)
+    return not {"editable_wheel", "develop"}.isdisjoint(sys.argv)
 
 
 NVCC = find_nvcc()

@@ -296,6 +296,18 @@ def test_what_is_left_to_the_torch_backend(what: str) -> None:
     assert_same(*results)
 
 
+def test_what_has_no_32_bit_count_is_left_to_the_torch_backend() -> None:
+    """Shapes alone: nothing of the kind fits into memory."""
+    x, h, error = (torch.empty(rows, 2, device="meta") for rows in (2**31, 2**31, 2**29))
+    wanted = [True] * 1
+    call = LayerCall(
+        error, [], dfa.Feedback(storage="procedural").spec, [x], [h], [None], ["tanh"], [0.0] * 2, wanted, wanted
+    )
+    with on_host():
+        said = cuda.describe_layers(call, torch.float32, "store", DEVICE)
+    assert said == "by the torch backend: 2147483648 rows or units are more than the kernels count"
+
+
 def test_the_plan_takes_strips_for_small_batches_and_few_error_components() -> None:
     said = []
     for rows, error_size in ((128, 10), (4096, 10), (128, 65)):

@@ -202,6 +202,10 @@ def plan_layers(looks: Looks, target: Target) -> Plan:
     reason = reason_for_torch(looks.error.dtype, looks.dtypes, looks.dtype, target)
     if reason or not shapes:
         return replace(plan, reason=reason)
+    if reason := _too_large(
+        rows * max(positions), *widths_in, sum(t * m for t, m in zip(positions, widths_out, strict=True))
+    ):
+        return replace(plan, reason=reason)
     assert looks.dtype is not None
     (dtype,) = looks.dtypes
     sizes = [t * out for t, out in zip(positions, widths_out, strict=True)]
@@ -307,6 +311,8 @@ def plan_taps(looks: TapsLooks, target: Target) -> Plan:
     dtype = next(iter(looks.dtypes), looks.error.dtype)
     if reason := reason_for_torch(looks.error.dtype, looks.dtypes, looks.error.dtype, target):
         return Plan(reason=reason)
+    if reason := _too_large(looks.error.shape[0], *looks.sizes):
+        return Plan(reason=reason)
     numbers, scales = _projected(looks.error, looks.sizes)
     layers: list[dict[str, Any]] = [
         dict(width_in=0, width_out=size, positions=1, channels=channels, channels_last=last)
@@ -369,6 +375,11 @@ def reason_for_torch(
     if torch.bfloat16 in activations and target.capability < OLDEST_FOR_BFLOAT16:
         return f"sm_{target.capability} has no products of bfloat16"
     return ""
+
+
+def _too_large(*counts: int) -> str:
+    """Why the library's 32-bit counts are not enough; empty if they are. Offsets in memory have 64 bits."""
+    return f"{max(counts)} rows or units are more than the kernels count" if max(counts) >= 2**31 else ""
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
