@@ -8,6 +8,13 @@ namespace dfa {
 constexpr int QUAD = 4;
 
 template <class T>
+constexpr int DTYPE_OF = BFLOAT16;
+template <>
+constexpr int DTYPE_OF<float> = FLOAT32;
+template <>
+constexpr int DTYPE_OF<Half> = FLOAT16;
+
+template <class T>
 DFA_DEVICE float read_as(const void* tensor, int64 at) {
   return to_float(static_cast<const T*>(tensor)[at]);
 }

@@ -8,11 +8,18 @@ namespace dfa {
 template <class T>
 constexpr int PER_PIECE = sizeof(Piece) / sizeof(T);
 
-// Behind every row of a tile in shared memory one piece is left out, so that pieces of neighbouring rows are in
-// different banks.
+// What is left out behind every row of a tile in shared memory, in pieces, so that what a warp reads at once is in
+// different banks: one piece of each of eight rows (LDSM), or on sm_70, which has no such instruction, 8 bytes in two
+// places 16 bytes apart of each of four rows. The host, which does not know, makes room for either.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+constexpr int GAP = 1;
+#else
+constexpr int GAP = 2;
+#endif
+
 template <class T>
 DFA_HD constexpr int pitch_of(int width) {
-  return width + PER_PIECE<T>;
+  return width + (sizeof(T) == 2 ? GAP : 1) * PER_PIECE<T>;
 }
 
 // The i-th number of a piece that was 0.

@@ -50,8 +50,8 @@ DFA_DEVICE void make_strip(const Arguments& a, int layer, int out, T* delta, flo
         for (int j = 0; j < QUAD; ++j) {
           if (j >= count) values[j] = 0.0f;
           totals[j] += values[j];
-          convert(values[j], delta[at * Shape::PITCH + column + j]);
         }
+        write_run(delta, DTYPE_OF<T>, {at * Shape::PITCH + column, QUAD, true}, values);
       }
     }
   }

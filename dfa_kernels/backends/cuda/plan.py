@@ -37,8 +37,9 @@ from .library import library
 
 LARGEST_STRIP_ERROR = 64
 """Components of the error up to which every strip makes P anew. Estimated, not measured."""
-MOST_RESIDENT = 3
-"""Strips on a multiprocessor at once, by their registers."""
+LEAST_RESIDENT, MOST_RESIDENT = 2, 3
+"""Strips on a multiprocessor at once: one alone would have nothing to do while it waits for memory, and for more there
+are no registers. Estimated, not measured."""
 STRIP, WIDE, UNITS, DELTA_ROWS = 64, 128, 64, 64
 """Sides of the tiles of `csrc/`: of gradients, by strips and by grouped products, and of P."""
 OLDEST_FOR_BFLOAT16 = 80
@@ -54,10 +55,9 @@ class Target(NamedTuple):
     shared: int
     """Bytes of shared memory that a multiprocessor has."""
 
-    @property
-    def reserved(self) -> int:
-        """Bytes of it that the driver takes from every program."""
-        return 1024 if self.capability >= 80 else 0
+    def resident(self, size: int) -> int:
+        """How many programs that take so many bytes a multiprocessor has room for. The driver takes some as well."""
+        return self.shared // (size + (1024 if self.capability >= 80 else 0))
 
 
 class ErrorLooks(NamedTuple):
@@ -240,8 +240,8 @@ def _set(looks: Looks, parameter: int) -> int:
 def _why_wide(plan: Plan, arguments: Arguments, target: Target) -> str:
     """Why this cannot or should not be done by strips; empty if it should."""
     size = library().strip_bytes(ctypes.byref(arguments))
-    if size > (there := target.shared - target.reserved):
-        return f"δ of the whole batch beside a tile takes {size} bytes of shared memory, of {there}"
+    if target.resident(size) < LEAST_RESIDENT:
+        return f"two programs with δ of the whole batch, {size} bytes each, do not fit into {target.shared}"
     if arguments.hidden and plan.source != "projection" and arguments.error_size > LARGEST_STRIP_ERROR:
         return f"products with {arguments.error_size} error components would be made anew in every strip"
     return ""
@@ -250,7 +250,7 @@ def _why_wide(plan: Plan, arguments: Arguments, target: Target) -> str:
 def _strips(plan: Plan, numbers: dict[str, Any], layers: list[dict[str, Any]], target: Target) -> Plan:
     """No more programs than the GPU holds at once, if that can be; each has a run of tiles, as short as that allows."""
     size = library().strip_bytes(ctypes.byref(arguments_of(numbers, layers)))
-    most = target.multiprocessors * max(1, min(MOST_RESIDENT, target.shared // (size + target.reserved)))
+    most = target.multiprocessors * min(MOST_RESIDENT, target.resident(size))
     tiles = _tiles(plan, layers, STRIP)
     run = 1
     while sum(m * _runs(n, run) for m, n in tiles) > most and run < max(n for _, n in tiles):
