@@ -248,6 +248,18 @@ def test_numbers_in_memory(task: str, rule: str) -> None:
     assert_same(found[0] + found[1], given[0] + given[1])
 
 
+def test_numbers_in_memory_in_float64() -> None:
+    (call,) = calls_of(LAYERS, 1)
+    training, found = Training(call, "adamw", RULES["adamw"][1]), []
+    numbers = training.on_device(1)
+    for table in (numbers.table, numbers.table.double()):
+        weights, state = training.memory()
+        with on_host():
+            cuda.layer_update_(call.arguments(), weights, state, "adamw", numbers._replace(table=table))
+        found.append(weights + state)
+    assert_same(*found)
+
+
 @both_tasks
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", STATE)

@@ -96,7 +96,8 @@ def layer_update_(
     if plan.reason:
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
-    table = hyper.table if isinstance(hyper, DeviceNumbers) else _on_device(numbers, device)
+    # An optimizer that has float64 parameters as well has its table in float64.
+    table = hyper.table.float() if isinstance(hyper, DeviceNumbers) else _on_device(numbers, device)
     _run_layers(plan, call, weights, state, table)
     torch.autograd.graph.increment_version(changed)
 
