@@ -76,20 +76,20 @@ def layer_update_(
 
 def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
     """(δa [R·T, out], x [R·T, in]) of one layer after the other."""
-    error, inputs, saved = call.error, call.inputs, call.saved
+    error, inputs, saved, numbers = call.error, call.inputs, call.saved, call.parameters
     if saved:
-        sizes = [positions(h, error) * h.shape[1] for h in saved]
+        # For an empty batch, whose gradients are zero, T is taken as 1.
+        rows, shapes = error.shape[0], [h.shape for h in saved]
+        sizes = [n // rows * out if rows else out for n, out in shapes]
         shared = shared_projection(error, call.stored, call.feedback, max(sizes))
-        p, q = call.parameters[0::2], call.parameters[1::2]
-        for x, *tap in zip(inputs, sizes, saved, call.dropout_mask, call.activations, p, q, strict=False):
-            yield delta_of(shared, error.dtype, *tap), x
+        for i, size in enumerate(sizes):
+            p, q = numbers[2 * i], numbers[2 * i + 1]
+            yield (
+                delta_of(shared, error.dtype, size, saved[i], call.dropout_mask[i], call.activations[i], p, q),
+                inputs[i],
+            )
     for x in inputs[len(saved) :]:
-        yield _as(error, x.dtype), x
-
-
-def positions(tensor: Tensor, error: Tensor) -> int:
-    """T of a tensor [R·T, ...]; 1 for an empty batch, whose gradients are zero whatever T is."""
-    return tensor.shape[0] // error.shape[0] if error.shape[0] else 1
+        yield error if error.dtype is x.dtype else error.to(x.dtype), x
 
 
 class SharedProjection:
@@ -100,8 +100,6 @@ class SharedProjection:
         self.widest = values.shape[1]
 
     def for_size(self, size: int) -> tuple[Tensor, float]:
-        if size == self.widest:
-            return self.values, 1.0
         return self.values[:, :size], math.sqrt(self.widest / size) if self.normalize else 1.0
 
 
@@ -125,7 +123,7 @@ def delta_of(
     q: float,
 ) -> Tensor:
     """δ of one tap in the saved tensor's dtype, without one in `dtype`; see `Backend.project_taps`."""
-    values, ratio = shared.for_size(size)
+    values, ratio = (shared.values, 1.0) if size == shared.widest else shared.for_size(size)
     if saved is None:
         return (values if values is shared.values else values * ratio).to(dtype)
     wide = saved if saved.dtype is values.dtype else saved.to(values.dtype)
@@ -148,10 +146,6 @@ def _bias_grad(delta: Tensor, dtype: torch.dtype) -> Tensor:
     if delta.dtype == dtype and dtype.itemsize >= 4:
         return delta.sum(0)
     return delta.sum(0, dtype=torch.promote_types(delta.dtype, torch.float32)).to(dtype)
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:
