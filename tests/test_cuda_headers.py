@@ -14,9 +14,11 @@ from torch import Tensor
 from triton_cases import CASES, keep
 
 from dfa_kernels.activations import ACTIVATIONS
-from dfa_kernels.backends.cuda import arguments, plan
+from dfa_kernels.backends.cuda import arguments
 from dfa_kernels.backends.cuda.arguments import DTYPES, Arguments, arguments_of
 from dfa_kernels.backends.cuda.arguments import SOURCES as ORIGINS
+from dfa_kernels.backends.cuda.looks import ErrorLooks
+from dfa_kernels.backends.cuda.projected import source_of
 from dfa_kernels.feedback.entries import fill, unpack_signs
 from dfa_kernels.feedback.kinds import FEEDBACK_KINDS
 from dfa_kernels.feedback.philox import normals
@@ -68,7 +70,7 @@ def test_normals_to_the_bit(raw: ctypes.CDLL) -> None:
 
 
 def some_entries(raw: ctypes.CDLL, spec: FeedbackSpec, unit: int, units: int, E: int, stored: Tensor | None) -> Tensor:
-    source = plan.source_of(plan.ErrorLooks(torch.Size((1, E)), (E, 1), torch.float32, spec, stored is not None, False))
+    source = source_of(ErrorLooks(torch.Size((1, E)), (E, 1), torch.float32, spec, stored is not None, False))
     given = arguments_of(
         dict(
             source=ORIGINS[source], stored_dtype=DTYPES[spec.dtype], error_size=E, key0=spec.seed & 0xFFFFFFFF,

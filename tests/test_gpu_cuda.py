@@ -20,7 +20,7 @@ from triton_cases import CASES, DEVICE, FEEDBACKS, Call, make_call, plain_layer,
 import dfa_kernels as dfa
 from bench.gpu.graphs import captured
 from dfa_kernels.backends import cuda
-from dfa_kernels.backends.cuda import operators, plan
+from dfa_kernels.backends.cuda import operators, plan, projected
 
 
 def capability() -> int:
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(bool(cuda.why_not(capability() or None)), reason=cuda.why_not(capability() or None) or "-"),
 ]
 
-NAMES = ["ieee", "float16", *(["bfloat16"] if capability() >= plan.OLDEST_FOR_BFLOAT16 else [])]
+NAMES = ["ieee", "float16", *(["bfloat16"] if capability() >= projected.OLDEST_FOR_BFLOAT16 else [])]
 each_task = pytest.mark.parametrize("task", ["strip", "wide"])
 each_precision = pytest.mark.parametrize("precision", NAMES)
 

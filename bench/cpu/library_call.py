@@ -22,6 +22,7 @@ from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.cuda import library, operators, plan
 from dfa_kernels.backends.cuda.arguments import Arguments
 from dfa_kernels.backends.cuda.library import HOST, Library
+from dfa_kernels.backends.cuda.looks import looks_of
 
 WIDTHS, BATCH = (3072, 800, 800, 800, 10), 128
 CALLS, ROUNDS = 2000, 15
@@ -57,13 +58,13 @@ def main() -> None:
     hyper = [0.1, 0.0, 0.0, 0.0] * len(parameters)
     made = stand_in()
     with mock.patch.object(library, "installed", lambda: made):
-        found = plan.plan_layers(plan.looks_of(call, torch.float32, "store"), operators.EMULATED)
+        found = plan.plan_layers(looks_of(call, torch.float32, "store"), operators.EMULATED)
         rows = {
             "pack the arguments of 4 layers, and call": lambda: operators._run_layers(
                 found, call, parameters, (), None
             ),
             "look at the call, and find its plan": lambda: plan.plan_layers(
-                plan.looks_of(call, torch.float32, "store"), operators.EMULATED
+                looks_of(call, torch.float32, "store"), operators.EMULATED
             ),
             "layer_update_, SGD, all of it": lambda: operators.layer_update_(call, parameters, [], "sgd", hyper),
         }

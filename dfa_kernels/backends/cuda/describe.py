@@ -6,8 +6,9 @@ import torch
 
 from ..calls import LayerCall, TapsCall
 from .arguments import MOST_LAYERS
-from .operators import some_taps, target_of
-from .plan import DELTA_ROWS, STRIP, UNITS, WIDE, Plan, looks_of, plan_layers, plan_taps, split, taps_looks
+from .looks import looks_of, some_taps, split, taps_looks
+from .operators import target_of
+from .plan import DELTA_ROWS, STRIP, UNITS, WIDE, Plan, plan_layers, plan_taps
 
 
 def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._torch_internals import raw_stream
-from ...updates import RULES, UpdateRule
+from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
 from .arguments import MOST_LAYERS, Arguments
 from .library import library, why_not
-from .plan import Plan, Target, looks_of, plan_layers, plan_taps, split, taps_looks
+from .looks import looks_of, some_taps, split, taps_looks
+from .numbers import numbers_and_sets, on_device
+from .plan import Plan, Target, plan_layers, plan_taps
+from .stream import on_stream
 
 # A library that runs on the CPU has as many multiprocessors and as much shared memory as this.
 EMULATED = Target(80, 4, 64 * 1024)
@@ -91,13 +90,13 @@ def layer_update_(
     if isinstance(hyper, DeviceNumbers):
         sets = tuple([row * hyper.table.shape[1] for row in hyper.rows])
     else:
-        numbers, sets = _numbers_and_sets(RULES[rule], hyper, len(weights))
+        numbers, sets = numbers_and_sets(RULES[rule], hyper, len(weights))
     plan = plan_layers(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(device))
     if plan.reason:
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
     # An optimizer that has float64 parameters as well has its table in float64.
-    table = hyper.table.float() if isinstance(hyper, DeviceNumbers) else _on_device(numbers, device)
+    table = hyper.table.float() if isinstance(hyper, DeviceNumbers) else on_device(numbers, device)
     _run_layers(plan, call, weights, state, table)
     torch.autograd.graph.increment_version(changed)
 
@@ -150,18 +149,7 @@ def _run(plan: Plan, addresses: list[int], device: torch.device) -> None:
     # The plan's own are everybody's, on whichever thread autograd runs.
     arguments = Arguments.from_buffer_copy(plan.arguments)
     plan.pack(arguments, 0, *plan.order(addresses))
-    _on_stream(device, library().run, arguments)
-
-
-def _on_stream(device: torch.device, call: Callable[..., None], *arguments: Any) -> None:
-    """call(*arguments, number of the device, its current stream), with the device as the current one."""
-    if device.type != "cuda":
-        call(*arguments, 0, 0)
-    elif device.index == torch.cuda.current_device():
-        call(*arguments, device.index, raw_stream(device.index))
-    else:
-        with torch.cuda.device(device):
-            call(*arguments, device.index, raw_stream(device.index))
+    on_stream(device, library().run, arguments)
 
 
 def _projection_tensors(plan: Plan, error: Tensor, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -180,45 +168,6 @@ def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
     """The one dtype of what is updated in place; None if there are several, or gaps in memory."""
     dtype = tensors[0].dtype
     return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None
-
-
-def _numbers_and_sets(
-    rule: UpdateRule, hyper: Sequence[float], parameters: int
-) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Rows of numbers that the rule's kernel reads, and where among them each parameter's begins."""
-    each, hyper = len(hyper) // parameters, list(map(float, hyper))
-    if hyper == hyper[:each] * parameters:
-        return _row(rule, hyper[:each]), ()
-    firsts: dict[tuple[float, ...], int] = {}
-    sets = []
-    for first in range(0, len(hyper), each):
-        row = _row(rule, hyper[first : first + each])
-        sets.append(firsts.setdefault(row, len(firsts) * len(row)))
-    return tuple(chain.from_iterable(firsts)), tuple(sets)
-
-
-def _row(rule: UpdateRule, hyper: Sequence[float]) -> tuple[float, ...]:
-    return (*rule.row(*hyper[:-1]), hyper[-1]) if rule.counts else rule.row(*hyper)
-
-
-_numbers: dict[tuple[torch.device, int], tuple[tuple[float, ...], Tensor]] = {}
-
-
-def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """The numbers where kernels read them; written only if they changed since the last call on this stream.
-
-    A graph under capture gets its own, written by the graph.
-    """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    key = device, raw_stream(device.index) if device.type == "cuda" else 0
-    if not capturing and key in _numbers and _numbers[key][0] == numbers:
-        return _numbers[key][1]
-    made = torch.empty(len(numbers), dtype=torch.float32, device=device)
-    values = (ctypes.c_float * len(numbers))(*numbers)
-    _on_stream(device, library().write_numbers, made.data_ptr(), values)
-    if not capturing:
-        _numbers[key] = numbers, made
-    return made
 
 
 def project_taps(call: TapsCall) -> list[Tensor]:
@@ -245,18 +194,6 @@ def project_taps(call: TapsCall) -> list[Tensor]:
     addresses += [result.data_ptr() for result in results]
     _run(plan, addresses, call.error.device)
     return results
-
-
-def some_taps(call: TapsCall, first: int, end: int | None) -> TapsCall:
-    """The call for some of its taps."""
-    here = slice(first, end)
-    return call._replace(
-        sizes=call.sizes[here],
-        saved=call.saved[here],
-        dropout_mask=call.dropout_mask[here],
-        activations=call.activations[here],
-        parameters=call.parameters[2 * first : None if end is None else 2 * end],
-    )
 
 
 def _ordered(saved: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ Plans are saved: in every step the looks are read and compared, nothing else.
 from __future__ import annotations
 
 import ctypes
-import math
 import struct
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -16,24 +15,22 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...feedback.spec import FeedbackSpec
 from ...updates import RULES as UPDATE_RULES
-from ..calls import LayerCall, TapsCall
 from .arguments import (
     ACTIVATIONS,
     DTYPES,
-    MOST_LAYERS,
     POINTERS,
     RULES,
     SHARED_POINTERS,
-    SOURCES,
     TASKS,
     Arguments,
     arguments_of,
 )
 from .library import library
+from .looks import Looks, TapsLooks
+from .projected import projected, reason_for_torch, source_of, too_large
 
 LARGEST_STRIP_ERROR = 64
 """Components of the error up to which every strip makes P anew. Estimated, not measured."""
@@ -42,7 +39,6 @@ LEAST_RESIDENT, MOST_RESIDENT = 2, 3
 are no registers. Estimated, not measured."""
 STRIP, WIDE, UNITS, DELTA_ROWS = 64, 128, 64, 64
 """Sides of the tiles of `csrc/`: of gradients, by strips and by grouped products, and of P."""
-OLDEST_FOR_BFLOAT16 = 80
 ALIGNMENT = 16
 """Bytes to whose multiples every layer's δ is aligned in the workspace."""
 
@@ -58,54 +54,6 @@ class Target(NamedTuple):
     def resident(self, size: int) -> int:
         """How many programs that take so many bytes a multiprocessor has room for. The driver takes some as well."""
         return self.shared // (size + (1024 if self.capability >= 80 else 0))
-
-
-class ErrorLooks(NamedTuple):
-    """All of the error and of the feedback that decides what runs; plain values, cheap to hash."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    feedback: FeedbackSpec
-    is_stored: bool
-    is_elsewhere: bool
-    """Whether what is stored is on another device than the error."""
-
-
-class Looks(NamedTuple):
-    """All of a call of `layer_grads` or `layer_update_` that decides its plan."""
-
-    error: ErrorLooks
-    inputs: tuple[torch.Size, ...]
-    saved: tuple[torch.Size, ...]
-    dtypes: frozenset[torch.dtype]
-    """Of the activations."""
-    activations: tuple[str, ...]
-    parameters: tuple[float, ...]
-    masks: tuple[bool, ...]
-    """Whether each hidden layer has one."""
-    weight_grads: tuple[bool, ...]
-    bias_grads: tuple[bool, ...]
-    dtype: torch.dtype | None
-    """Of the parameters; None if they differ in it or have gaps in memory."""
-    rule: str
-    sets: tuple[int, ...]
-    """Where each parameter's numbers for the rule begin; empty if all share one set."""
-
-
-class TapsLooks(NamedTuple):
-    """All of a call of `project_taps` that decides its plan."""
-
-    error: ErrorLooks
-    sizes: tuple[int, ...]
-    channels: tuple[int, ...]
-    channels_last: tuple[bool, ...]
-    has_saved: tuple[bool, ...]
-    masks: tuple[bool, ...]
-    """Whether each tap has the respective tensor."""
-    dtypes: frozenset[torch.dtype]
-    activations: tuple[str, ...]
-    parameters: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -140,47 +88,6 @@ class Plan:
     """Writes these into the arguments."""
 
 
-def error_looks(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec) -> ErrorLooks:
-    """What the projection's arguments look like. Reads no values, so meta tensors do."""
-    elsewhere = bool(stored) and stored[0].device != error.device
-    return ErrorLooks(error.shape, error.stride(), error.dtype, feedback, bool(stored), elsewhere)
-
-
-def looks_of(call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[int, ...] = ()) -> Looks:
-    """What the call looks like."""
-    masks = [mask for mask in call.dropout_mask if mask is not None]
-    return Looks(
-        error_looks(call.error, call.stored, call.feedback),
-        tuple([x.shape for x in call.inputs]),
-        tuple([h.shape for h in call.saved]),
-        frozenset([tensor.dtype for tensor in (*call.inputs, *call.saved, *masks)]),
-        tuple(call.activations),
-        tuple(call.parameters),
-        tuple([mask is not None for mask in call.dropout_mask]),
-        tuple(call.weight_grads),
-        tuple(call.bias_grads),
-        dtype,
-        rule,
-        sets,
-    )
-
-
-def taps_looks(call: TapsCall) -> TapsLooks:
-    """What the call looks like, its saved tensors in one of the two orders that the kernel knows."""
-    present = [tensor for tensor in (*call.saved, *call.dropout_mask) if tensor is not None]
-    return TapsLooks(
-        error_looks(call.error, call.stored, call.feedback),
-        tuple(call.sizes),
-        tuple([1 if h is None or h.dim() < 2 else h.shape[1] for h in call.saved]),
-        tuple([h is not None and not h.is_contiguous() for h in call.saved]),
-        tuple([h is not None for h in call.saved]),
-        tuple([h is not None and m is not None for h, m in zip(call.saved, call.dropout_mask, strict=True)]),
-        frozenset([tensor.dtype for tensor in present]),
-        tuple(call.activations),
-        tuple(call.parameters),
-    )
-
-
 @lru_cache(maxsize=512)
 def plan_layers(looks: Looks, target: Target) -> Plan:
     """The plan of every call that looks like this."""
@@ -199,17 +106,17 @@ def plan_layers(looks: Looks, target: Target) -> Plan:
         biases.append(len(shapes) if wants_bias else -1)
         shapes += [(out,)] * wants_bias
     plan = Plan(shapes=tuple(shapes), weights=tuple(weights), biases=tuple(biases))
-    reason = reason_for_torch(looks.error.dtype, looks.dtypes, looks.dtype, target)
+    reason = reason_for_torch(looks.error.dtype, looks.dtypes, looks.dtype, target.capability)
     if reason or not shapes:
         return replace(plan, reason=reason)
-    if reason := _too_large(
+    if reason := too_large(
         rows * max(positions), *widths_in, sum(t * m for t, m in zip(positions, widths_out, strict=True))
     ):
         return replace(plan, reason=reason)
     assert looks.dtype is not None
     (dtype,) = looks.dtypes
     sizes = [t * out for t, out in zip(positions, widths_out, strict=True)]
-    numbers, scales = _projected(looks.error, sizes[:hidden])
+    numbers, scales = projected(looks.error, sizes[:hidden])
     numbers |= dict(
         hidden=hidden, dtype=DTYPES[dtype], parameter_dtype=DTYPES[looks.dtype], rule=RULES[looks.rule],
     )  # fmt: skip
@@ -309,11 +216,11 @@ def _finished(
 def plan_taps(looks: TapsLooks, target: Target) -> Plan:
     """The plan of every call that looks like this, of at most MOST_LAYERS taps."""
     dtype = next(iter(looks.dtypes), looks.error.dtype)
-    if reason := reason_for_torch(looks.error.dtype, looks.dtypes, looks.error.dtype, target):
+    if reason := reason_for_torch(looks.error.dtype, looks.dtypes, looks.error.dtype, target.capability):
         return Plan(reason=reason)
-    if reason := _too_large(looks.error.shape[0], *looks.sizes):
+    if reason := too_large(looks.error.shape[0], *looks.sizes):
         return Plan(reason=reason)
-    numbers, scales = _projected(looks.error, looks.sizes)
+    numbers, scales = projected(looks.error, looks.sizes)
     layers: list[dict[str, Any]] = [
         dict(width_in=0, width_out=size, positions=1, channels=channels, channels_last=last)
         for size, channels, last in zip(looks.sizes, looks.channels, looks.channels_last, strict=True)
@@ -360,82 +267,3 @@ def _addressed(plan: Plan, shared: Sequence[str], names: Sequence[tuple[str, int
     wanted: list[Any] = [*SHARED_POINTERS, *[(name, i) for i in range(plan.arguments.layers) for name in POINTERS]]
     order = itemgetter(*[at.get(name, 0) for name in wanted])
     return replace(plan, order=order, pack=struct.Struct(f"{len(wanted)}Q").pack_into)
-
-
-def reason_for_torch(
-    error: torch.dtype, activations: Set[torch.dtype], parameters: torch.dtype | None, target: Target
-) -> str:
-    """Why the torch backend has to compute with these dtypes; empty if it has not."""
-    if parameters is None:
-        return "the parameters and their state differ in dtype or have gaps in memory"
-    if lacking := {error, parameters, *activations} - set(DTYPES):
-        return f"the kernels compute in {_names(DTYPES)}, not in {_names(lacking)}"
-    if len(activations) > 1:
-        return f"the layers' activations differ in dtype: {_names(activations)}"
-    if torch.bfloat16 in activations and target.capability < OLDEST_FOR_BFLOAT16:
-        return f"sm_{target.capability} has no products of bfloat16"
-    return ""
-
-
-def _too_large(*counts: int) -> str:
-    """Why the library's 32-bit counts are not enough; empty if they are. Offsets in memory have 64 bits."""
-    return f"{max(counts)} rows or units are more than the kernels count" if max(counts) >= 2**31 else ""
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
-def source_of(looks: ErrorLooks) -> str:
-    """Where the kernels get U from; "projection" where the torch backend has to make e Uᵀ first."""
-    feedback = looks.feedback
-    kind = feedback.row
-    if kind.tile == "blocks" or feedback.dtype not in DTYPES or looks.is_elsewhere:
-        return "projection"
-    if kind.tile in ("signs", "nonzeros"):
-        return kind.tile
-    return "matrix" if looks.is_stored else kind.name
-
-
-def _projected(looks: ErrorLooks, sizes: Sequence[int]) -> tuple[dict[str, Any], tuple[float, ...]]:
-    """What the library is told of the projection, and the factor to e Bᵀ for each size."""
-    feedback, (rows, error_size), widest = looks.feedback, looks.shape, max(sizes, default=1)
-    source = source_of(looks)
-    if source == "projection":
-        scales = tuple([math.sqrt(widest / size) if feedback.normalize else 1.0 for size in sizes])
-    else:
-        value = float(feedback.row.value(feedback, error_size))
-        scales = tuple([value * feedback.scale(size, error_size) for size in sizes])
-    numbers = dict(
-        source=SOURCES[source],
-        error_dtype=DTYPES[looks.dtype],
-        stored_dtype=DTYPES.get(feedback.dtype, 0),
-        rows=rows,
-        error_size=error_size,
-        stride_row=looks.strides[0],
-        stride_column=looks.strides[1],
-        widest=widest,
-        nonzeros=feedback.nonzeros_per_row(error_size) if source == "nonzeros" else 0,
-        key0=feedback.seed & 0xFFFFFFFF,
-        key1=feedback.seed >> 32,
-    )
-    return numbers, scales
-
-
-def split(call: LayerCall) -> list[LayerCall]:
-    """The call in parts of at most MOST_LAYERS layers, in their order; the last one has the output layer."""
-    parts = []
-    for first in range(0, len(call.inputs), MOST_LAYERS):
-        here = slice(first, first + MOST_LAYERS)
-        parts.append(
-            call._replace(
-                inputs=call.inputs[here],
-                saved=call.saved[here],
-                dropout_mask=call.dropout_mask[here],
-                activations=call.activations[here],
-                parameters=call.parameters[2 * first : 2 * here.stop],
-                weight_grads=call.weight_grads[here],
-                bias_grads=call.bias_grads[here],
-            )
-        )
-    return parts
