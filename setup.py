@@ -1,5 +1,141 @@
-"""Everything is declared in pyproject.toml; this is for tools that call it, and where csrc would be built."""
+"""Builds the library of CUDA C++ kernels where there is an nvcc; everything else is declared in pyproject.toml.
 
-from setuptools import setup
+CUDA_HOME names the toolkit; without it, nvcc is looked for on the PATH. TORCH_CUDA_ARCH_LIST ("7.5 8.6+PTX") names the
+architectures, as for torch's own extensions. Without it a wheel gets code for every GPU from V100 on that this nvcc
+knows, and an editable install for the GPUs of this machine.
+"""
 
-setup()
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+SOURCES = HERE / "csrc"
+LIBRARY = "dfa_kernels.backends.cuda.libdfa_kernels"
+ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
+OLDEST = 70
+"""The first with tensor cores."""
+FLAGS = ("-std=c++17", "-O3", "--threads=0", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden")
+
+
+def find_nvcc() -> str | None:
+    """Of CUDA_HOME alone where that is set, so that one without nvcc means none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+
+
+def known_to(nvcc: str) -> list[int]:
+    """Those of ARCHITECTURES that this nvcc compiles for."""
+    told = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    return [number for number in ARCHITECTURES if f"sm_{number}" in told.split()]
+
+
+def asked_for() -> list[str]:
+    """The names that TORCH_CUDA_ARCH_LIST means: "sm_75" for machine code, "compute_75" for PTX; none too old."""
+    names: list[str] = []
+    for item in os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: got {item!r}, expected numbers as in '7.5 8.6+PTX'")
+        major, minor, variant, ptx = match.groups()
+        if int(major) * 10 + int(minor) >= OLDEST:
+            names += [f"sm_{major}{minor}{variant}"] + [f"compute_{major}{minor}{variant}"] * bool(ptx)
+    return names
+
+
+def all_of(numbers: list[int]) -> list[str]:
+    """Machine code for each, and PTX of the lowest and of 80, which is that of the highest, for GPUs to come."""
+    return [f"sm_{number}" for number in numbers] + [f"compute_{n}" for n in sorted({numbers[0], min(80, numbers[-1])})]
+
+
+def gpus_here() -> list[int]:
+    """Architectures of this machine's GPUs."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return sorted({int(line.replace(".", "")) for line in told.split() if re.fullmatch(r"\d+\.\d", line)})
+
+
+def architectures(nvcc: str | None, editable: bool) -> tuple[list[str], str]:
+    """What the library gets code for, or why none is built."""
+    if sys.platform != "linux" or nvcc is None:
+        return [], "no nvcc was found, in CUDA_HOME or on the PATH"
+    if names := asked_for():
+        return names, ""
+    if not editable:
+        return all_of(known_to(nvcc)), ""
+    names = [f"sm_{number}" for number in gpus_here() if number >= OLDEST]
+    return names, "" if names else "an editable install builds for this machine's GPUs, and none was found"
+
+
+def front_end(name: str) -> str:
+    """The architecture that the source is read for: from 80 on that makes no difference, and it is half of the time."""
+    number = name.partition("_")[2]
+    return number if name.startswith("compute") or int(number.rstrip("af")) < 80 else "80"
+
+
+def command_for(nvcc: str, names: list[str], library: str) -> list[str]:
+    """nvcc's command line."""
+    codes = [f"-gencode=arch=compute_{front_end(name)},code={name}" for name in names]
+    return [nvcc, *FLAGS, *codes, f"-DDFA_ARCHITECTURES={'+'.join(names)}", str(SOURCES / "library.cu"), "-o", library]
+
+
+def is_editable() -> bool:
+    return not {"editable_wheel", "develop"}.isdisjoint(sys.argv)
+
+
+NVCC = find_nvcc()
+NAMES, WHY_NOT = architectures(NVCC, is_editable())
+
+
+class SaysWhatIsBuilt(build_py):
+    """In one line, whether the kernels are part of it."""
+
+    def run(self) -> None:
+        print(f"CUDA C++ kernels: {f'by {NVCC} for ' + ', '.join(NAMES) if NAMES else 'left out: ' + WHY_NOT}")
+        super().run()
+
+
+class BuildsByNvcc(build_ext):
+    """A library that is no module of Python: its name has no version of Python in it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        assert NVCC is not None
+        try:
+            subprocess.run(command_for(NVCC, NAMES, str(target)), check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"{NVCC} ended with status {error.returncode}; its messages are above. To install without the CUDA C++ "
+                "kernels, set CUDA_HOME to a folder without nvcc"
+            ) from error
+
+
+class ServesEveryPython(bdist_wheel):
+    """The library does not depend on Python's version, so neither does the wheel."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if NAMES else (python, abi, platform)
+
+
+setup(
+    ext_modules=[Extension(LIBRARY, ["csrc/library.cu"])] if NAMES else [],
+    cmdclass={"build_py": SaysWhatIsBuilt, "build_ext": BuildsByNvcc, "bdist_wheel": ServesEveryPython},
+)

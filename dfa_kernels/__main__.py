@@ -12,6 +12,7 @@ from torch import nn
 
 from . import DFA, __version__
 from .backends import BACKENDS, automatic_choice
+from .backends.cuda import describe_library
 from .optim import SGD
 
 
@@ -20,6 +21,7 @@ def main() -> None:
     print(f"dfa_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     for package in ("triton", "numpy"):
         print(f"{package}: {_version(package) or 'not installed'}")
+    print(f"CUDA C++: {describe_library()}")
     for device, name in _devices():
         backend, reason = automatic_choice(device)
         print(f"{name}: backend {backend} ({reason})")

@@ -142,3 +142,9 @@ def checkpointed_region() -> Any:
     """The non-reentrant checkpoint that what is called here is inside of; None outside."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks if hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.") else None
+
+
+def raw_stream(device: int) -> int:
+    """The current stream of the CUDA device with this index, as its driver takes it; without the object around it."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream

@@ -39,11 +39,18 @@ def test_gpus_with_tensor_cores_for_triton(gpu, capability):
 
 
 @pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)], ids=str)
-def test_older_gpus(gpu, capability):
-    gpu(*capability)
+@pytest.mark.parametrize("code", ["for them", "for others", "none"])
+@pytest.mark.parametrize("triton", [True, False], ids=["with Triton", "without"])
+def test_older_gpus(gpu, monkeypatch, capability, code, triton):
+    """CUDA C++ for those that have tensor cores, if there is a library that has code for them."""
+    gpu(*capability, triton=triton)
+    missing = {"for them": "", "for others": "none of which runs on", "none": "no library was built"}[code]
+    monkeypatch.setattr(backends.cuda_backend, "why_not", lambda capability: missing)
     backend, reason = backends.automatic_choice(GPU)
-    assert backend == backends.resolve("auto", GPU) == "torch"
+    expected = "cuda" if capability[0] == 7 and not missing else "torch"
+    assert backend == backends.resolve("auto", GPU) == expected
     assert "sm_{}{}: Triton uses tensor cores from sm_80 on".format(*capability) in reason
+    assert capability[0] == 6 or missing in reason
 
 
 def test_without_triton(gpu):
@@ -66,7 +73,7 @@ def test_other_devices(gpu, kind):
 
 
 def test_the_log_says_once_for_each_device_what_was_picked(gpu, caplog):
-    gpu(7, 5)
+    gpu(6, 1)
     with caplog.at_level(logging.INFO, logger="dfa_kernels"):
         for device in (GPU, CPU, GPU, OTHER_GPU, CPU):
             backends.resolve("auto", device)
@@ -76,7 +83,7 @@ def test_the_log_says_once_for_each_device_what_was_picked(gpu, caplog):
         "cpu: backend torch",
         "cuda:1: backend torch",
     ]
-    assert "sm_75" in caplog.records[0].getMessage()
+    assert "sm_61" in caplog.records[0].getMessage()
 
 
 def test_torch_runs_anywhere():

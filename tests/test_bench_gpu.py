@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_host import needs_a_compiler, on_host
 from torch import Tensor
 
 from bench.gpu import __main__ as script
 from bench.gpu import (
     case_timing,
+    cuda_library,
     device_facts,
     kernel_counts,
     kernel_times,
@@ -755,6 +757,21 @@ def test_what_is_wrong_or_missing_is_not_met():
     }
     assert len(unmet({})) == 20
     assert len(unmet({"quick": True, **made_up()})) == 1
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("check", sanitizer_checks.CUDA_CHECKS, ids=lambda check: check.name)
+def test_the_checks_of_the_cuda_library(check):
+    with on_host():
+        row = sanitizer_checks.run(check, CPU)
+    assert row["launched"] == {check.kernel: 1}
+    assert row["correct"]
+
+
+def test_what_the_cuda_library_is_built_for():
+    """sm_75's code as PTX wherever newer machine code runs; a V100 gets its own alone."""
+    asked = [cuda_library.architectures(*capability) for capability in ((7, 0), (7, 5), (9, 0), (12, 0))]
+    assert asked == ["7.0", "7.5+PTX", "7.5+PTX 9.0", "7.5+PTX 12.0"]
 
 
 def test_the_report_names_every_verdict():

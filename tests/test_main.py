@@ -20,6 +20,13 @@ def test_it_says_what_is_installed_and_what_each_device_runs(capsys):
     assert ("no CUDA device is visible to torch" in lines) == (not torch.cuda.is_available())
 
 
+def test_it_names_the_library_of_kernels(capsys, monkeypatch):
+    """Or says why there is none."""
+    monkeypatch.setattr(report, "describe_library", lambda: "there/libdfa_kernels.so, sm_75, compute_75")
+    report.main()
+    assert "CUDA C++: there/libdfa_kernels.so, sm_75, compute_75" in capsys.readouterr().out.splitlines()
+
+
 def test_it_says_what_is_missing(capsys, monkeypatch):
     def missing(package: str) -> str:
         raise report.importlib.metadata.PackageNotFoundError(package)

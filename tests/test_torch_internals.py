@@ -304,3 +304,11 @@ def test_cuda_matmul_precision():
         assert _torch_internals.cuda_matmul_precision() == torch.backends.cuda.matmul.fp32_precision
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.gpu
+def test_raw_stream():
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert _torch_internals.raw_stream(torch.cuda.current_device()) == stream.cuda_stream
+    assert _torch_internals.raw_stream(torch.cuda.current_device()) == torch.cuda.current_stream().cuda_stream

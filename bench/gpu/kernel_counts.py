@@ -23,7 +23,7 @@ from bench.gpu.regions import BACKWARD, BP, EVERYWHERE, OURS, REGIONS, STEP, UPD
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 """The categories of what a device does, in the profiler's trace."""
-OUR_KERNELS = ("strip", "two_phase", "deltas", "grouped_gemm")
+OUR_KERNELS = ("strip", "two_phase", "deltas", "grouped_gemm", "dfa_")
 PROFILED = (SMALL, next(case for case in CASES if case.classes == 1000 and case.hidden == 4096), LARGE)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +19,13 @@ from bench.gpu.graphs import Work, captured, nothing
 from bench.gpu.precision import tf32
 from bench.gpu.reference import Reference
 from bench.gpu.regions import BP, EVERYWHERE, OURS, STEP, ByHand
-from dfa_kernels.backends import BACKENDS, resolve
+from dfa_kernels.backends import BACKENDS, cuda, resolve
 from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton.route import planned_by
 
 # Rows for which every card's table has strips.
 LARGEST_STRIPS = 128
-LIBRARY, CHOSEN = "cuBLAS, weight gradients alone", "layer_grads"
+LIBRARY, CHOSEN, CUDA = "cuBLAS, weight gradients alone", "layer_grads", "CUDA C++"
 SMALLEST_WIDE = 2048
 """Units of hidden layers from which on two launches are compared as well."""
 HOST_CALLS, HOST_QUEUE, WARM_UP = 1000, 50, 5
@@ -96,6 +96,11 @@ def compare_kernels(problem: Problem, reference: Reference, clock: Clock, second
             rows[name], run = _checked(problem, operator, reference)
         if run is not None:
             runs[name] = run
+    if by_cuda := in_cuda(problem, operator):
+        rows[CUDA], run = _checked(problem, by_cuda, reference)
+        rows[CUDA]["plan"] = by_cuda.describe()
+        if run is not None:
+            runs[CUDA] = run
     runs[LIBRARY] = _on_device(problem, _library_products(problem))
     rows[LIBRARY] = {"correct": True}
     rows[CHOSEN]["plan"] = operator.describe()
@@ -103,6 +108,14 @@ def compare_kernels(problem: Problem, reference: Reference, clock: Clock, second
     for name, values in in_turn(measures, seconds).items():
         rows[name]["seconds"] = statistics.median(values)
     return rows
+
+
+def in_cuda(problem: Problem, operator: Operator) -> Operator | None:
+    """The same call by the CUDA C++ kernels, if there is a library that has code for this GPU."""
+    if not problem.on_gpu:
+        return None
+    major, minor = torch.cuda.get_device_capability(problem.device)
+    return None if cuda.why_not(10 * major + minor) else replace(operator, backend="cuda")
 
 
 def run_every_kernel(problem: Problem) -> None:
@@ -160,6 +173,8 @@ def host_seconds(problem: Problem, reference: Reference, clock: Clock, calls: in
     if not found["correct"]:
         return found
     found[CHOSEN] = mean_host_seconds(clock, operator.grads, calls)
+    if by_cuda := in_cuda(problem, operator):
+        found[f"{CHOSEN}, {CUDA}"] = mean_host_seconds(clock, by_cuda.grads, calls)
     for name in (OURS, BP):
         for region, made in EVERYWHERE[name](problem, 1e-4).items():
             found[f"{name}, {region}"] = mean_host_seconds(clock, made.run, max(1, calls // 5), made.prepare)

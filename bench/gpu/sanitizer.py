@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.processes import ROOT, environment, finish, python, read, step_parser, write
-from bench.gpu.sanitizer_checks import CHECKS
+from bench.gpu.sanitizer_checks import CHECKS, checks_here
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND_SOMETHING = 99
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         write(options.json, {"tool": None})
         print("compute-sanitizer was not found, neither on the path nor in", *PLACES)
         return 0
-    checks = run_plainly([check.name for check in CHECKS], begin + PLAIN_SHARE * (deadline - begin))
+    checks = run_plainly([check.name for check in checks_here(CHECKS)], begin + PLAIN_SHARE * (deadline - begin))
     found: dict[str, Any] = {"tool": tool, "checks": checks}
     print(f"run without a tool in {time.monotonic() - begin:.0f} s", flush=True)
     write(options.json, found)

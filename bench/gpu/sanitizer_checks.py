@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from bench.gpu.forced import kernel_planner
 from bench.gpu.precision import tf32
 from bench.gpu.processes import write
 from bench.gpu.tuning_workloads import taps_call
-from dfa_kernels.backends import torch_backend
-from dfa_kernels.backends import triton as triton_backend
+from dfa_kernels.backends import BACKENDS, OLDEST_FOR_TRITON, cuda, torch_backend
 from dfa_kernels.backends.calls import Backend, LayerCall
+from dfa_kernels.backends.cuda.arguments import TASKS
+from dfa_kernels.backends.cuda.library import Library
 from dfa_kernels.backends.triton.route import planned_by
 
 # No multiple of a tile, and more than a loop over the batch holds in its buffers, which are so used again.
@@ -38,7 +39,8 @@ ROWS = 275
 STRIP_ROWS = 119
 # No multiples of a tile. Odd ones go without aligned rows, even ones may take the copy engine.
 ODD, EVEN = (37, 45, 33), (48, 64, 80)
-ALLOWED = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
+ALLOWED = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Check:
     widths: tuple[int, ...]
     error_size: int
     rows: int = ROWS
+    backend: str = "triton"
 
     @property
     def name(self) -> str:
@@ -99,13 +102,31 @@ CHECKS = (
     Check("hadamard_kernel", hadamard, "float32", ODD, 70),
 )
 """A line is a kernel to compile: all that a tool is to see, and no more."""
+CUDA_CHECKS = (
+    Check("CUDA strip", grads, "float16", ODD, 10, STRIP_ROWS, "cuda"),
+    Check("CUDA strip", update, "float32", EVEN, 10, STRIP_ROWS, "cuda"),
+    Check("CUDA wide", grads, "float32", ODD, 70, ROWS, "cuda"),
+    Check("CUDA wide", update, "float16", EVEN, 70, ROWS, "cuda"),
+    Check("CUDA taps", taps, "float16", ODD, 70, ROWS, "cuda"),
+)
+
+
+def checks_here(by_triton: Sequence[Check]) -> list[Check]:
+    """Triton's where Triton is used, and those of the CUDA C++ kernels where a library has code for the first GPU."""
+    if not torch.cuda.is_available():
+        return list(by_triton)
+    major, minor = torch.cuda.get_device_capability(0)
+    capability = 10 * major + minor
+    usual = by_triton if capability >= OLDEST_FOR_TRITON else ()
+    return [*usual, *(() if cuda.why_not(capability) else CUDA_CHECKS)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    known = {check.name: check for check in CHECKS}
+    known = {check.name: check for check in (*CHECKS, *CUDA_CHECKS)}
+    usual = [check.name for check in checks_here(CHECKS)]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
-    parser.add_argument("--checks", nargs="*", default=list(known), choices=known, help="which to do; default all")
+    parser.add_argument("--checks", nargs="*", default=usual, choices=known, help="which to do; default all")
     options = parser.parse_args(argv)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     found: dict[str, Any] = {}
@@ -119,11 +140,12 @@ def main(argv: list[str] | None = None) -> int:
 def run(check: Check, device: torch.device) -> dict[str, Any]:
     """Which kernels a check launched, and the largest deviation as a share of the tensor's largest number."""
     # Without a GPU the kernels are interpreted, which is right in float32 only.
-    half = check.precision == "bfloat16" and device.type == "cuda"
-    dtype = torch.bfloat16 if half else torch.float32
+    can_be_half = device.type == "cuda" or check.backend == "cuda"
+    dtype = HALVES.get(check.precision, torch.float32) if can_be_half else torch.float32
     ours, plain = make_network(check, dtype, device), make_network(check, dtype, torch.device("cpu"))
-    with tf32(check.precision == "tf32"), planned_by(kernel_planner(check.kernel)), launches() as launched:
-        found = [tensor.cpu() for tensor in check.call(triton_backend, ours)]
+    planned = planned_by(kernel_planner(check.kernel)) if check.backend == "triton" else nullcontext()
+    with tf32(check.precision == "tf32"), planned, launches() as launched:
+        found = [tensor.cpu() for tensor in check.call(BACKENDS[check.backend], ours)]
     expected = check.call(torch_backend, plain)
     off = torch.stack([_distance(a, b) for a, b in zip(found, expected, strict=True)]).max().item()
     return {"launched": dict(launched), "correct": off <= ALLOWED[dtype], "off": off, "allowed": ALLOWED[dtype]}
@@ -131,7 +153,7 @@ def run(check: Check, device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def launches() -> Iterator[Counter[str]]:
-    """The kernels that are started by their names within it, compiled or interpreted, and how often."""
+    """The kernels that are started by their names within it, compiled or interpreted, and tasks of the library."""
     found: Counter[str] = Counter()
     launcher = KernelInterface.__getitem__
 
@@ -139,7 +161,13 @@ def launches() -> Iterator[Counter[str]]:
         found[kernel.__name__] += 1
         return launcher(kernel, grid)
 
-    with mock.patch.object(KernelInterface, "__getitem__", counted):
+    run, names = Library.run, {number: f"CUDA {name}" for name, number in TASKS.items()}
+
+    def counted_run(library: Library, arguments: Any, *rest: Any) -> None:
+        found[names[arguments.task]] += 1
+        run(library, arguments, *rest)
+
+    with mock.patch.object(KernelInterface, "__getitem__", counted), mock.patch.object(Library, "run", counted_run):
         yield found
 
 

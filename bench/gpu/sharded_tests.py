@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.gpu.processes import ROOT, TICK, environment, python, step_parser, write
+from dfa_kernels.backends import OLDEST_FOR_TRITON
 
 MOST_PROCESSES = 12
 NO_TESTS = 5
@@ -58,7 +61,7 @@ class Shard:
 
 def main(argv: list[str] | None = None) -> int:
     parser = step_parser(__doc__ or "")
-    parser.add_argument("--tests", nargs="*", default=["tests"])
+    parser.add_argument("--tests", nargs="*", default=tests_here())
     parser.add_argument("--select", default="gpu", help="pytest's -m")
     parser.add_argument("--processes", type=int, default=0)
     options = parser.parse_args(argv)
@@ -79,6 +82,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"began and did not end: {test}")
     codes = [shard.process.returncode for shard in shards]
     return 0 if all(code in (0, NO_TESTS) for code in codes) and not (found["failed"] or found["unfinished"]) else 1
+
+
+def tests_here() -> list[str]:
+    """All, or on GPUs that Triton is not used on those of the CUDA C++ kernels."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(0)
+        if 10 * major + minor < OLDEST_FOR_TRITON:
+            return ["tests/test_gpu_cuda.py"]
+    return ["tests"]
 
 
 def _start(index: int, parts: int, folder: Path, select: str, tests: Sequence[str]) -> Shard:

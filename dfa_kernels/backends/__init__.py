@@ -8,6 +8,7 @@ import logging
 import torch
 
 from .._torch_internals import constant_when_compiled
+from . import cuda as cuda_backend
 from . import torch_backend
 from .calls import Backend
 
@@ -15,8 +16,10 @@ logger = logging.getLogger("dfa_kernels")
 
 OLDEST_FOR_TRITON = 80
 """sm_70 and sm_75 have tensor cores that Triton no longer uses."""
+OLDEST_FOR_CUDA = 70
+"""Of the GPUs that have tensor cores the oldest."""
 
-BACKENDS: dict[str, Backend] = {"torch": torch_backend}
+BACKENDS: dict[str, Backend] = {"torch": torch_backend, "cuda": cuda_backend}
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -43,6 +46,8 @@ def resolve(backend: str, device: torch.device) -> str:
         return chosen
     if backend == "triton":
         triton_backend.check_device(device)
+    if backend == "cuda":
+        cuda_backend.check_device(device)
     return backend
 
 
@@ -63,8 +68,13 @@ def automatic_choice(device: torch.device) -> tuple[str, str]:
     if torch.version.hip is not None:
         return "torch", "the kernels are for NVIDIA GPUs"
     major, minor = torch.cuda.get_device_capability(device)
+    capability = major * 10 + minor
+    if capability < OLDEST_FOR_TRITON:
+        reason = f"sm_{capability}: Triton uses tensor cores from sm_{OLDEST_FOR_TRITON} on"
+        if capability < OLDEST_FOR_CUDA:
+            return "torch", reason
+        missing = cuda_backend.why_not(capability)
+        return ("torch", f"{reason}; {missing}") if missing else ("cuda", f"{reason}, CUDA C++ here as well")
     if not HAS_TRITON:
         return "torch", "the package triton is not installed"
-    if major * 10 + minor < OLDEST_FOR_TRITON:
-        return "torch", f"sm_{major}{minor}: Triton uses tensor cores from sm_{OLDEST_FOR_TRITON} on"
-    return "triton", f"one launch for all layers on sm_{major}{minor}"
+    return "triton", f"one launch for all layers on sm_{capability}"

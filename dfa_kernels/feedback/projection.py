@@ -83,7 +83,7 @@ def project_by_torch(error: Tensor, stored: Parts, spec: FeedbackSpec, size: int
     """The same by torch on any device, as `project_unscaled` of the scaled error."""
     wide = error if error.dtype in _WIDE else error.float()
     scale = spec.scale(size, error.shape[1])
-    if spec.dtype in _WIDE and is_one_product(wide.dtype, stored, spec):
+    if spec.dtype == wide.dtype and is_one_product(wide.dtype, stored, spec):
         # Of a sum with no share in it nothing is read.
         return torch.addmm(wide.new_empty(()), wide, _rows(stored[0], size).t(), beta=0, alpha=scale)
     # In float16 the error has to be scaled before its components are summed.

@@ -1,0 +1,150 @@
+"""The library of kernels: where it is, whether it is the right one, and which GPUs it has code for.
+
+`setup.py` builds it where it finds nvcc. It knows nothing of Python or torch, so that one build serves every version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .arguments import ABI_VERSION, Arguments
+
+PATH = Path(__file__).with_name("libdfa_kernels.so")
+ELF_HEADER = 64
+HOST = "host"
+"""In place of its architectures, a library says that it runs the kernels on the CPU: a host compiler made it."""
+
+
+class LibraryError(RuntimeError):
+    """Why there is no library to call."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The functions, their types declared; see `csrc/library.cu`."""
+
+    path: Path
+    architectures: tuple[str, ...]
+    """"sm_75" for machine code, "compute_75" for PTX, which newer GPUs' drivers compile when it is first used."""
+    strip_bytes: Any
+    _run: Any
+    _write_numbers: Any
+    _message: Any
+
+    @property
+    def on_host(self) -> bool:
+        return self.architectures == (HOST,)
+
+    def has_code_for(self, capability: int) -> bool:
+        """Machine code runs on later minor versions of its architecture, PTX on every later one."""
+        for name in self.architectures:
+            kind, _, number = name.partition("_")
+            of = int(number) if number else capability
+            if of <= capability and (kind != "sm" or of // 10 == capability // 10):
+                return True
+        return False
+
+    def run(self, arguments: Arguments, device: int, stream: int) -> None:
+        """The launches of a task, on this stream of the device, which is the current one."""
+        if self._run(ctypes.byref(arguments), device, stream):
+            self._fail()
+
+    def write_numbers(self, to: int, numbers: Any, device: int, stream: int) -> None:
+        """Floats of the host to the device's memory at this address."""
+        if self._write_numbers(to, numbers, len(numbers), device, stream):
+            self._fail()
+
+    def _fail(self) -> None:
+        raise RuntimeError(f"dfa_kernels' CUDA library: {self._message().decode(errors='replace')}")
+
+
+def load(path: Path) -> Library:
+    """The library at this path.
+
+    Raises:
+        LibraryError: it is not there, cannot be loaded, or is of another version.
+    """
+    again = "build it again: `pip install .` in a checkout of this version, where nvcc is"
+    if not path.exists():
+        raise LibraryError(f"no library was built: {path} is not there; install where nvcc is")
+    if not is_whole(path):
+        raise LibraryError(f"{path} is not whole, or no library for 64-bit Linux; {again}")
+    try:
+        made = ctypes.CDLL(str(path))
+        version = made.dfa_abi_version()
+        if version != ABI_VERSION:
+            raise LibraryError(f"{path} has ABI version {version}, expected {ABI_VERSION}; {again}")
+        made.dfa_arguments_bytes.restype = ctypes.c_longlong
+        size, expected = made.dfa_arguments_bytes(), ctypes.sizeof(Arguments)
+        if size != expected:
+            raise LibraryError(f"{path} takes {size} bytes of arguments, expected {expected}; {again}")
+        return _declared(path, made)
+    except (OSError, AttributeError) as failure:
+        raise LibraryError(f"{path} cannot be used: {failure}; {again}") from failure
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an ELF file reaches as far as its header says. The loader does not ask, and ends the process instead."""
+    with path.open("rb") as file:
+        header = file.read(ELF_HEADER)
+    if len(header) < ELF_HEADER or header[:5] != b"\x7fELF\x02":
+        return False
+    (sections,), (entry_size, entries) = struct.unpack_from("<Q", header, 0x28), struct.unpack_from("<HH", header, 0x3A)
+    return path.stat().st_size >= int(sections) + int(entry_size) * int(entries)
+
+
+def _declared(path: Path, made: ctypes.CDLL) -> Library:
+    pointer = ctypes.c_void_p
+    made.dfa_architectures.restype = made.dfa_message.restype = ctypes.c_char_p
+    made.dfa_run.argtypes, made.dfa_run.restype = [ctypes.POINTER(Arguments), ctypes.c_int, pointer], ctypes.c_int
+    made.dfa_strip_bytes.argtypes, made.dfa_strip_bytes.restype = [ctypes.POINTER(Arguments)], ctypes.c_longlong
+    made.dfa_write_numbers.argtypes = [pointer, ctypes.POINTER(ctypes.c_float), ctypes.c_int, ctypes.c_int, pointer]
+    made.dfa_write_numbers.restype = ctypes.c_int
+    architectures = made.dfa_architectures().decode().split("+")
+    return Library(
+        path, tuple(architectures), made.dfa_strip_bytes, made.dfa_run, made.dfa_write_numbers, made.dfa_message
+    )
+
+
+@cache
+def installed() -> Library | LibraryError:
+    """The library beside this file, loaded once, or why it cannot be used."""
+    try:
+        return load(PATH)
+    except LibraryError as error:
+        return error
+
+
+def library() -> Library:
+    """The library.
+
+    Raises:
+        LibraryError: there is none.
+    """
+    found = installed()
+    if isinstance(found, LibraryError):
+        raise found
+    return found
+
+
+def why_not(capability: int | None = None) -> str:
+    """Why there are no kernels, or none for GPUs of this compute capability (75 for sm_75); empty if there are."""
+    found = installed()
+    if isinstance(found, LibraryError):
+        return str(found)
+    if capability is None or found.has_code_for(capability):
+        return ""
+    return (
+        f"{found.path} has code for {', '.join(found.architectures)}, none of which runs on sm_{capability}; build it "
+        "by an nvcc that knows this architecture (CUDA 12.9 is the last that knows sm_70)"
+    )
+
+
+def describe_library() -> str:
+    """The library, and what it has code for; or why it cannot be used."""
+    return why_not() or f"{library().path}, {', '.join(library().architectures)}"

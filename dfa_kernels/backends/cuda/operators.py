@@ -1,0 +1,208 @@
+"""The operators: each looks at its call, gets a plan for what it looks like, and has the library run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ...updates import RULES
+from .. import torch_backend
+from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
+from .arguments import MOST_LAYERS, Arguments
+from .library import library, why_not
+from .looks import looks_of, some_taps, split, taps_looks
+from .numbers import numbers_and_sets, on_device
+from .plan import Plan, Target, plan_layers, plan_taps
+from .stream import on_stream
+
+# A library that runs on the CPU has as many multiprocessors and as much shared memory as this.
+EMULATED = Target(80, 4, 64 * 1024)
+
+
+def check_device(device: torch.device) -> None:
+    """ValueError for a device on which the library cannot run."""
+    if missing := why_not():
+        raise ValueError(f"backend: 'cuda' is not available: {missing}; or use 'auto' or 'torch'")
+    if library().on_host:
+        if device.type == "cpu":
+            return
+    elif device.type == "cuda":
+        if missing := why_not(target_of(device).capability):
+            raise ValueError(f"backend: 'cuda' cannot run on {device}: {missing}; or use 'auto' or 'torch'")
+        return
+    raise ValueError(f"backend: 'cuda' got tensors on {device}, expected cuda; on a CPU use 'auto' or 'torch'")
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """What to plan for on this device."""
+    if device.type != "cuda":
+        return EMULATED
+    properties = torch.cuda.get_device_properties(device)
+    return Target(
+        properties.major * 10 + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor,
+    )
+
+
+def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of every fused linear layer; see `Backend.layer_grads`."""
+    if torch.compiler.is_compiling():
+        grads: list[Tensor] = torch.ops.dfa_kernels.layer_grads(*encoded(call), dtype)
+        return grads
+    device = call.error.device
+    check_device(device)
+    if len(call.inputs) > MOST_LAYERS:
+        return [gradient for part in split(call) for gradient in layer_grads(part, dtype)]
+    plan = plan_layers(looks_of(call, dtype, "store"), target_of(device))
+    if plan.reason:
+        return torch_backend.layer_grads(call, dtype)
+    gradients = [torch.empty(shape, dtype=dtype, device=device) for shape in plan.shapes]
+    _run_layers(plan, call, gradients, (), None)
+    return gradients
+
+
+def layer_update_(
+    call: LayerCall,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rule: str,
+    hyper: Sequence[float] | DeviceNumbers,
+) -> None:
+    """Gradients and the optimizer's update in one go; see `Backend.layer_update_`.
+
+    Nothing that the gradients are computed from may share memory with weights or state, nor these with each other.
+    """
+    if not weights:
+        return
+    device = call.error.device
+    check_device(device)
+    if len(call.inputs) > MOST_LAYERS:
+        _update_in_parts(call, weights, state, rule, hyper)
+        return
+    changed = [*weights, *state]
+    kernel_rule = (state and RULES[rule].with_state) or rule
+    numbers: tuple[float, ...] = ()
+    if isinstance(hyper, DeviceNumbers):
+        sets = tuple([row * hyper.table.shape[1] for row in hyper.rows])
+    else:
+        numbers, sets = numbers_and_sets(RULES[rule], hyper, len(weights))
+    plan = plan_layers(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(device))
+    if plan.reason:
+        torch_backend.layer_update_(call, weights, state, rule, hyper)
+        return
+    # An optimizer that has float64 parameters as well has its table in float64.
+    table = hyper.table.float() if isinstance(hyper, DeviceNumbers) else on_device(numbers, device)
+    _run_layers(plan, call, weights, state, table)
+    torch.autograd.graph.increment_version(changed)
+
+
+def _update_in_parts(
+    call: LayerCall,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rule: str,
+    hyper: Sequence[float] | DeviceNumbers,
+) -> None:
+    first, each = 0, len(state) // len(weights)
+    for part in split(call):
+        end = first + sum(part.weight_grads) + sum(part.bias_grads)
+        if isinstance(hyper, DeviceNumbers):
+            own: Sequence[float] | DeviceNumbers = hyper._replace(rows=hyper.rows[first:end])
+        else:
+            numbers = len(hyper) // len(weights)
+            own = hyper[first * numbers : end * numbers]
+        layer_update_(part, weights[first:end], state[first * each : end * each], rule, own)
+        first = end
+
+
+def _run_layers(
+    plan: Plan, call: LayerCall, destinations: Sequence[Tensor], state: Sequence[Tensor], hyper: Tensor | None
+) -> None:
+    """destinations: of the gradients, in the operators' order; state: an equal number of tensors for each of them."""
+    if plan.arguments is None:
+        return
+    error, stored = _projection_tensors(plan, call.error, call.stored)
+    # A name, so that copies live until the launch.
+    read = [t if t.is_contiguous() else t.contiguous() for t in (*call.inputs, *call.saved)]
+    read += [_dense(mask) for mask in call.dropout_mask if mask is not None]
+    sums = error.new_empty(plan.sums, dtype=torch.float32) if plan.sums else None
+    workspace = error.new_empty(plan.delta_numbers, dtype=plan.dtype) if plan.delta_numbers else None
+    first_delta = _address(workspace)
+    addresses = [0, error.data_ptr(), _address(stored), _address(sums), _address(hyper)]
+    addresses += [tensor.data_ptr() for tensor in (*read, *destinations, *state)]
+    addresses += [first_delta + offset for offset in plan.delta_offsets]
+    _run(plan, addresses, call.error.device)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _run(plan: Plan, addresses: list[int], device: torch.device) -> None:
+    """On the current stream of the device that the tensors are on."""
+    assert plan.arguments is not None
+    # The plan's own are everybody's, on whichever thread autograd runs.
+    arguments = Arguments.from_buffer_copy(plan.arguments)
+    plan.pack(arguments, 0, *plan.order(addresses))
+    on_stream(device, library().run, arguments)
+
+
+def _projection_tensors(plan: Plan, error: Tensor, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The error, and what the kernels read beside it: U or P."""
+    if plan.source == "projection" and plan.widest:
+        return error, _dense(torch_backend.shared_projection(error, stored, plan.feedback, plan.widest).values.float())
+    return error, stored[0] if plan.source == "matrix" and stored else None
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, its elements one after the other."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The one dtype of what is updated in place; None if there are several, or gaps in memory."""
+    dtype = tensors[0].dtype
+    return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None
+
+
+def project_taps(call: TapsCall) -> list[Tensor]:
+    """δ of every tap; see `Backend.project_taps`."""
+    if torch.compiler.is_compiling():
+        deltas: list[Tensor] = torch.ops.dfa_kernels.project_taps(*encoded(call))
+        return deltas
+    error = call.error
+    check_device(error.device)
+    if len(call.sizes) > MOST_LAYERS:
+        return project_taps(some_taps(call, 0, MOST_LAYERS)) + project_taps(some_taps(call, MOST_LAYERS, None))
+    saved = [None if h is None else _ordered(h) for h in call.saved]
+    plan = plan_taps(taps_looks(call._replace(saved=saved)), target_of(error.device))
+    if plan.reason:
+        return torch_backend.project_taps(call)
+    masks = [None if m is None or h is None else _like(m, h) for m, h in zip(call.dropout_mask, saved, strict=True)]
+    results = [
+        error.new_empty((error.shape[0], size)) if h is None else torch.empty_like(h)
+        for size, h in zip(call.sizes, saved, strict=True)
+    ]
+    error, stored = _projection_tensors(plan, error, call.stored)
+    addresses = [0, error.data_ptr(), _address(stored)]
+    addresses += [tensor.data_ptr() for tensor in (*saved, *masks) if tensor is not None]
+    addresses += [result.data_ptr() for result in results]
+    _run(plan, addresses, call.error.device)
+    return results
+
+
+def _ordered(saved: Tensor) -> Tensor:
+    """saved, in one of the two orders the kernel knows: contiguous, or channels last."""
+    if saved.is_contiguous() or (saved.dim() >= 3 and saved.movedim(1, -1).is_contiguous()):
+        return saved
+    return saved.contiguous()
+
+
+def _like(mask: Tensor, saved: Tensor) -> Tensor:
+    """mask, in the order of saved."""
+    return mask if mask.stride() == saved.stride() else torch.empty_like(saved).copy_(mask)

@@ -1,0 +1,269 @@
+"""Which launches a call takes: from what it looks like to the library's arguments, complete but for the addresses.
+
+Plans are saved: in every step the looks are read and compared, nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import accumulate
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+
+from ...feedback.spec import FeedbackSpec
+from ...updates import RULES as UPDATE_RULES
+from .arguments import (
+    ACTIVATIONS,
+    DTYPES,
+    POINTERS,
+    RULES,
+    SHARED_POINTERS,
+    TASKS,
+    Arguments,
+    arguments_of,
+)
+from .library import library
+from .looks import Looks, TapsLooks
+from .projected import projected, reason_for_torch, source_of, too_large
+
+LARGEST_STRIP_ERROR = 64
+"""Components of the error up to which every strip makes P anew. Estimated, not measured."""
+LEAST_RESIDENT, MOST_RESIDENT = 2, 3
+"""Strips on a multiprocessor at once: one alone would have nothing to do while it waits for memory, and for more there
+are no registers. Estimated, not measured."""
+STRIP, WIDE, UNITS, DELTA_ROWS = 64, 128, 64, 64
+"""Sides of the tiles of `csrc/`: of gradients, by strips and by grouped products, and of P."""
+ALIGNMENT = 16
+"""Bytes to whose multiples every layer's δ is aligned in the workspace."""
+
+
+class Target(NamedTuple):
+    """The GPU a plan is for."""
+
+    capability: int
+    multiprocessors: int
+    shared: int
+    """Bytes of shared memory that a multiprocessor has."""
+
+    def resident(self, size: int) -> int:
+        """How many programs that take so many bytes a multiprocessor has room for. The driver takes some as well."""
+        return self.shared // (size + (1024 if self.capability >= 80 else 0))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of the library takes, but for the addresses; without arguments the torch backend, for a reason."""
+
+    arguments: Arguments | None = None
+    reason: str = ""
+    task: str = ""
+    why: str = ""
+    feedback: FeedbackSpec = field(default_factory=FeedbackSpec)
+    source: str = ""
+    dtype: torch.dtype = torch.float32
+    """Of the activations."""
+    widest: int = 0
+    """Units of the widest tap: rows of U that are needed."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of the gradients, in the order of the operators."""
+    weights: tuple[int, ...] = ()
+    biases: tuple[int, ...] = ()
+    """Which of them belongs to each layer; -1 where a layer wants none."""
+    masks: tuple[bool, ...] = ()
+    """Whether each hidden layer has one."""
+    delta_offsets: tuple[int, ...] = ()
+    """Bytes before each layer's δ in the workspace of delta_numbers, if there is one."""
+    delta_numbers: int = 0
+    sums: int = 0
+    """float32 numbers for sums of δ over tiles of rows."""
+    order: Any = None
+    """Of the addresses of all tensors, as the operator lists them: those that the arguments begin with."""
+    pack: Any = None
+    """Writes these into the arguments."""
+
+
+@lru_cache(maxsize=512)
+def plan_layers(looks: Looks, target: Target) -> Plan:
+    """The plan of every call that looks like this."""
+    widths_in = [shape[1] for shape in looks.inputs]
+    widths_out = [shape[1] for shape in looks.saved]
+    widths_out += [looks.error.shape[1]] * (len(looks.inputs) - len(looks.saved))
+    rows, hidden = looks.error.shape[0], len(looks.saved)
+    positions = [shape[0] // rows if rows else 1 for shape in looks.inputs]
+    shapes: list[tuple[int, ...]] = []
+    weights, biases = [], []
+    for width, out, wants_weight, wants_bias in zip(
+        widths_in, widths_out, looks.weight_grads, looks.bias_grads, strict=True
+    ):
+        weights.append(len(shapes) if wants_weight else -1)
+        shapes += [(out, width)] * wants_weight
+        biases.append(len(shapes) if wants_bias else -1)
+        shapes += [(out,)] * wants_bias
+    plan = Plan(shapes=tuple(shapes), weights=tuple(weights), biases=tuple(biases))
+    reason = reason_for_torch(looks.error.dtype, looks.dtypes, looks.dtype, target.capability)
+    if reason or not shapes:
+        return replace(plan, reason=reason)
+    if reason := too_large(
+        rows * max(positions), *widths_in, sum(t * m for t, m in zip(positions, widths_out, strict=True))
+    ):
+        return replace(plan, reason=reason)
+    assert looks.dtype is not None
+    (dtype,) = looks.dtypes
+    sizes = [t * out for t, out in zip(positions, widths_out, strict=True)]
+    numbers, scales = projected(looks.error, sizes[:hidden])
+    numbers |= dict(
+        hidden=hidden, dtype=DTYPES[dtype], parameter_dtype=DTYPES[looks.dtype], rule=RULES[looks.rule],
+    )  # fmt: skip
+    layers: list[dict[str, Any]] = [
+        dict(width_in=width, width_out=out, positions=t, channels=1, weight_set=_set(looks, w), bias_set=_set(looks, b))
+        for width, out, t, w, b in zip(widths_in, widths_out, positions, weights, biases, strict=True)
+    ]
+    for i, (name, scale) in enumerate(zip(looks.activations, scales, strict=True)):
+        p, q = looks.parameters[2 * i : 2 * i + 2]
+        layers[i] |= dict(activation=ACTIVATIONS[name], scale=scale, p=p, q=q)
+    plan = replace(
+        plan,
+        feedback=looks.error.feedback,
+        source=source_of(looks.error),
+        dtype=dtype,
+        widest=max(sizes[:hidden], default=0),
+        masks=looks.masks,
+    )
+    why_wide = _why_wide(plan, arguments_of(numbers, layers), target)
+    plan = _wide(plan, numbers, layers, why_wide) if why_wide else _strips(plan, numbers, layers, target)
+    return _addressed(plan, *_layer_addresses(plan, hidden, looks.rule))
+
+
+def _set(looks: Looks, parameter: int) -> int:
+    return looks.sets[parameter] if looks.sets and parameter >= 0 else 0
+
+
+def _why_wide(plan: Plan, arguments: Arguments, target: Target) -> str:
+    """Why this cannot or should not be done by strips; empty if it should."""
+    size = library().strip_bytes(ctypes.byref(arguments))
+    if target.resident(size) < LEAST_RESIDENT:
+        return f"two programs with δ of the whole batch, {size} bytes each, do not fit into {target.shared}"
+    if arguments.hidden and plan.source != "projection" and arguments.error_size > LARGEST_STRIP_ERROR:
+        return f"products with {arguments.error_size} error components would be made anew in every strip"
+    return ""
+
+
+def _strips(plan: Plan, numbers: dict[str, Any], layers: list[dict[str, Any]], target: Target) -> Plan:
+    """No more programs than the GPU holds at once, if that can be; each has a run of tiles, as short as that allows."""
+    size = library().strip_bytes(ctypes.byref(arguments_of(numbers, layers)))
+    most = target.multiprocessors * min(MOST_RESIDENT, target.resident(size))
+    tiles = _tiles(plan, layers, STRIP)
+    run = 1
+    while sum(m * _runs(n, run) for m, n in tiles) > most and run < max(n for _, n in tiles):
+        run += 1
+    chunks = [_runs(n, run) for _, n in tiles]
+    made = _finished(plan, "strip", numbers, layers, tiles, chunks)
+    return replace(made, why=f"δ of the whole batch fits beside a tile; {run} of these to a program")
+
+
+def _wide(plan: Plan, numbers: dict[str, Any], layers: list[dict[str, Any]], why: str) -> Plan:
+    """A program for each tile; δ of all layers in a workspace, and its sums if there are biases."""
+    rows, itemsize = numbers["rows"], plan.dtype.itemsize
+    each = ALIGNMENT // itemsize
+    spans = [-(-rows * layer["positions"] * layer["width_out"] // each) * each for layer in layers]
+    *offsets, total = accumulate(spans, initial=0)
+    *firsts, sums = accumulate([layer["positions"] * layer["width_out"] for layer in layers], initial=0)
+    for layer, first in zip(layers, firsts, strict=True):
+        layer["first_sum"] = first
+    tiles = _tiles(plan, layers, WIDE)
+    made = _finished(plan, "wide", numbers, layers, tiles, [max(1, n) for _, n in tiles])
+    row_tiles = -(-rows // DELTA_ROWS)
+    return replace(
+        made,
+        why=why,
+        delta_offsets=tuple([at * itemsize for at in offsets]),
+        delta_numbers=total,
+        sums=row_tiles * sums,
+    )
+
+
+def _tiles(plan: Plan, layers: list[dict[str, Any]], side: int) -> list[tuple[int, int]]:
+    """Tiles along each layer's outputs, none if no gradient of it is wanted, and along its inputs, none for a bias."""
+    found = []
+    for layer, weight, bias in zip(layers, plan.weights, plan.biases, strict=True):
+        wanted = weight >= 0 or bias >= 0
+        down, across = -(-layer["width_out"] // side), -(-layer["width_in"] // side)
+        found.append((down if wanted else 0, across if weight >= 0 else 0))
+    return found
+
+
+def _runs(tiles: int, run: int) -> int:
+    return max(1, -(-tiles // run))
+
+
+def _finished(
+    plan: Plan, task: str, numbers: dict[str, Any], layers: list[dict[str, Any]], tiles: list[tuple[int, int]],
+    chunks: list[int],
+) -> Plan:  # fmt: skip
+    *firsts, programs = accumulate([m * chunk for (m, _), chunk in zip(tiles, chunks, strict=True)], initial=0)
+    for layer, first, chunk in zip(layers, firsts, chunks, strict=True):
+        layer |= dict(first_program=first, chunks=chunk)
+    return replace(plan, task=task, arguments=arguments_of(numbers | dict(task=TASKS[task], programs=programs), layers))
+
+
+@lru_cache(maxsize=512)
+def plan_taps(looks: TapsLooks, target: Target) -> Plan:
+    """The plan of every call that looks like this, of at most MOST_LAYERS taps."""
+    dtype = next(iter(looks.dtypes), looks.error.dtype)
+    if reason := reason_for_torch(looks.error.dtype, looks.dtypes, looks.error.dtype, target.capability):
+        return Plan(reason=reason)
+    if reason := too_large(looks.error.shape[0], *looks.sizes):
+        return Plan(reason=reason)
+    numbers, scales = projected(looks.error, looks.sizes)
+    layers: list[dict[str, Any]] = [
+        dict(width_in=0, width_out=size, positions=1, channels=channels, channels_last=last)
+        for size, channels, last in zip(looks.sizes, looks.channels, looks.channels_last, strict=True)
+    ]
+    for i, (name, scale) in enumerate(zip(looks.activations, scales, strict=True)):
+        p, q = looks.parameters[2 * i : 2 * i + 2]
+        layers[i] |= dict(activation=ACTIVATIONS[name], scale=scale, p=p, q=q)
+    numbers |= dict(task=TASKS["taps"], hidden=len(layers), dtype=DTYPES[dtype])
+    why = f"a tile of the projection serves all {len(layers)} taps" if len(layers) > 1 else "a tile of the projection"
+    plan = Plan(
+        arguments_of(numbers, layers),
+        task="taps",
+        why=why,
+        feedback=looks.error.feedback,
+        source=source_of(looks.error),
+        dtype=dtype,
+        widest=max(looks.sizes),
+    )
+    names = [("saved", i) for i, there in enumerate(looks.has_saved) if there]
+    names += [("mask", i) for i, there in enumerate(looks.masks) if there]
+    names += [("delta", i) for i in range(len(layers))]
+    return _addressed(plan, ["error", "stored"], names)
+
+
+def _layer_addresses(plan: Plan, hidden: int, rule: str) -> tuple[list[str], list[tuple[str, int]]]:
+    """What the operator lists the addresses of: (what, layer), in its order."""
+    layers = range(len(plan.weights))
+    names = [("x", i) for i in layers] + [("saved", i) for i in range(hidden)]
+    names += [("mask", i) for i, there in enumerate(plan.masks) if there]
+    owners = {slot: ("weight", i) for i, slot in enumerate(plan.weights)}
+    owners |= {slot: ("bias", i) for i, slot in enumerate(plan.biases)}
+    of_parameters = [owners[slot] for slot in range(len(plan.shapes))]
+    names += of_parameters
+    states = len(UPDATE_RULES[rule].state) if rule in UPDATE_RULES else 0
+    names += [(f"{kind}_state{which}", i) for kind, i in of_parameters for which in range(states)]
+    names += [("delta", i) for i in layers if plan.delta_offsets]
+    return list(SHARED_POINTERS), names
+
+
+def _addressed(plan: Plan, shared: Sequence[str], names: Sequence[tuple[str, int]]) -> Plan:
+    """The plan for addresses that come as a 0, those of `shared`, then those of `names`; 0 is that of what is not."""
+    assert plan.arguments is not None
+    at = {name: 1 + i for i, name in enumerate((*shared, *names))}
+    wanted: list[Any] = [*SHARED_POINTERS, *[(name, i) for i in range(plan.arguments.layers) for name in POINTERS]]
+    order = itemgetter(*[at.get(name, 0) for name in wanted])
+    return replace(plan, order=order, pack=struct.Struct(f"{len(wanted)}Q").pack_into)
