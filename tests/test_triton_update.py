@@ -34,6 +34,7 @@ from dfa_kernels import updates
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import DeviceNumbers
+from dfa_kernels.backends.triton import launch, operators
 from dfa_kernels.backends.triton.kernels.epilogue import complement
 
 both_kernels = pytest.mark.parametrize("kernel", ["strip", "two_phase", "grouped_gemm"])
@@ -200,6 +201,29 @@ def test_numbers_in_memory(kernel: str, rule: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU's kernels are really compiled")
+def test_a_compiled_kernel_takes_the_address_of_numbers_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it takes those of tensors; numbers themselves as they are."""
+    started: list[tuple[Any, ...]] = []
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(operators, "launch", lambda *arguments: started.append(arguments))
+    (call,) = calls_of(LAYERS, 1)
+    training = Training(call, "sgd", SGD)
+    weights, _ = training.memory()
+    numbers = training.on_device(1)
+    for hyper in (numbers, training.hyper(1)):
+        triton_backend.layer_update_(call.arguments(), [w.clone() for w in weights], [], "sgd", hyper)
+        plan, _, tensors, launched = started[-1]
+        monkeypatch.setitem(plan.compiled, 0, lambda *arguments: given.append(arguments))
+        launch._launch(
+            plan, 0, [tuple(t.clone() for t in g) if type(g) is tuple else g.clone() for g in tensors], launched
+        )
+    assert len(plan.kernel.arg_names) == len(given[0]) == len(given[1])
+    at = plan.kernel.arg_names.index("hyper")
+    assert given[0][at] == (numbers.table.data_ptr(),)
+    assert given[1][at] == (0.1, 0.0, 0.02, 0.3)
+
+
 @pytest.mark.parametrize("rule", STATE)
 def test_the_torch_backend_takes_numbers_in_memory(rule: str) -> None:
     calls = calls_of(LAYERS, 3, wanted=SOME)
@@ -281,6 +305,20 @@ def test_tensors_that_nothing_updates_are_left_alone(kernel: str) -> None:
     for t, b, version in zip(read, before, versions, strict=True):
         assert torch.equal(t, b)
         assert t._version == version
+
+
+def test_numbers_in_float64_are_left_to_the_torch_backend() -> None:
+    """Those of an optimizer that has parameters in float64, too."""
+    (call,) = calls_of(LAYERS, 1)
+    training, results = Training(call, "adamw", ADAMW), []
+    table, rows = training.on_device(1)
+    for backend in (triton_backend, torch_backend):
+        weights, state = training.memory()
+        with watched() as seen:
+            backend.layer_update_(call.arguments(), weights, state, "adamw", DeviceNumbers(table.double(), rows))
+        assert seen.kernels == []
+        results.append(weights + state)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_no_parameters() -> None:

@@ -61,8 +61,8 @@ class DeviceNumbers(NamedTuple):
     """The numbers of an update in the device's memory, so that a captured graph reads what they are at its replay."""
 
     table: Tensor
-    """[parameters of the optimizer, numbers]: a row of the rule's, as `updates.UpdateRule.row` says; for kernels in
-    float32, without gaps."""
+    """[parameters of the optimizer, numbers]: a row of the rule's, as `updates.UpdateRule.row` says, without
+    gaps; kernels read them in float32."""
     rows: Sequence[int]
     """Which one is that of each parameter in the call."""
 

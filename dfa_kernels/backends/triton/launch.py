@@ -81,12 +81,17 @@ def _launch(plan: LaunchPlan, device: int, tensors: Arguments, hyper: Hyper) -> 
                 # 16 bytes.
                 address = argument
         addresses.append(address)
+    numbers: Any = hyper
+    if hyper and isinstance(hyper[0][0], Tensor):
+        address = hyper[0][0].data_ptr()
+        bits |= address
+        numbers = ((address,),)
     if plan.uses_tma:
         # The allocator is a context variable, so it is set here, on whichever thread autograd runs.
         triton.set_allocator(_scratch)
     aligned = bits % 16 == 0
     if aligned and (run := plan.compiled.get(device)):
-        run(*addresses, *plan.numbers, *hyper, *plan.constants)
+        run(*addresses, *plan.numbers, *numbers, *plan.constants)
         return
     grid = (plan.programs, 1, 1)
     compiled = plan.kernel[grid](*tensors, *plan.numbers, *hyper, *plan.constants, **plan.options)

@@ -59,7 +59,7 @@ def layer_update_(
     kernel_rule = (state and RULES[rule].with_state) or rule
     numbers, sets = _numbers_and_sets(kernel_rule, hyper, len(weights))
     route = route_for(call, _dtype_in_place(changed), kernel_rule, sets, isinstance(hyper, DeviceNumbers))
-    if route.reason:
+    if route.reason or (isinstance(hyper, DeviceNumbers) and hyper.table.dtype != torch.float32):
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
     _launch(route, call, weights, state, numbers)
