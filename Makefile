@@ -16,7 +16,7 @@ INTEGRATIONS := .venv-integrations
 OUT ?= runs/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest test-integrations lint bench micro gpu clean
+.PHONY: help setup demo test test-ahead test-oldest test-integrations lint bench micro gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ demo: $(READY) ## run the main training job; pass options as ARGS="..."
 
 test: $(READY) ## run the tests; pass pytest options as ARGS="..."
 	$(BIN) -m pytest $(ARGS)
+
+test-ahead: $(READY) ## the kernels' machine code, twice as much of it as make test has
+	COMPILE_AHEAD=all $(BIN) -m pytest tests/test_compile_ahead.py $(ARGS)
 
 test-oldest: $(OLDEST)/.ready ## the package's tests with the oldest torch it accepts, several GB in .venv-oldest
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(ARGS)

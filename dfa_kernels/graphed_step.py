@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch_internals import tensors_by_name
+from ._torch_internals import cuda_matmul_precision, tensors_by_name
 from .cuda_capture import CudaCapture, WaitingError
 from .optim import FusedOptimizer
 from .training_state import TrainingState
@@ -45,8 +45,8 @@ class GraphedStep:
         optimizer: of this package with ``capturable=True``, whose options may all be changed, or of torch.optim; there
             capturable=True where it is an option. torch's SGD follows a learning rate if that is a tensor on the device
             and fused=True.
-        loss_fn: (output, y) → the loss, a scalar, as its mean over the batch. What Python computes in it, and in the
-            model, is computed once for all replays.
+        loss_fn: (output, y) → the loss, a scalar, as its mean over the batch. What Python computes in it, in the model
+            and in hooks is computed once for all replays.
         x, y: a batch like those to come, tensors on the model's device.
         amp_dtype: of autocast around the model and the loss; None: without.
         scaler: a GradScaler, which amp_dtype float16 needs, for optimizers of torch.optim with fused=True.
@@ -96,6 +96,7 @@ class GraphedStep:
         _check_capturable(optimizer, scaler)
         self._warm_up(self._capture, x, y)
 
+    @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """One step on the batch; its loss, a scalar on the device, which nobody has waited for."""
         self._check_batch(x, y)
@@ -117,7 +118,7 @@ class GraphedStep:
         return graph.loss.clone()
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
+        self._drop_gradients()
         losses = [self._backward(*part) for part in self._parts(x, y)]
         if self.scaler is None:
             self.optimizer.step()
@@ -125,8 +126,13 @@ class GraphedStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         # Those of a graph lie in its own memory, where later replays work.
-        self.optimizer.zero_grad()
+        self._drop_gradients()
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _drop_gradients(self) -> None:
+        """Also of parameters that the optimizer does not have."""
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
 
     def _parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Each part of the batch, and its share of the rows."""
@@ -206,7 +212,8 @@ class GraphedStep:
         modes = tuple([module.training for module in self._modules])
         learning = tuple([p.requires_grad for p in self._parameters])
         rules = tuple([(module._backprop, module.feedback) for module in self._modules if isinstance(module, DFA)])
-        return x.shape, y.shape, modes, learning, rules, _baked_options(self.optimizer), _baked_options_of(self.scaler)
+        options = _baked_options(self.optimizer), _baked_options_of(self.scaler), cuda_matmul_precision()
+        return x.shape, y.shape, modes, learning, rules, options
 
     def _check_batch(self, x: Tensor, y: Tensor) -> None:
         for name, tensor, dtype in (("x", x, self._dtypes[0]), ("y", y, self._dtypes[1])):

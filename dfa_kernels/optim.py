@@ -5,7 +5,8 @@ in the optimizer's ledger instead of writing ``.grad``; `step()` runs the calls 
 that autograd finishes (batch norm, convolutions …) hold a ``.grad`` as usual and are updated by the same rule.
 
 What stands in ``.grad`` of a fused layer meanwhile computes the gradient as soon as anybody uses it (clipping, a
-GradScaler, a print); the step then goes on from the gradients, as after any backward pass.
+GradScaler, a print); the step then goes on from the gradients, as after any backward pass. So it does under a compiler,
+where nothing is put off.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from .autocast import without_autocast
 from .backends.calls import DeviceNumbers
 from .backward.deferred import DeferredCall, Ledger
 from .backward.lazy_gradient import LazyGradient
+from .compilers import whole
 from .numbers_on_device import NumbersOnDevice, is_captured, is_on_device
-from .updates import RULES
+from .updates import RULES, Row
 from .wrapper import DFA
 
 
@@ -48,19 +50,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.capturable = capturable
         self._on_device: NumbersOnDevice | None = None
         self._ledger = Ledger()
+        self._model = weakref.ref(model)
         model._optimizer = weakref.ref(self)
         weakref.finalize(self, self._ledger.close)
 
-    def ledger_for_pass(self) -> Ledger:
-        """The ledger, for the backward pass that belongs to a forward pass of the model."""
+    def ledger_for_pass(self) -> Ledger | None:
+        """The ledger for the backward pass of a forward pass, unless it is compiled: then nothing is put off."""
         if is_inside_ddp():
             raise RuntimeError(f"model: it runs inside DistributedDataParallel; {_NO_REDUCTION}")
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"model: torch.compile cannot defer gradients to {type(self).__name__}; use torch.optim with a "
-                "compiled model, or this optimizer with the uncompiled one"
-            )
-        return self._ledger
+        return None if torch.compiler.is_compiling() else self._ledger
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -131,11 +129,66 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: if a tensor that a deferred gradient needs was modified since the backward pass.
         """
-        return self._observed_step(closure) if step_is_observed(self) else self._step(closure)
+        return whole(self._any_step, closure)
 
     # torch.optim wraps every step() in a profiler's record and its hooks. Between two products that fill the cache that
     # takes 1 % of a step, so here it happens only if there is a hook or a profiler.
     step.hooked = True  # type: ignore[attr-defined]
+
+    def _any_step(self, closure: Callable[[], float] | None) -> float | None:
+        if torch.compiler.is_compiling():
+            return self._compiled_step(closure)
+        return self._observed_step(closure) if step_is_observed(self) else self._step(closure)
+
+    @torch.no_grad()
+    def _compiled_step(self, closure: Callable[[], float] | None) -> float | None:
+        """A step from gradients, whose counts of steps are tensors, for which nothing has to be compiled anew."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_nothing_deferred()
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_([p for p, _, _ in self._with_gradient()], self.max_norm)
+        rule, updated = RULES[self.rule], 0
+        for group in self.param_groups:
+            row = rule.row(*self._numbers(group))
+            for p in self._as_the_model_has_them(group["params"]):
+                gradient = p.grad
+                if gradient is not None:
+                    _refuse_sparse(gradient)
+                    state = self._own_state(p)
+                    own_row: Row = (*row, self._count_of(p).add_(1)) if rule.counts else row
+                    rule.apply_row_(p, state, own_row, gradient)
+                    p.grad = None
+                    updated += 1
+        if not updated:
+            raise RuntimeError(
+                "step: the compiler sees no gradient; call backward() outside of what is compiled, or leave out "
+                "zero_grad() there, since a step leaves no gradient behind"
+            )
+        return loss
+
+    def _as_the_model_has_them(self, parameters: list[Tensor]) -> list[Tensor]:
+        """The same ones. A compiler knows gradients of a backward pass inside only by what its model holds."""
+        model = self._model()
+        known = [] if model is None else list(model.parameters())
+        return [next((q for q in known if q is p), p) for p in parameters]
+
+    def _count_of(self, p: Tensor) -> Tensor:
+        """How often it was updated, [] in float32, on the host if nobody needs it elsewhere."""
+        state = self.state[p]
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)
+        step: Tensor = state["step"]
+        return step
+
+    def _check_nothing_deferred(self) -> None:
+        if self._ledger.calls:
+            raise RuntimeError(
+                "step: a backward pass that was not compiled has left its gradients to this step, which is; compile "
+                "both or neither"
+            )
 
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
@@ -341,11 +394,7 @@ class AdamW(FusedOptimizer):
             raise RuntimeError(
                 "AdamW counts its steps on the host, and a CUDA graph would repeat one of them; use capturable=True"
             )
-        state = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.tensor(0.0)
-        state["step"] += 1
-        return [*super()._hyper(group, p), float(state["step"])]
+        return [*super()._hyper(group, p), float(self._count_of(p).add_(1))]
 
 
 def _check_at_least_zero(**numbers: float | Tensor) -> None:

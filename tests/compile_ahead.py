@@ -1,7 +1,9 @@
 """Compiles the kernels for GPUs that are not here and prints, as a JSON line each, what the machine code is like.
 
     python tests/compile_ahead.py sm_90                     everything
-    python tests/compile_ahead.py sm_90 --usual             without rare networks and sources of U
+    python tests/compile_ahead.py sm_90 --extent rare       without those of two phases
+    python tests/compile_ahead.py sm_90 --extent usual      without rare networks and sources of U at all
+    python tests/compile_ahead.py sm_90 --extent brief      every kernel once or twice
     python tests/compile_ahead.py sm_90 --select two_phase  cases whose name contains this
     python tests/compile_ahead.py sm_90 --known FOLDER      what an earlier call left there is not compiled again
 
@@ -44,6 +46,9 @@ INSTRUCTIONS = {
     "tma": r"\bcp\.async\.bulk\.tensor",
     "cp.async": r"\bcp\.async\.c[ag]\.shared",
 }
+EXTENTS = ("brief", "usual", "rare", "all")
+# An architecture for each kind of tensor core; another of that kind has other limits and configs.
+KINDS_OF_CORE = (86, 90, 100)
 # Where all sources of U and rare networks are compiled: each kind of tensor core, and both precisions.
 THOROUGH = {(86, "bf16"), (90, "bf16"), (100, "fp32")}
 # Where products go on while the program does, and rings of tiles come with the copy engine or without it.
@@ -51,43 +56,34 @@ ASYNCHRONOUS = (90, 100)
 RARE = ("dropout_mask", "activations")
 # In these dtypes the launches for wide networks differ from the others by an instruction that `two_phase` has as well.
 SPARED = ("fp16", "ieee")
-# Of the batch that small networks are compiled for: δ of it is one part.
-ROWS = 128
+# Of the batch that small networks are compiled for: δ of it is one part. Of one whose offsets need 64 bits.
+ROWS, MANY_ROWS = 128, 2**20
 
 
-def cases(arch: int, usual_only: bool = False) -> Iterator[Case]:
+def cases(arch: int, extent: str = "all") -> Iterator[Case]:
     for dtype in DTYPES:
         configs = table()[arch]["ieee" if dtype == "ieee" else "tf32" if dtype == "fp32" else "half"]
         # float16 has bfloat16's configs, and another product's instruction only.
-        kernels = [kernel for kernel in ERROR_SIZES if is_compiled(kernel, dtype, arch, usual_only)]
-        yield from _tables(dtype, configs, kernels, first_only=usual_only and dtype == "fp16")
-        one, two = Case("strip", 0, dtype, rows=ROWS), Case("two_phase", 0, dtype, error_size=1000)
-        # As many rows as fit, in parts: those of plain gradients are the larger ones.
-        largest = max(range(len(configs.strip)), key=lambda i: configs.strip[i].rows)
-        if dtype != "fp16":
-            several = replace(one, config=largest, rows=configs.strip[largest].rows)
-            yield from (several, replace(several, rule="adamw"))
-        if dtype == "bf16" or (dtype != "fp16" and not usual_only):
-            yield from (replace(one, rule=rule) for rule in ("sgd", "momentum"))
-        if dtype in ("fp32", "bf16"):
-            # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
-            yield replace(two, error_size=10)
-            yield from (replace(case, rule="adamw", source="gaussian") for case in (one, two))
-            yield from (replace(case, rule="adamw", numbers_in_memory=True) for case in (one, two))
-        without_tma = next(i for i, config in enumerate(configs.two_phase) if not config.needs_tma)
-        if arch in ASYNCHRONOUS and dtype in ("fp16", "bf16"):
-            yield replace(two, config=without_tma, network="even")
-        if arch in ASYNCHRONOUS and dtype == "bf16":
-            yield from _wide(dtype, configs)
-        if not usual_only and (arch, dtype) in THOROUGH:
-            yield from _rare(one, two, replace(two, config=without_tma))
+        kernels = [kernel for kernel in ERROR_SIZES if is_compiled(kernel, dtype, arch, extent)]
+        yield from _tables(dtype, configs, kernels, first_only=is_first_only(dtype, extent))
+        if extent != "brief" and (extent == "all" or arch in KINDS_OF_CORE):
+            yield from _more(arch, dtype, configs, extent == "all")
+        if extent in ("rare", "all") and (arch, dtype) in THOROUGH:
+            yield from _rare(dtype, configs, extent == "all")
 
 
-def is_compiled(kernel: str, dtype: str, arch: int, usual_only: bool) -> bool:
-    """Whether every config of this kernel is compiled with plain gradients."""
+def is_compiled(kernel: str, dtype: str, arch: int, extent: str) -> bool:
+    """Whether configs of this kernel are compiled with plain gradients."""
+    if extent == "brief":
+        return dtype == "bf16" or kernel in ("strip", "two_phase")
     if kernel not in ("deltas", "grouped_gemm") or dtype not in SPARED:
         return True
-    return not usual_only and (dtype == "ieee" or arch in ASYNCHRONOUS)
+    return extent == "all" and (dtype == "ieee" or arch in ASYNCHRONOUS)
+
+
+def is_first_only(dtype: str, extent: str) -> bool:
+    """Whether only the first config of each kernel is compiled."""
+    return extent == "brief" or (extent != "all" and dtype == "fp16")
 
 
 def _tables(dtype: str, configs: Configs, kernels: list[str], first_only: bool) -> Iterator[Case]:
@@ -98,28 +94,62 @@ def _tables(dtype: str, configs: Configs, kernels: list[str], first_only: bool) 
             yield Case(kernel, config, dtype, error_size=ERROR_SIZES[kernel], rows=rows)
 
 
+def _more(arch: int, dtype: str, configs: Configs, everything: bool) -> Iterator[Case]:
+    """Updates, several parts, both kinds of U, offsets of 64 bits."""
+    one, two = Case("strip", 0, dtype, rows=ROWS), Case("two_phase", 0, dtype, error_size=1000)
+    # As many rows as fit, in parts: those of plain gradients are the larger ones.
+    largest = max(range(len(configs.strip)), key=lambda i: configs.strip[i].rows)
+    if dtype != "fp16":
+        several = replace(one, config=largest, rows=configs.strip[largest].rows)
+        yield from (several, replace(several, rule="adamw"))
+    if dtype == "bf16" or (dtype != "fp16" and everything):
+        yield from (replace(one, rule=rule) for rule in ("sgd", "momentum"))
+    if dtype in ("fp32", "bf16"):
+        # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
+        yield replace(two, error_size=10)
+        yield from (replace(case, rule="adamw", source="gaussian") for case in (one, two))
+        yield from (replace(case, rule="adamw", numbers_in_memory=True) for case in (one, two))
+    if arch in ASYNCHRONOUS and dtype in ("fp16", "bf16"):
+        yield replace(two, config=_without_tma(configs.two_phase), network="even")
+    if dtype == "bf16":
+        yield replace(one, rule="momentum", network="half")
+        if arch in ASYNCHRONOUS:
+            yield from _wide(dtype, configs)
+        else:
+            yield replace(two, rows=MANY_ROWS)
+
+
+def _without_tma(configs: tuple[Any, ...]) -> int:
+    return next(i for i, config in enumerate(configs) if not config.needs_tma)
+
+
 def _wide(dtype: str, configs: Configs) -> Iterator[Case]:
     """Rings of tiles of both ways to load them, a large epilogue, and an error that is the output layer's δ itself."""
     gemm = Case("grouped_gemm", 0, dtype)
-    without_tma = next(i for i, config in enumerate(configs.grouped_gemm) if not config.needs_tma)
-    yield replace(gemm, config=without_tma, network="even")
+    yield replace(gemm, config=_without_tma(configs.grouped_gemm), network="even")
     yield replace(gemm, rule="adamw", error_size=1000)
     yield Case("deltas", 0, dtype, error_size=1000)
+    yield from (Case(kernel, 0, dtype, rows=MANY_ROWS) for kernel in ("deltas", "grouped_gemm"))
 
 
-def _rare(one: Case, two: Case, two_without_tma: Case) -> Iterator[Case]:
+def _rare(dtype: str, configs: Configs, everything: bool) -> Iterator[Case]:
+    one, two = Case("strip", 0, dtype, rows=ROWS), Case("two_phase", 0, dtype, error_size=1000)
     taps = replace(two, kernel="project_taps")
+    # Regenerated tiles have no more rows than the batch.
+    small = [replace(taps, source=source, rows=8) for source in ("gaussian", "rademacher")]
     yield from (replace(taps, source=source) for source in ("gaussian", "sparse_seed", *BLOCKS, "projection"))
     yield from (replace(taps, source=source, error_size=LARGEST_FASTFOOD_ERROR) for source in BLOCKS)
-    # Regenerated tiles have no more rows than the batch.
-    yield from (replace(case, source=source, rows=8) for case in (taps, two) for source in ("gaussian", "rademacher"))
-    for case in (one, two):
+    yield from small
+    for case in (one, two) if everything else (one,):
         yield from (replace(case, source=source) for source in SOURCES if source not in ("matrix", "gaussian"))
         yield from (replace(case, rule=rule) for rule in ("sgd", "momentum", "adamw"))
         yield from (replace(case, rule="adamw", network=network) for network in RARE)
         yield replace(case, rule="adamw", network="positions", rows=case.rows // 4)
-    for case in (one, two_without_tma):
-        yield from (replace(case, rule="adamw", network=network) for network in WIDTHS)
+    yield from (replace(one, rule="adamw", network=network) for network in WIDTHS)
+    if everything:
+        yield from (replace(case, kernel="two_phase") for case in small)
+        without_tma = replace(two, config=_without_tma(configs.two_phase))
+        yield from (replace(without_tma, rule="adamw", network=network) for network in WIDTHS)
     yield replace(one, rule="adamw", error_size=LARGEST_HELD_ERROR)
     deltas = replace(two, kernel="deltas", error_size=10)
     yield from (
@@ -139,9 +169,19 @@ def describe(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "tensor_memory": kernel.metadata.tmem_size or 0,
         "instructions": [name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, ptx)],
+        "loads": sorted(_bytes_at_once(ptx, "ld")),
+        "stores": sorted(_bytes_at_once(ptx, "st")),
         "plain_dots": len(re.findall(r"\btt\.dot .*-> tensor<[^>]*#blocked", kernel.asm["ttgir"])),
         "overwritten": async_products.overwritten(kernel.asm["ttgir"], arguments),
     }
+
+
+def _bytes_at_once(ptx: str, way: str) -> set[int]:
+    """How many a thread loads ("ld") from global memory at once, or stores ("st") there."""
+    plain = re.findall(rf"\b{way}\.global(?:\.[a-z_:\d]+)*?(?:\.v(\d))?\.[bfsu](\d+) ", ptx)
+    found = {int(count or 1) * int(bits) // 8 for count, bits in plain}
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global .*, (0x\w+)", ptx) if way == "ld" else []
+    return found | {int(size, 16) for size in copies}
 
 
 def machine_code(case: Case, arch: int, known: Path | None) -> dict[str, Any]:
@@ -149,6 +189,7 @@ def machine_code(case: Case, arch: int, known: Path | None) -> dict[str, Any]:
     plan = planned(case, arch)
     promised = {"multiplies": case.multiplies, "tma": plan.uses_tma, "warps": plan.config.num_warps}
     promised |= {"programs": plan.config.programs, "stages": plan.config.num_stages}
+    promised["index"] = plan.arguments["INDEX"].primitive_bitwidth
     return promised | described(source_of(plan, case.numbers_in_memory), plan.options, arch, known, plan.arguments)
 
 
@@ -191,15 +232,16 @@ def _first_cause(error: BaseException) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("arch", type=lambda name: int(name.removeprefix("sm_")))
-    parser.add_argument("--usual", action="store_true")
+    parser.add_argument("--extent", choices=EXTENTS, default="all")
     parser.add_argument("--select", default="")
     parser.add_argument("--known", type=Path)
     arguments = parser.parse_args()
-    for case in cases(arguments.arch, arguments.usual):
+    for case in cases(arguments.arch, arguments.extent):
         if arguments.select in case.name:
             tell(case, machine_code(case, arguments.arch, arguments.known))
-    for length in USUAL_LENGTHS if arguments.usual else HADAMARD_LENGTHS:
-        for dtype in ("fp32", "bf16")[: 1 if arguments.usual else None]:
+    few = arguments.extent != "all"
+    for length in USUAL_LENGTHS if few else HADAMARD_LENGTHS:
+        for dtype in ("fp32", "bf16")[: 1 if few else None]:
             case = Case("hadamard", 0, dtype, network=f"n={length}")
             if arguments.select in case.name:
                 tell(case, hadamard(length, DTYPES[dtype], arguments.arch, arguments.known))

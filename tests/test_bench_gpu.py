@@ -668,7 +668,7 @@ def test_without_a_memory_checker_the_step_says_so(tmp_path, monkeypatch, capsys
 def made_up(**changes: float) -> dict[str, Any]:
     """Results in which everything is reached, but for the changes."""
     speed = {"large": 1.9, "step": 3.5, "graphed": 2.5, "update": 3.2, "library": 0.95, "host": 20e-6, "kernels": 1}
-    speed |= changes
+    speed |= {"graphed step": 2.5} | changes
     one = ["strip"] * int(speed["kernels"])
     counted = {
         "backward is by our kernels": speed["kernels"] > 0,
@@ -688,6 +688,10 @@ def made_up(**changes: float) -> dict[str, Any]:
             STEP: rows(**{BP: speed["step"], summary.BP_GRAPHED: speed["graphed"]}),
             UPDATE: rows(**{summary.BP_GRAPHED: speed["update"]}),
         }
+    }
+    small["regions"][STEP] |= {
+        summary.BP_GRAPHED_STEP: {"correct": True, "seconds": speed["graphed step"] * 2e-4},
+        summary.OURS_GRAPHED_STEP: {"correct": True, "seconds": 2e-4},
     }
     large = {
         "regions": {STEP: rows(**{BP: speed["large"]}), BACKWARD: rows(**{BP: speed["large"]})},
@@ -711,7 +715,7 @@ def unmet(found: dict[str, Any]) -> list[str]:
 
 def test_everything_reached_is_met():
     found = summary.verdicts(made_up())
-    assert len(found) == 16
+    assert len(found) == 20
     assert all(verdict.met and verdict.measured is not None for verdict in found)
 
 
@@ -721,6 +725,7 @@ def test_everything_reached_is_met():
         ({"large": 1.7}, 1, "backward over BP's"),
         ({"large": 1.3}, 2, "over BP"),
         ({"step": 2.9}, 2, "both eager"),
+        ({"graphed step": 1.9}, 2, "GraphedStep over BP's"),
         ({"graphed": 1.9}, 2, "step over BP, both graphed"),
         ({"update": 2.9}, 2, "backward and update"),
         ({"library": 0.89}, 1, "cuBLAS"),
@@ -750,7 +755,7 @@ def test_what_is_wrong_or_missing_is_not_met():
         f"{LARGE.name}: step over BP": "dfa.DFA: wrong result: off by 1.0e+00, allowed 1.0e-01",
         "host's part of one layer_grads": "wrong result: off by 1.0e+00, allowed 1.0e-01",
     }
-    assert len(unmet({})) == 16
+    assert len(unmet({})) == 20
     assert len(unmet({"quick": True, **made_up()})) == 1
 
 

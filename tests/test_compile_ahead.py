@@ -1,6 +1,7 @@
 """The kernels' machine code for GPUs that are not here, from every version of Triton that is promised to work.
 
-`compile_ahead.py` compiles, in processes of their own; here is what its results have to be like.
+`compile_ahead.py` compiles, in processes of their own; here is what its results have to be like. With COMPILE_AHEAD=all
+in the environment (`make test-ahead`) it compiles twice as much, for whoever changes kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compile_ahead import is_compiled
+from compile_ahead import ASYNCHRONOUS, EXTENTS, KINDS_OF_CORE, is_compiled, is_first_only
 from triton_versions import INSTALLED, OWN_VENV, THOROUGH, every_version, output_under
 
 from bench.predict.limits import KIB, MULTIPROCESSORS, RESERVED_SHARED, Multiprocessor
@@ -71,17 +72,32 @@ def _resource_complaints(result: Result, card: Expected) -> Iterator[str]:
 
 
 BY_TMA = ("two_phase", "grouped_gemm")
+HALF = ("fp16", "bf16")
+
+
+def _access_complaints(result: Result) -> Iterator[str]:
+    """Of tensors whose rows are multiples of 16 bytes."""
+    if result["network"] != "aligned":
+        return
+    # `deltas` reads as many units at once as in float32.
+    least = 8 if result["kernel"] == "deltas" and not result["multiplies"] and result["dtype"] in HALF else 16
+    # Tensor cores of sm_90 and sm_100 read float32 along the batch alone: tiles are turned as they are copied.
+    turned = result["kernel"] == "grouped_gemm" and result["dtype"] == "fp32"
+    for way in ("loads", "stores"):
+        if max(result[way], default=0) < least and not (way == "loads" and (result["tma"] or turned)):
+            yield f"{way} of {result[way]} bytes, expected {least}"
 
 
 def _instruction_complaints(result: Result, card: Expected) -> Iterator[str]:
     found = result["instructions"]
+    yield from _access_complaints(result)
     if not result["multiplies"]:
         return
     if card.instruction not in found:
         yield f"no {card.instruction} in {found}"
     if result["plain_dots"]:
         yield f"{result['plain_dots']} products without tensor cores, expected 0"
-    half = result["dtype"] in ("fp16", "bf16")
+    half = result["dtype"] in HALF
     rows_of_16_bytes = result["network"] not in ("even", "odd")
     copies = "tma" if card.tma and half and rows_of_16_bytes and result["kernel"] in BY_TMA else "cp.async"
     if (copies == "tma") != result["tma"]:
@@ -93,8 +109,19 @@ def _instruction_complaints(result: Result, card: Expected) -> Iterator[str]:
         yield f"no {copies} in {found}: tiles are not loaded ahead"
 
 
+EVERYTHING = os.environ.get("COMPILE_AHEAD") == "all"
+
+
+def extent_of(version: str, arch: int) -> str:
+    if version == THOROUGH:
+        return "all" if EVERYTHING else "rare" if arch == 90 else "usual"
+    if EVERYTHING or (arch == 90 and version != INSTALLED):
+        return "usual"
+    return "brief"
+
+
 def targets() -> list[Any]:
-    """(version of Triton, architecture): the installed version beside the pinned ones where products are asynchronous.
+    """(version of Triton, architecture): beside the pinned versions the installed one where products are asynchronous.
 
     Their rings of tiles depend on the version.
     """
@@ -102,15 +129,15 @@ def targets() -> list[Any]:
     for version in every_version():
         beside_others = OWN_VENV and version == INSTALLED
         name, marks = (version, ()) if isinstance(version, str) else (version.values[0], version.marks)
-        archs = [arch for arch in CARDS if CARDS[arch].tma or not beside_others]
+        archs = [arch for arch in CARDS if arch in ASYNCHRONOUS or not beside_others]
         found += [pytest.param(name, arch, marks=marks) for arch in archs]
     return found
 
 
 def compiled(version: str, arch: int, known: Path) -> list[Result]:
     """Everything for this GPU; what is in `known` is not compiled again."""
-    extent = [] if version == THOROUGH else ["--usual"]
-    printed = output_under(version, "compile_ahead.py", f"sm_{arch}", "--known", str(known), *extent)
+    arguments = ["--known", str(known), "--extent", extent_of(version, arch)]
+    printed = output_under(version, "compile_ahead.py", f"sm_{arch}", *arguments)
     return [json.loads(line) for line in printed.splitlines()]
 
 
@@ -121,13 +148,18 @@ def compilations(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, int
     tests = [item for item in request.session.items if "compilations" in getattr(item, "fixturenames", ())]
     wanted = [(item.callspec.params["version"], item.callspec.params["arch"]) for item in tests]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # The longest first.
+        wanted.sort(key=lambda target: EXTENTS.index(extent_of(*target)), reverse=True)
         yield {(version, arch): pool.submit(compiled, version, arch, known) for version, arch in wanted}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize(("version", "arch"), targets())
 def test_machine_code(version: str, arch: int, compilations: dict[tuple[str, int], Future[list[Result]]]) -> None:
-    """Tensor cores, nothing on the stack, tiles loaded ahead, as many programs on a multiprocessor as planned."""
+    """Tensor cores, nothing on the stack, tiles loaded ahead, as many programs on a multiprocessor as planned.
+
+    And rows of a multiple of 16 bytes are read and written so many at a time.
+    """
     results = compilations[version, arch].result()
     wrong = [
         f"{result['name']} on sm_{arch} with Triton {result['triton']}: {complaint}"
@@ -137,11 +169,14 @@ def test_machine_code(version: str, arch: int, compilations: dict[tuple[str, int
     assert not wrong, "\n".join(wrong)
     assert version in (INSTALLED, *{result["triton"] for result in results})
     found = {(result["kernel"], result["config"], result["dtype"]) for result in results}
-    assert every_config(arch, version == THOROUGH) <= found
+    extent = extent_of(version, arch)
+    assert every_config(arch, extent) <= found
+    if extent != "brief" and arch in KINDS_OF_CORE:
+        assert {result.get("index") for result in results} >= {32, 64}
 
 
-def every_config(arch: int, thorough: bool) -> set[tuple[str, int, str]]:
-    """Kernel, number of the config and dtype of all in the table; of float16 the first config only unless thorough."""
+def every_config(arch: int, extent: str) -> set[tuple[str, int, str]]:
+    """Kernel, number of the config and dtype of all in the table that are to be compiled."""
     dtypes = {"half": ("fp16", "bf16"), "tf32": ("fp32",), "ieee": ("ieee",)}
     return {
         (kernel, config, dtype)
@@ -149,7 +184,7 @@ def every_config(arch: int, thorough: bool) -> set[tuple[str, int, str]]:
         for kernel in KINDS
         for config in range(len(getattr(configs, kernel)))
         for dtype in dtypes[arithmetic]
-        if (thorough or dtype != "fp16" or config == 0) and is_compiled(kernel, dtype, arch, not thorough)
+        if is_compiled(kernel, dtype, arch, extent) and (config == 0 or not is_first_only(dtype, extent))
     }
 
 
@@ -160,7 +195,7 @@ def test_every_architecture_with_configs_is_compiled_for() -> None:
 FINE: Result = {
     "kernel": "two_phase", "dtype": "bf16", "network": "aligned", "multiplies": True, "tma": True, "warps": 8,
     "programs": 1, "reg": 255, "stack": 0, "local": 0, "shared": 227 * KIB, "tensor_memory": 512,
-    "instructions": ["tcgen05", "tma"], "plain_dots": 0, "overwritten": [],
+    "instructions": ["tcgen05", "tma"], "loads": [2, 16], "stores": [4, 16], "plain_dots": 0, "overwritten": [],
 }  # fmt: skip
 
 
@@ -187,6 +222,7 @@ FINE: Result = {
         ),
         ({"instructions": ["mma.sync", "tma"]}, ["no tcgen05 in ['mma.sync', 'tma']"]),
         ({"overwritten": ["%x, slot 1, is overwritten"]}, ["%x, slot 1, is overwritten"]),
+        ({"stores": [4, 8]}, ["stores of [4, 8] bytes, expected 16"]),
         ({"plain_dots": 1}, ["1 products without tensor cores, expected 0"]),
         ({"tma": False}, ["planned with TMA: False, expected True"]),
         ({"instructions": ["tcgen05", "cp.async"]}, ["no tma in ['tcgen05', 'cp.async']: tiles are not loaded ahead"]),

@@ -292,6 +292,43 @@ def test_backprop_has_a_graph_of_its_own(recorder):
     assert recorder.records == 2
 
 
+def test_another_precision_of_products_is_captured_again(recorder):
+    step = wrong(recorder)
+    x, y = batches(1)[0]
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting in ("ieee", "tf32", "ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            step(x, y)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert recorder.records == 2
+
+
+def test_a_batch_that_requires_grad(recorder):
+    """A graph's own batch must not grow a history."""
+    step = wrong(recorder)
+    x, y = batches(1)[0]
+    x.requires_grad_()
+    losses = [step(x, y) for _ in range(3)]
+    assert not any(loss.requires_grad for loss in losses)
+    assert not any(graph.x.requires_grad for graph in step._graphs.values())
+    assert x.grad is None
+
+
+def test_parameters_that_the_optimizer_does_not_have(recorder):
+    """They stay as they are, and their gradients do not pile up."""
+    model = plain_net()
+    before = model[0].weight.clone()
+    optimizer = torch.optim.SGD(model[2:].parameters(), 0.1)
+    data = batches(4)
+    step = dfa.GraphedStep(model, optimizer, F.cross_entropy, *data[0])
+    for x, y in data:
+        step(x, y)
+    assert torch.equal(model[0].weight, before)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def moved(model, optimizer):
     model.net[0].weight.data = model.net[0].weight.data.clone()
 

@@ -279,6 +279,33 @@ def test_show_to_modes():
     assert torch.compile(call, backend="eager", fullgraph=True)(torch.ones(2)).tolist() == [-2, -2]
 
 
+def test_tensors_by_name():
+    """Else a graphed step would not see that a parameter or a buffer was replaced."""
+    net = nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3))
+    found = {name: tensor for _, name, tensor in _torch_internals.tensors_by_name(net)}
+    assert found.keys() == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    held = [(holder, name) for holder, name, tensor in _torch_internals.tensors_by_name(net) if tensor.dim() == 2]
+    net[0].weight = nn.Parameter(torch.zeros(3, 2))
+    ((holder, name),) = held
+    assert holder[name] is net[0].weight
+
+
+def test_cuda_matmul_precision():
+    """Else products would be split, or not, whatever the setting says."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert _torch_internals.cuda_matmul_precision() == setting
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert _torch_internals.cuda_matmul_precision() == torch.backends.cuda.matmul.fp32_precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.gpu
 def test_raw_stream():
     stream = torch.cuda.Stream()

@@ -125,6 +125,32 @@ def test_the_json_tells_what_was_run_and_measured(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graphed_steps_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """Where there is no GPU the graphs' steps run eagerly; the last batch is a smaller one."""
+    argv = ("--epochs", "2", "--dropout", "0.1", "--batch-norm", "--momentum", "0.5", "--precision", precision)
+    expected = run(tmp_path / "eager", *argv)["history"]
+    made: list[dfa.GraphedStep] = []
+    capture = trainer.Learner.capture
+    monkeypatch.setattr(options.Options, "is_graphed", lambda self: True)
+    monkeypatch.setattr(trainer.Learner, "capture", lambda *given: made.append(capture(*given)) or made[-1])
+    found = run(tmp_path / "graphed", *argv)
+    assert len(made) == 2
+    for rule, entries in expected.items():
+        for entry, other in zip(entries, found["history"][rule], strict=True):
+            assert other["train_loss"] == pytest.approx(entry["train_loss"], rel=1e-2 if precision == "bf16" else 1e-4)
+            assert other["train_accuracy"] == pytest.approx(entry["train_accuracy"], abs=0.01)
+    assert found["samples_per_epoch"] == 1437
+
+
+def test_graphs_can_be_turned_off() -> None:
+    given, _ = options.parse(["--no-graph"])
+    assert given == {"graph": False}
+    assert not options.Options(device="cuda", graph=False).is_graphed()
+    assert options.Options(device="cuda:1").is_graphed()
+    assert not options.Options(device="cpu").is_graphed()
+
+
 def check_summary(summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
     assert [entry["epoch"] for entry in history] == [1, 2]
     for part in ("test_accuracy", "train_accuracy"):

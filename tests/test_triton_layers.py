@@ -211,6 +211,7 @@ BY_DESCRIPTORS: dict[str, dict[str, Any]] = {
     "no output layer": {"output_width": None, "wanted": ([True] * 2, [True] * 2)},
     "offset": {"layers": [dict(layer, layout="offset") for layer in ALIGNED]},
     "only biases": {"wanted": ([False] * 3, [True] * 3)},
+    "alike": {"layers": ALIGNED[1:] * 4, "wanted": ([True] * 5, [True] * 3 + [False, True])},
     "sixteen layers": {"layers": ALIGNED[1:] * 15, "wanted": ([True] * 16, [True] * 16)},
 }
 
@@ -255,7 +256,7 @@ def test_a_compiled_kernel_takes_descriptors_as_they_are(monkeypatch: pytest.Mon
     with forced("grouped_gemm", capability=90):
         triton_backend.layer_grads(call.arguments(), torch.float32)
     (plan, _, tensors, hyper), compiled = started[-1], Recorded()
-    monkeypatch.setitem(plan.compiled, 0, compiled)
+    monkeypatch.setitem(plan.compiled, 0, compiled[plan.programs, 1, 1])
     launch._launch(plan, 0, tensors, hyper)
     given = dict(zip(plan.kernel.arg_names, compiled[plan.programs, 1, 1], strict=True))
     assert [given["delta"], given["x0"], given["x15"]] == [tensors[0], tensors[3], tensors[18]]

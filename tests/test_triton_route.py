@@ -76,3 +76,45 @@ def test_dtypes_that_the_kernels_lack_go_to_torch():
     mask = torch.zeros(32, 64, device="meta")
     route = route_of(looks_of(call._replace(dropout_mask=[mask]), torch.float32, "store"), H200)
     assert "activations differ in dtype: bfloat16, float32" in route.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [8, 9])
+def test_gradients_of_one_shape_come_from_one_block(width, dtype):
+    """Each of them by itself, where a kernel's fast way may begin: at a multiple of 16 bytes."""
+    net = [meta(4, width, dtype=dtype) for _ in range(4)]
+    spec = dfa.Feedback(storage="procedural").spec
+    wanted = [True] * 4
+    call = LayerCall(
+        meta(4, 3, dtype=dtype), [], spec, net, net[:3], [None] * 3, ["tanh"] * 3, [0.0] * 6, wanted, wanted
+    )
+    route = route_of(looks_of(call, dtype, "store"), H200)
+    for _ in range(2):
+        grads = route.allocate(DEVICE, dtype)
+        shapes = [shape for out in (width, width, width, 3) for shape in ((out, width), (out,))]
+        assert [tuple(grad.shape) for grad in grads] == shapes
+        for i, grad in enumerate(grads):
+            grad.fill_(i)
+        for i, grad in enumerate(grads):
+            assert grad.is_contiguous()
+            assert grad.dtype == dtype
+            assert (grad == i).all()
+            assert grad.data_ptr() % 16 == 0
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == (4 if width == 8 else 8)
+
+
+def test_every_optimizer_of_torch_takes_such_gradients():
+    """Clipping, adding up, zeroing and dropping them, too."""
+    results = []
+    for backend in ("torch", "triton"):
+        model = dfa.DFA(deep(3), backend=backend)
+        own = torch.optim.Adam(model.parameters(), lr=0.1)
+        for i in range(3):
+            own.zero_grad(set_to_none=i != 1)
+            for _ in range(2):
+                model(torch.ones(2, 4, device=DEVICE)).square().sum().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            own.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

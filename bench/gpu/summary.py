@@ -11,7 +11,17 @@ from bench.gpu.cases import LARGE, SMALL, SMALL_IEEE
 from bench.gpu.kernel_counts import PROFILED
 from bench.gpu.kernel_times import CHOSEN, LIBRARY
 from bench.gpu.reference import complaint
-from bench.gpu.regions import BACKWARD, BP, BP_GRAPHED, OURS, OURS_GRAPHED, STEP, UPDATE
+from bench.gpu.regions import (
+    BACKWARD,
+    BP,
+    BP_GRAPHED,
+    BP_GRAPHED_STEP,
+    OURS,
+    OURS_GRAPHED,
+    OURS_GRAPHED_STEP,
+    STEP,
+    UPDATE,
+)  # fmt: skip
 from bench.gpu.sanitizer import TOOLS
 
 Results = dict[str, Any]
@@ -60,6 +70,10 @@ def requirements() -> list[Requirement]:
         found += [
             Requirement(f"{case.name}: step over BP, both eager", "≥", 3, small(STEP, BP, OURS), "×"),
             Requirement(f"{case.name}: step over BP, both graphed", "≥", 2, small(STEP, BP_GRAPHED, OURS_GRAPHED), "×"),
+            Requirement(
+                f"{case.name}: GraphedStep over BP's", "≥", 2, small(STEP, BP_GRAPHED_STEP, OURS_GRAPHED_STEP), "×"
+            ),
+            Requirement(f"{case.name}: GraphedStep over eager BP", "≥", 10, small(STEP, BP, OURS_GRAPHED_STEP), "×"),
             Requirement(
                 f"{case.name}: backward and update over BP's, both graphed", "≥", 3,
                 small(UPDATE, BP_GRAPHED, OURS_GRAPHED), "×",

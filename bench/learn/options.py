@@ -16,7 +16,7 @@ from bench.learn.networks import ACTIVATION_NAMES, Style, activation_maker
 from dfa_kernels.feedback.spec import KINDS, STORAGES
 
 # Options that may differ between a run and its continuation.
-FREE = {"epochs", "out", "data_dir", "download"}
+FREE = {"epochs", "out", "data_dir", "download", "graph"}
 
 
 class UsageError(Exception):
@@ -53,6 +53,7 @@ class Options:
     threads: int | None = None
     device: str = "cpu"
     precision: str = "fp32"
+    graph: bool = True
     timed_steps: int = 40
     published: bool = False
     out: str = ""
@@ -62,6 +63,10 @@ class Options:
 
     def learning_rate(self, rule: str) -> float:
         return self.lr if rule == "dfa" else self.bp_lr
+
+    def is_graphed(self) -> bool:
+        """Whether steps are CUDA graphs."""
+        return self.graph and self.device.startswith("cuda")
 
     def style(self) -> Style:
         return Style(self.activation, *self.dropout, self.batch_norm)
@@ -152,7 +157,7 @@ def settle_resumed(given: dict[str, Any], stored: dict[str, Any], checkpoint: Pa
 
 def flag(name: str) -> str:
     """The option on the command line that sets the field `name`."""
-    return "--no-normalize" if name == "normalize" else f"--{name.replace('_', '-')}"
+    return f"--no-{name}" if name in ("normalize", "graph") else f"--{name.replace('_', '-')}"
 
 
 def check(options: Options) -> None:
@@ -298,6 +303,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", type=_device, help="default cuda if there is one, else cpu")
     group.add_argument("--threads", type=_count, help="of the CPU, default torch's choice")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="autocast; default fp32")
+    group.add_argument("--no-graph", dest="graph", action="store_false", help="on a GPU: no CUDA graphs of steps")
     group.add_argument("--timed-steps", type=_count_or_none, help="timed per rule, default 40")
     group.add_argument("--out", metavar="DIR", help="default a new folder in runs/")
     group.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on from OUT/checkpoint.pt")

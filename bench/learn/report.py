@@ -14,7 +14,7 @@ import torch
 import dfa_kernels as dfa
 from bench.environment import describe as describe_machine
 from bench.learn.options import Options, UsageError, to_dict
-from bench.learn.trainer import Learner, Task
+from bench.learn.trainer import Learner, Task, samples_per_epoch
 
 NONE = "-"
 # Where things lie on one machine says nothing about a result.
@@ -66,6 +66,7 @@ def describe(
         "options": settings,
         "environment": environment(options),
         "history": {learner.rule: learner.history for learner in learners},
+        "samples_per_epoch": samples_per_epoch(task, options),
         "seconds_per_epoch": {learner.rule: learner.seconds for learner in learners},
         "step_time": timing,
         "feedback_bytes": feedback_bytes(learners, task),
@@ -137,6 +138,9 @@ def _time_rows(result: dict[str, Any], rules: list[str]) -> list[list[str]]:
     timing = result["step_time"]
     spent = [sum(result["seconds_per_epoch"][rule]) for rule in rules]
     rows = [["training time, s", *(f"{seconds:.1f}" for seconds in spent)]]
+    samples = [result["samples_per_epoch"] * len(result["seconds_per_epoch"][rule]) for rule in rules]
+    rates = [f"{n / seconds:,.0f}" if n else NONE for n, seconds in zip(samples, spent, strict=True)]
+    rows.append(["training, samples/s", *rates])
     if timing is not None:
         medians = [timing[f"{rule}_step_seconds"] for rule in rules]
         rows.append(["step, median ms", *(f"{median * 1e3:.3f}" for median in medians)])

@@ -34,6 +34,7 @@ from bench.learn.trainer import (
     build_network,
     check_batches,
     compare_steps,
+    samples_per_epoch,
 )
 
 INTERRUPTED = 130
@@ -72,7 +73,7 @@ class Run:
                 if len(learner.history) < epoch:
                     learner.epoch(self.task, interrupts.check)
                     save_checkpoint(self.out / "checkpoint.pt", self.options, self.learners)
-                    tqdm.write(progress_line(learner), file=sys.stderr)
+                    tqdm.write(progress_line(learner, self.task), file=sys.stderr)
                     interrupts.check()
 
     def time_steps(self, interrupts: Interrupts) -> None:
@@ -94,12 +95,14 @@ class Run:
         print(f"written: {self.out}/{', '.join(written)}", file=sys.stderr)
 
 
-def progress_line(learner: Learner) -> str:
+def progress_line(learner: Learner, task: Task) -> str:
     entry = learner.history[-1]
     line = f"{learner.rule} epoch {entry['epoch']}/{learner.options.epochs}: loss {entry['train_loss']:.4f}, "
     line += f"train {entry['train_accuracy']:.2%}, test {entry['test_accuracy']:.2%}"
     taps = "".join(f" {name} {tap['mean']:.2f}" for name, tap in entry.get("alignment", {}).items())
-    return f"{line}{', alignment' + taps if taps else ''} ({learner.seconds[-1]:.1f} s)"
+    seconds = learner.seconds[-1]
+    rate = samples_per_epoch(task, learner.options) / seconds
+    return f"{line}{', alignment' + taps if taps else ''} ({seconds:.1f} s, {rate:,.0f} samples/s)"
 
 
 def prepare(argv: Sequence[str] | None) -> Run:

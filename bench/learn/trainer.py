@@ -75,6 +75,12 @@ class Task:
         return batches
 
 
+def samples_per_epoch(task: Task, options: Options) -> int:
+    """The images that an epoch trains on."""
+    rows = len(task.train_y)
+    return rows - rows % options.batch if options.drop_last else rows
+
+
 def check_batches(task: Task, options: Options) -> None:
     rows, batch = len(task.train_y), options.batch
     if batch > rows:
@@ -113,9 +119,13 @@ class Learner:
         self.random = random_state(self.device)
         self.history: list[dict[str, Any]] = []
         self.seconds: list[float] = []
+        self.graphed: dfa.GraphedStep | None = None
+        self.output = torch.empty(0, device=self.device)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One update from one batch; its loss and output."""
+        if self.options.is_graphed():
+            return self.graphed_step(x, y)
         self.optimizer.zero_grad()
         with self.autocast():
             output = self.model(x)
@@ -124,6 +134,26 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach(), output.detach()
+
+    def graphed_step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """As `step`, by a CUDA graph; the output is overwritten by the next."""
+        if self.graphed is None:
+            self.graphed = self.capture(x, y)
+        loss = self.graphed(x, y)
+        return loss, self.output[: len(y)]
+
+    def capture(self, x: Tensor, y: Tensor) -> dfa.GraphedStep:
+        def loss_fn(output: Tensor, y: Tensor) -> Tensor:
+            # Each graph has its output elsewhere, so it is copied to one place; the first batch is the largest.
+            if len(self.output) < len(output):
+                self.output = torch.empty_like(output)
+            self.output[: len(y)].copy_(output.detach())
+            return F.cross_entropy(output.float(), y)
+
+        precision = self.options.precision
+        scaler = self.scaler if self.scaler.is_enabled() else None
+        amp_dtype = None if precision == "fp32" else DTYPES[precision]
+        return dfa.GraphedStep(self.model, self.optimizer, loss_fn, x, y, amp_dtype=amp_dtype, scaler=scaler)
 
     def autocast(self) -> torch.autocast:
         precision = self.options.precision
@@ -228,13 +258,15 @@ class Running:
 
 def make_optimizer(model: nn.Module, options: Options, lr: float) -> torch.optim.Optimizer:
     """For DFA the fused optimizer, except under fp16, whose loss scaling needs gradients; else torch's."""
+    graphed = options.is_graphed()
     if isinstance(model, dfa.DFA) and options.precision != "fp16":
         if options.optimizer == "adamw":
-            return dfa.optim.AdamW(model, lr)
-        return dfa.optim.SGD(model, lr, options.momentum)
+            return dfa.optim.AdamW(model, lr, capturable=graphed)
+        return dfa.optim.SGD(model, lr, options.momentum, capturable=graphed)
+    # Of torch's only the fused ones take a scaler's verdict without waiting for it.
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr)
-    return torch.optim.SGD(model.parameters(), lr, options.momentum)
+        return torch.optim.AdamW(model.parameters(), lr, capturable=graphed, fused=graphed or None)
+    return torch.optim.SGD(model.parameters(), lr, options.momentum, fused=graphed or None)
 
 
 def measure_alignment(model: dfa.DFA, task: Task) -> dict[str, dict[str, float]]:

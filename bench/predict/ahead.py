@@ -95,7 +95,7 @@ def projected(case: Case) -> Projected:
 
 
 def grouped(case: Case) -> GroupedProblem:
-    """The paper's network, all gradients wanted, float32 parameters."""
+    """The paper's network, all gradients wanted, parameters in float32 unless they are to be `half`."""
     width, hidden = WIDTHS.get(case.network, (3072, 800))
     activations = ("tanh", "relu", "gelu") if case.network == "activations" else ("tanh",) * 3
     return GroupedProblem(
@@ -108,7 +108,7 @@ def grouped(case: Case) -> GroupedProblem:
         0b111 if case.network == "dropout_mask" else 0,
         0b1111,
         0b1111,
-        torch.float32,
+        DTYPES[case.dtype] if case.network == "half" else torch.float32,
         case.rule,
         (0,) * 4,
         (0,) * 4,

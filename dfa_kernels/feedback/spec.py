@@ -54,6 +54,10 @@ class FeedbackSpec:
             raise ValueError(f"nonzeros is for kind 'sparse', got nonzeros={self.nonzeros!r} for {self.kind!r}")
         return check_integer("nonzeros", self.nonzeros, 1)
 
+    def __hash__(self) -> int:
+        # A text knows its hash, and every launch is looked up by it.
+        return hash(self._encoded)
+
     @property
     def row(self) -> Kind:
         """What the table of kinds says of this one."""

@@ -63,35 +63,42 @@ def _launch(plan: LaunchPlan, device: int, tensors: Arguments, hyper: Hyper) -> 
 
     Tensors at other than multiples of 16 always go through it: what it makes depends on which of them do not.
     """
-    addresses: list[int | tuple[int, ...] | TensorDescriptor] = []
+    addresses: list[Any] = []
     bits = 0
+    before: Any = None
+    address: Any = None
     for argument in tensors:
-        if isinstance(argument, tuple):
-            group = tuple([tensor.data_ptr() for tensor in argument])
-            bits = reduce(or_, group, bits)
-            addresses.append(group)
-        elif isinstance(argument, TensorDescriptor):
-            # What the copy engine takes is made of it by the compiled kernel. It begins at a multiple of 16 bytes.
-            addresses.append(argument)
-        else:
-            addresses.append(argument.data_ptr())
-            bits |= argument.data_ptr()
-    grid = (plan.programs, 1, 1)
+        if argument is not before:
+            before = argument
+            if isinstance(argument, tuple):
+                address = tuple(map(_ADDRESS, argument))
+                bits = reduce(or_, address, bits)
+            elif isinstance(argument, Tensor):
+                address = argument.data_ptr()
+                bits |= address
+            else:
+                # What the copy engine takes is made of a descriptor by the compiled kernel. It begins at a multiple of
+                # 16 bytes.
+                address = argument
+        addresses.append(address)
     if plan.uses_tma:
         # The allocator is a context variable, so it is set here, on whichever thread autograd runs.
         triton.set_allocator(_scratch)
     aligned = bits % 16 == 0
-    if aligned and device in plan.compiled:
-        plan.compiled[device][grid](*addresses, *plan.numbers, *hyper, *plan.constants)
+    if aligned and (run := plan.compiled.get(device)):
+        run(*addresses, *plan.numbers, *hyper, *plan.constants)
         return
+    grid = (plan.programs, 1, 1)
     compiled = plan.kernel[grid](*tensors, *plan.numbers, *hyper, *plan.constants, **plan.options)
     if aligned:
-        plan.compiled[device] = compiled
+        plan.compiled[device] = compiled[grid]
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
+
+_ADDRESS = Tensor.data_ptr
 
 _counters: dict[tuple[Any, ...], Tensor] = {}
 

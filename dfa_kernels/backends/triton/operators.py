@@ -13,7 +13,7 @@ from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
 from .launch import Arguments, check_device, counters, launch, target_of
 from .launch_plan import LaunchPlan
 from .problem import TapsProblem, Target
-from .route import MOST_LAYERS, Route, looks_of, planners, route_of, split
+from .route import MOST_LAYERS, Route, planners, route_for, split
 from .source import dense, looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
 from .wide_tensors import tensors_of_both
 
@@ -27,12 +27,15 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
     check_device(device)
     if len(call.inputs) > MOST_LAYERS:
         return [gradient for part in split(call) for gradient in layer_grads(part, dtype)]
-    route = route_of(looks_of(call, dtype, "store"), target_of(device))
+    route = route_for(call, dtype, "store")
     if route.reason:
         return torch_backend.layer_grads(call, dtype)
-    gradients = [torch.empty(shape, dtype=dtype, device=device) for shape in route.shapes]
-    _launch(route, call, gradients, (), (0.0,))
+    gradients = route.allocate(device, dtype)
+    _launch(route, call, gradients, (), _NO_NUMBERS)
     return gradients
+
+
+_NO_NUMBERS = (0.0,)
 
 
 def layer_update_(
@@ -55,8 +58,7 @@ def layer_update_(
     changed = [*weights, *state]
     kernel_rule = (state and RULES[rule].with_state) or rule
     numbers, sets = _numbers_and_sets(kernel_rule, hyper, len(weights))
-    looks = looks_of(call, _dtype_in_place(changed), kernel_rule, sets, isinstance(hyper, DeviceNumbers))
-    route = route_of(looks, target_of(call.error.device))
+    route = route_for(call, _dtype_in_place(changed), kernel_rule, sets, isinstance(hyper, DeviceNumbers))
     if route.reason:
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
@@ -94,27 +96,41 @@ def _launch(
     plan = route.plan
     if plan is None:
         return
-    error, stored = projection_tensors(plan.problem.projected, call.error, call.stored, plan.problem.widest)
-    xs = [_for_tma(x) for x in call.inputs] if plan.uses_tma else call.inputs
-    inputs, saved = tuple([dense(x) for x in xs]), tuple([dense(h) for h in call.saved])
+    error, stored = call.error, tuple(call.stored)
+    if route.reads_projection:
+        error, stored = projection_tensors(plan.problem.projected, error, stored, plan.problem.widest)
+    inputs, saved = _all_dense(call.inputs), _all_dense(call.saved)
+    if plan.uses_tma:
+        inputs = tuple([_for_tma(x) for x in inputs])
     # A kernel's tuple is never empty: any tensor stands in where there is none.
-    anything = (inputs[0],)
-    masks = tuple([inputs[0] if mask is None else dense(mask) for mask in call.dropout_mask])
-    saved_or_any, masks = saved or anything, masks if plan.problem.dropout_mask else anything
-    tensors: Arguments = (error, stored, inputs, saved_or_any, masks)
+    anything: tuple[Tensor, ...] = (inputs[0],)
+    masks = anything
+    if plan.problem.dropout_mask:
+        masks = _all_dense([inputs[0] if mask is None else mask for mask in call.dropout_mask])
+    tensors: Arguments = (error, stored or (error,), inputs, saved or anything, masks)
     if plan.counters:
         sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
         tensors = (counters(plan.counters, error.device), *tensors, _delta_workspace(plan, error, inputs, saved), sums)
     if plan.name == "grouped_gemm":
-        firsts, tensors = tensors_of_both(plan, error, stored, inputs, saved_or_any, masks)
+        firsts, tensors = tensors_of_both(plan, error, stored, inputs, saved or anything, masks)
         if plan.first:
             launch(plan.first, error.device, firsts)
-    results = [tuple([destinations[i] for i in slots]) for slots in (route.weights, route.biases)]
-    each = len(state) // len(destinations)
-    for slots in (route.weights, route.biases):
-        for which in range(2):
-            results.append(tuple([state[i * each + which] for i in slots]) if which < each else anything)
-    launch(plan, error.device, (*tensors, *results), (numbers,))
+    weights, biases, each = route.weights, route.biases, len(state) // len(destinations)
+    results = (weights(destinations), biases(destinations))
+    if each == 0:
+        of_state = (anything, anything, anything, anything)
+    else:
+        state0, state1 = state[::each], state[1::each]
+        rest = (weights(state1), biases(state1)) if each > 1 else (anything, anything)
+        of_state = (weights(state0), rest[0], biases(state0), rest[1])
+    launch(plan, error.device, (*tensors, *results, *of_state), (numbers,))
+
+
+def _all_dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensors) if all(map(_IS_DENSE, tensors)) else tuple([dense(tensor) for tensor in tensors])
+
+
+_IS_DENSE = Tensor.is_contiguous
 
 
 def _for_tma(x: Tensor) -> Tensor:
@@ -134,8 +150,8 @@ def _delta_workspace(
 
 def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
     """The one dtype of what is updated in place; None if there are several, or gaps in memory."""
-    dtype = tensors[0].dtype
-    return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None
+    dtypes = {tensor.dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 and all(map(_IS_DENSE, tensors)) else None
 
 
 def _numbers_and_sets(
@@ -145,10 +161,12 @@ def _numbers_and_sets(
     if isinstance(hyper, DeviceNumbers):
         width = hyper.table.shape[1]
         return (hyper.table,), tuple([row * width for row in hyper.rows])
+    each, numbers_of = len(hyper) // parameters, RULES[rule].tile_numbers
     # Floats all of them: a launch is compiled for the types of its numbers.
-    each, hyper, numbers_of = len(hyper) // parameters, list(map(float, hyper)), RULES[rule].tile_numbers
-    if hyper == hyper[:each] * parameters:
-        return numbers_of(*hyper[:each]), ()
+    first_set = list(map(float, hyper[:each]))
+    if list(hyper) == first_set * parameters:
+        return numbers_of(*first_set), ()
+    hyper = list(map(float, hyper))
     firsts: dict[tuple[float, ...], int] = {}
     sets = []
     for first in range(0, len(hyper), each):

@@ -20,12 +20,13 @@ MOST_HELD = 16
 SMALLEST_PIECE = 4
 """Columns of U that are made at a time: a call of the random numbers gives so many."""
 PLAIN, MOST_PLAIN = ("tanh", "relu", "abs", "silu", "softplus", "hardtanh"), 10
-"""Activations and components of the error that leave registers for one more program of `deltas`, as machine code shows.
+"""Activations and components of the error that leave registers for all programs of `deltas`, as machine code shows.
 
-On sm_90, in half precision, of at most four layers.
+On sm_90, of at most four layers.
 """
-MOST_SUMS = 32
-"""Sums in the registers of each thread of `deltas`."""
+PROGRAMS_UNLESS_PLAIN = 2
+MOST_NUMBERS = 32
+"""Numbers of all its layers that a thread of `deltas` has in its registers at a time."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,10 @@ def _plan_deltas(
     walk = walks(projected)
     if not walk:
         config = fitted(config, projected)
-    elif config.programs > 1 and _takes_registers(problem):
-        config = replace(config, programs=config.programs - 1)
+    elif _takes_registers(problem):
+        config = replace(config, programs=min(config.programs, PROGRAMS_UNLESS_PLAIN))
     each = config.block_u * config.block_r // (32 * config.num_warps)
-    groups = max(1, -(-hidden // max(1, MOST_SUMS // each))) if walk else 1
+    groups = max(1, -(-hidden // max(1, MOST_NUMBERS // each))) if walk else 1
     sum_error = any(layout.summed[hidden:])
     strips = -(-problem.widest // config.block_u)
     columns = strips * groups + (-(-layout.width // OUTPUT_UNITS.value) if layout.copy or sum_error else 0)
@@ -150,6 +151,7 @@ def _plan_deltas(
         HELD=projected.error_size if keeps_columns(projected) else 0,
         GROUPS=groups,
         LAYERS=-(-hidden // groups) if walk else 1,
+        ALIKE=set(problem.sizes) == {problem.widest} and hidden % groups == 0,
         BLOCK_U=config.block_u,
         BLOCK_R=config.block_r,
         BLOCK_E=SMALLEST_PIECE if walk else config.block_e,

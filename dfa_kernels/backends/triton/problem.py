@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,8 +24,7 @@ LARGEST_FASTFOOD_ERROR = 2**12
 _TILE_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """The GPU a plan is for: compute capability (90 for sm_90) and number of multiprocessors."""
 
     capability: int

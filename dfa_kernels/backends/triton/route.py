@@ -5,25 +5,30 @@ In every step the looks are read and compared, nothing else: routes are saved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..calls import LayerCall
 from .choice import plan_grouped
+from .launch import target_of
 from .launch_plan import LaunchPlan
 from .plan_taps import plan_taps
 from .problem import GroupedProblem, TapsProblem, Target
-from .source import ErrorLooks, looks_of_error, mask_of, projected_for, reason_for_torch
+from .source import ErrorLooks, mask_of, projected_for, reason_for_torch, unnamed_looks
 
 # Which layers want what travels as bits of an int32; and twice the layers take more than twice as long to compile.
 MOST_LAYERS = 31
 
+Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
 Planner = Callable[[Any, Target], LaunchPlan]
 planners: dict[type, Planner] = {GroupedProblem: plan_grouped, TapsProblem: plan_taps}
 """What makes the plan for each type of problem."""
@@ -82,28 +87,74 @@ class Route:
 
     plan: LaunchPlan | None
     reason: str
-    shapes: tuple[tuple[int, ...], ...]
-    """Of the gradients, in the order of the operators."""
-    weights: tuple[int, ...]
-    biases: tuple[int, ...]
-    """Which of them belongs to each layer; the first stands in where a layer wants none."""
+    gradients: int
+    blocks: tuple[Block, ...]
+    weights: Picker
+    biases: Picker
+    """From a list in the order of the operators, each layer's; the first stands in where a layer wants none."""
+    reads_projection: bool
+    """Whether e Uᵀ has to be made first."""
+    _templates: dict[tuple[torch.device, torch.dtype], list[tuple[int | slice, Tensor]]] = field(default_factory=dict)
+
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """Memory for the gradients, in the order of the operators."""
+        templates = self._templates.get((device, dtype))
+        if templates is None:
+            templates = self._templates[device, dtype] = [(b.slots, _template(b, device, dtype)) for b in self.blocks]
+        found: list[Any] = [None] * self.gradients
+        for slots, template in templates:
+            block = torch.empty_like(template)
+            found[slots] = block if type(slots) is int else block.unbind()
+        return found
+
+
+class Block(NamedTuple):
+    """Gradients of one shape in one piece of memory, so that the allocator is asked once for all of them."""
+
+    shape: tuple[int, ...]
+    """Their number first, if it is not a single one, for which ``slots`` is an int."""
+    slots: int | slice
+    """Where they stand in the order of the operators."""
+
+
+def _template(block: Block, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One number that seems to be as many: what a new tensor is to be like takes less time to say by it."""
+    return torch.zeros((), dtype=dtype, device=device).expand(block.shape)
 
 
 def looks_of(
     call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[int, ...] = (), numbers_in_memory: bool = False
 ) -> Looks:
     """What the call looks like. Reads no values, so meta tensors do."""
-    dropout_mask = [mask for mask in call.dropout_mask if mask is not None]
-    return Looks(
-        looks_of_error(call.error, call.stored, call.feedback),
-        tuple([x.shape for x in call.inputs]),
-        tuple([h.shape for h in call.saved]),
-        tuple([mask is not None for mask in call.dropout_mask]),
-        frozenset([tensor.dtype for tensor in (*call.inputs, *call.saved, *dropout_mask)]),
-        tuple(call.activations),
-        tuple(call.parameters),
-        tuple(call.weight_grads),
-        tuple(call.bias_grads),
+    return _named(_unnamed(call, dtype, rule, sets, numbers_in_memory))
+
+
+def route_for(
+    call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[int, ...] = (), numbers_in_memory: bool = False
+) -> Route:
+    """The call's route on its device."""
+    return route_of(_unnamed(call, dtype, rule, sets, numbers_in_memory), target_of(call.error.device))
+
+
+def _unnamed(
+    call: LayerCall, dtype: torch.dtype | None, rule: str, sets: tuple[int, ...], numbers_in_memory: bool
+) -> tuple[Any, ...]:
+    """As `looks_of`, plain tuples: they are equal, and made in each step."""
+    error, stored, feedback, inputs, saved, dropout_mask, activations, parameters, weight_grads, bias_grads = call
+    dtypes = {tensor.dtype for tensor in (*inputs, *saved)}
+    noisy = [mask is not None for mask in dropout_mask]
+    if True in noisy:
+        dtypes |= {mask.dtype for mask in dropout_mask if mask is not None}
+    return (
+        unnamed_looks(error, stored, feedback),
+        tuple([x.shape for x in inputs]),
+        tuple([h.shape for h in saved]),
+        tuple(noisy),
+        frozenset(dtypes),
+        tuple(activations),
+        tuple(parameters),
+        tuple(weight_grads),
+        tuple(bias_grads),
         dtype,
         rule,
         sets,
@@ -111,9 +162,15 @@ def looks_of(
     )
 
 
+def _named(looks: tuple[Any, ...]) -> Looks:
+    error, *others = looks
+    return Looks(ErrorLooks(*error), *others)
+
+
 @lru_cache(maxsize=512)
-def route_of(looks: Looks, target: Target) -> Route:
+def route_of(unnamed: tuple[Any, ...], target: Target) -> Route:
     """The route of every call that looks like this."""
+    looks = _named(unnamed)
     widths_out = [shape[1] for shape in looks.saved]
     widths_out += [looks.error.shape[1]] * (len(looks.inputs) - len(looks.saved))
     shapes: list[tuple[int, ...]] = []
@@ -126,7 +183,31 @@ def route_of(looks: Looks, target: Target) -> Route:
     plan = None
     if shapes and not reason:
         plan = planners[GroupedProblem](_problem(looks, widths_out, weights, biases), target)
-    return Route(plan, reason, tuple(shapes), weights, biases)
+    reads_projection = plan is not None and plan.problem.projected.source == "projection"
+    blocks = _blocks(shapes, looks.dtype)
+    return Route(plan, reason, len(shapes), blocks, _picker(weights), _picker(biases), reads_projection)
+
+
+def _blocks(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype | None) -> tuple[Block, ...]:
+    """Each gradient begins at a multiple of 16 bytes, or has a block for itself."""
+    of_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, shape in enumerate(shapes):
+        of_shape.setdefault(shape, []).append(i)
+    blocks = []
+    for shape, slots in of_shape.items():
+        step = slots[-1] - slots[-2] if len(slots) > 1 else 1
+        evenly = slots == list(range(slots[0], slots[-1] + 1, step))
+        if len(slots) > 1 and evenly and dtype is not None and math.prod(shape) * dtype.itemsize % 16 == 0:
+            blocks.append(Block((len(slots), *shape), slice(slots[0], slots[-1] + 1, step)))
+        else:
+            blocks += [Block(shape, slot) for slot in slots]
+    return tuple(blocks)
+
+
+def _picker(slots: Sequence[int]) -> Picker:
+    if len(slots) > 1:
+        return itemgetter(*slots)
+    return lambda values: tuple([values[slot] for slot in slots])
 
 
 def _slots(weight_grads: Sequence[bool], bias_grads: Sequence[bool]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..._torch_internals import cuda_matmul_precision
 from ...feedback.spec import FeedbackSpec
 from ..torch_backend import shared_projection
 from .problem import DTYPES, LARGEST_FASTFOOD_ERROR, Projected
@@ -30,7 +31,12 @@ class ErrorLooks(NamedTuple):
 
 def looks_of_error(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec) -> ErrorLooks:
     """What the projection's arguments look like. Reads no values, so meta tensors do."""
-    return ErrorLooks(
+    return ErrorLooks(*unnamed_looks(error, stored, feedback))
+
+
+def unnamed_looks(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec) -> tuple[Any, ...]:
+    """As `looks_of_error`, a plain tuple, which is made in a third of the time."""
+    return (
         error.shape,
         error.stride(),
         error.dtype,
@@ -38,7 +44,7 @@ def looks_of_error(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSp
         bool(stored),
         bool(stored) and stored[0].device != error.device,
         error.data_ptr() % 16 == 0,
-        torch.backends.cuda.matmul.fp32_precision,
+        cuda_matmul_precision(),
     )
 
 

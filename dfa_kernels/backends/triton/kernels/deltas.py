@@ -14,6 +14,9 @@ from .delta import write_deltas
 from .feedback_tile import error_tile, feedback_tile
 from .tiles import multiple, pick, pick_flag, slope_product
 
+# Adjacent units that a thread loads at once, and has the columns of U of in its registers: twice as many would leave
+# those for half as many threads.
+UNITS = tl.constexpr(4)
 # Columns and rows of the error that a program sums, and copies, at a time.
 OUTPUT_UNITS = tl.constexpr(64)
 OUTPUT_ROWS = tl.constexpr(32)
@@ -32,7 +35,7 @@ def deltas(
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr, BIASES: tl.constexpr,
     ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_ERROR: tl.constexpr, INDEX: tl.constexpr, COPY: tl.constexpr, SUM_ERROR: tl.constexpr, WALK: tl.constexpr,
-    HELD: tl.constexpr, GROUPS: tl.constexpr, LAYERS: tl.constexpr,
+    HELD: tl.constexpr, GROUPS: tl.constexpr, LAYERS: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """δ = (e Bᵀ) ⊙ f' of every hidden layer (paper, eq. 3).
@@ -43,7 +46,8 @@ def deltas(
     copied, if COPY, to error_copy [rows, delta_width], with zeros behind the last. `columns` programs share a part.
 
     If WALK, GROUPS groups of LAYERS layers are programs of their own; HELD are the error's components, each with its
-    column of U in the registers, or 0 if P is given. Otherwise as for `write_deltas`, a tile of rows for each part.
+    column of U in the registers, or 0 if P is given. ALIKE: every layer has `widest` units, every group LAYERS layers.
+    Otherwise as for `write_deltas`, a tile of rows for each part.
     """
     # Neighbours have neighbouring units of the same rows.
     part, column = tl.program_id(0) // columns, tl.program_id(0) % columns
@@ -62,8 +66,8 @@ def deltas(
             strip, first_layer, part, first_row, end_row, error, stored, saved, dropout_mask, delta, sums,
             multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR), stride_column, key0, key1, nonzeros,
             multiple(widest, ALIGN), rows, sizes, first_deltas, delta_strides, first_sums, scales, p, q, parts,
-            SOURCE, DERIVATIVES, WHICH, DROPOUT, BIASES, ENTRY, ALIGN, INDEX, HELD, LAYERS, BLOCK_U, BLOCK_R, BLOCK_E,
-            BITS,
+            SOURCE, DERIVATIVES, WHICH, DROPOUT, BIASES, ENTRY, ALIGN, INDEX, HELD, LAYERS, ALIKE, BLOCK_U, BLOCK_R,
+            BLOCK_E, BITS,
         )  # fmt: skip
     else:
         outs = tl.tuple(())
@@ -85,7 +89,7 @@ def _walk(
     scales, p, q, parts,
     SOURCE: tl.constexpr, DERIVATIVES: tl.constexpr, WHICH: tl.constexpr, DROPOUT: tl.constexpr, BIASES: tl.constexpr,
     ENTRY: tl.constexpr, ALIGN: tl.constexpr, INDEX: tl.constexpr, HELD: tl.constexpr, LAYERS: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
+    ALIKE: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """δ of units of `strip`, of LAYERS layers from first_layer on, in rows first_row … end_row."""
     first_unit = (strip * BLOCK_U).to(INDEX)
@@ -103,18 +107,11 @@ def _walk(
             columns += (tl.gather(column, tl.arange(0, BLOCK_U), 0),)
     totals = tl.tuple(())
     for _ in tl.static_range(LAYERS):
-        totals += (tl.zeros((BLOCK_U, BLOCK_R), tl.float32),)
+        totals += (tl.zeros((BLOCK_U, BLOCK_R // 2), tl.float32),)
     for first in range(first_row, end_row, BLOCK_R):
         row = (first + tl.arange(0, BLOCK_R)).to(INDEX)
-        # All that this step needs is on its way before the first number of it is used.
-        values = tl.tuple(())
-        masks = tl.tuple(())
-        for i in tl.static_range(LAYERS):
-            value, mask = _load_layer(first_layer + i, unit, row, rows, saved, dropout_mask, sizes, DROPOUT, ALIGN)
-            values += (value,)
-            masks += (mask,)
         if HELD:
-            # No product of tiles: its result lies in the registers otherwise than what is loaded 16 bytes at a time.
+            # No product of tiles: its result lies in the registers otherwise than what is loaded.
             projection = tl.zeros((BLOCK_U, BLOCK_R), tl.float32)
             for k in tl.static_range(HELD):
                 e = tl.load(error + row * stride_row + k * stride_column, mask=row < rows, other=0.0)
@@ -122,6 +119,19 @@ def _walk(
         else:
             given = row[None, :] * widest + unit[:, None]
             projection = tl.load(stored[0] + given, mask=(unit < widest)[:, None] & (row < rows)[None, :], other=0.0)
+        # All that this step needs is on its way before the first number of it is used.
+        values = tl.tuple(())
+        masks = tl.tuple(())
+        for i in tl.static_range(LAYERS):
+            layer = first_layer + i
+            at, inside = _places(layer, unit, row, rows, sizes, sizes, widest, ALIGN, ALIKE)
+            value = tl.load(pick(saved, layer) + at, mask=inside, other=0.0)
+            mask = value
+            if DROPOUT:
+                noisy = inside & pick_flag(DROPOUT, layer)
+                mask = tl.load(pick(dropout_mask, layer) + at, mask=noisy, other=1.0)
+            values += (value,)
+            masks += (mask,)
         before = totals
         totals = tl.tuple(())
         for i in tl.static_range(LAYERS):
@@ -132,12 +142,13 @@ def _walk(
             )  # fmt: skip
             if DROPOUT:
                 slope *= masks[i].to(tl.float32)
-            own = rows.to(INDEX) * multiple(pick(first_deltas, layer), ALIGN)
-            at = own + row[None, :] * multiple(pick(delta_strides, layer), ALIGN) + unit[:, None]
-            inside = (unit < _size_of(layer, sizes, ALIGN))[:, None] & (row < rows)[None, :]
-            tl.store(delta + at, slope.to(delta.dtype.element_ty), mask=inside)
+            own = delta + rows.to(INDEX) * multiple(pick(first_deltas, layer), ALIGN)
+            at, inside = _places(layer, unit, row, rows, sizes, delta_strides, widest, ALIGN, ALIKE)
+            tl.store(own + at, slope.to(delta.dtype.element_ty), mask=inside)
             # Rows beyond the batch have an error of 0, of which every activation makes a δ of 0.
-            totals += (before[i] + slope,)
+            # A thread has rows half a tile apart: added up first, they take half the registers.
+            halves = tl.reshape(slope, (BLOCK_U, 2, BLOCK_R // 2))
+            totals += (before[i] + tl.sum(halves, axis=1),)
     if BIASES:
         for i in tl.static_range(LAYERS):
             layer = first_layer + i
@@ -154,16 +165,14 @@ def _size_of(layer, sizes, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load_layer(layer, unit, row, rows, saved, dropout_mask, sizes, DROPOUT: tl.constexpr, ALIGN: tl.constexpr):
-    """What layer's δ is computed from beside P: its saved tensor and, if any layer has one, its mask."""
-    size = _size_of(layer, sizes, ALIGN)
-    at = row[None, :] * size + unit[:, None]
+def _places(layer, unit, row, rows, sizes, strides, widest, ALIGN: tl.constexpr, ALIKE: tl.constexpr):
+    """Where layer's numbers at `unit` of `row` are, in rows of its stride, and which of them it has."""
+    size, stride = _size_of(layer, sizes, ALIGN), multiple(pick(strides, layer), ALIGN)
+    if ALIKE:
+        # Places of each of four layers would take 16 registers more.
+        size, stride = widest, widest
     inside = (unit < size)[:, None] & (row < rows)[None, :]
-    value = tl.load(pick(saved, layer) + at, mask=inside, other=0.0)
-    mask = value
-    if DROPOUT:
-        mask = tl.load(pick(dropout_mask, layer) + at, mask=inside & pick_flag(DROPOUT, layer), other=1.0)
-    return value, mask
+    return tl.max_contiguous(row[None, :] * stride + unit[:, None], (UNITS, 1)), inside
 
 
 @triton.jit

@@ -57,7 +57,8 @@ def _finish_slices(
 def finish(gradient, at, inside, destination, state0, state1, hyper, first, RULE: tl.constexpr):
     """`gradient` (float32) of the entries `at` of the parameter goes to its destination; hyper[first] is its first."""
     before = parameter_before(gradient, at, inside, destination, RULE)
-    spend(gradient, before, at, inside, destination, state0, state1, hyper, first, RULE)
+    early = velocity_before(gradient, at, inside, state0, hyper, first, RULE)
+    spend(gradient, before, early, at, inside, destination, state0, state1, hyper, first, RULE)
 
 
 @triton.jit
@@ -70,14 +71,24 @@ def parameter_before(anything, at, inside, parameter, RULE: tl.constexpr):
 
 
 @triton.jit
-def spend(gradient, before, at, inside, destination, state0, state1, hyper, first, RULE: tl.constexpr):
-    """`finish`, of a parameter that has been read already. Its state is not: both are more than registers hold."""
+def velocity_before(anything, at, inside, velocity, hyper, first, RULE: tl.constexpr):
+    """The same of its velocity in half precision. Any other state is read last: a tile more than registers hold."""
+    before = anything
+    if RULE == "momentum" and velocity.dtype.element_ty.primitive_bitwidth == 16:
+        wanted = tl.where(number(hyper, first + 2) != 0, inside, False)
+        before = tl.load(velocity + at, mask=wanted, other=0.0)
+    return before
+
+
+@triton.jit
+def spend(gradient, before, early, at, inside, destination, state0, state1, hyper, first, RULE: tl.constexpr):
+    """`finish`, of a parameter and a velocity that have been read already."""
     if RULE == "store":
         _write(destination, at, inside, gradient)
     elif RULE == "sgd":
         _sgd(gradient, before.to(tl.float32), at, inside, destination, hyper, first)
     elif RULE == "momentum":
-        _momentum(gradient, before.to(tl.float32), at, inside, destination, state0, hyper, first)
+        _momentum(gradient, before.to(tl.float32), early, at, inside, destination, state0, hyper, first)
     else:
         tl.static_assert(RULE == "adamw")
         _adamw(gradient, before.to(tl.float32), at, inside, destination, state0, state1, hyper, first)
@@ -106,13 +117,17 @@ def _sgd(gradient, w, at, inside, weight, hyper, first):
 
 
 @triton.jit
-def _momentum(gradient, w, at, inside, weight, velocity, hyper, first):
+def _momentum(gradient, w, early, at, inside, weight, velocity, hyper, first):
     rate, decay = number(hyper, first), number(hyper, first + 1)
     momentum, nesterov = number(hyper, first + 2), number(hyper, first + 3)
     step = gradient + decay * w
     # A group without momentum leaves its buffer alone, as torch does.
     if momentum != 0:
-        moved = momentum * _read(velocity, at, inside) + step
+        if velocity.dtype.element_ty.primitive_bitwidth == 16:
+            old = early.to(tl.float32)
+        else:
+            old = _read(velocity, at, inside)
+        moved = momentum * old + step
         _write(velocity, at, inside, moved)
         step = tl.where(nesterov != 0, step + momentum * moved, moved)
     _write(weight, at, inside, w - rate * step)

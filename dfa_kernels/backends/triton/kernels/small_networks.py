@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import finish, parameter_before, spend
+from .epilogue import finish, parameter_before, spend, velocity_before
 from .feedback_tile import error_tile, feedback_tile, projection_tile
 from .rounded import nearest_tf32
 from .tiles import multiple, pick, pick_flag, slope_product
@@ -86,12 +86,13 @@ def strip(
             inside = (out < width_out)[:, None] & (column < width_in)[None, :]
             if SWAP:
                 at, inside = tl.trans(at), tl.trans(inside)
-            # Before the product, so that it arrives during it.
+            # Before the product, so that they arrive during it.
             before = parameter_before(x, at, inside, weight, RULE)
+            early = velocity_before(x, at, inside, state0, hyper, pick(WEIGHT_SETS, layer), RULE)
             gradient = _product(
                 x, deltas, column, width_in, rows, span, PRECISION, SWAP, POSITIONS, PARTS, EVEN, BLOCK_R
             )
-            spend(gradient, before, at, inside, weight, state0, state1, hyper, pick(WEIGHT_SETS, layer), RULE)
+            spend(gradient, before, early, at, inside, weight, state0, state1, hyper, pick(WEIGHT_SETS, layer), RULE)
 
 
 @triton.jit
