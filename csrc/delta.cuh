@@ -34,7 +34,7 @@ struct ProjectionTile {
         sync();
         stage(a, row, unit, end, first, e, U);
         sync();
-        tile.template add<DEPTH>(e, U);
+        tile.template add<DEPTH>(e, U, a.error_size - first);
       }
     }
     sync();

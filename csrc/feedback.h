@@ -1,6 +1,6 @@
 // Entries of the feedback matrix U: from memory, or anew from the seed as dfa_kernels/feedback/entries.py defines them.
 //
-// Signs and non-zeros are always made anew, also where they are stored: one call finds the few entries that matter here,
+// Signs and non-zeros are always made anew, also where they are stored: one call finds the few entries that matter,
 // where what is stored would have to be searched. Their common factor is in the layers' scales.
 #pragma once
 

@@ -46,8 +46,9 @@ int start(const char* name, void (*kernel)(Given...), long long programs, int th
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   }
   if (status == cudaSuccess) {
-    status = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(programs)), dim3(threads),
-                              addresses, shared, static_cast<cudaStream_t>(where.stream));
+    dim3 grid(static_cast<unsigned>(programs)), block(threads);
+    status = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, shared,
+                              static_cast<cudaStream_t>(where.stream));
   }
   if (status == cudaSuccess) return OK;
   cudaGetLastError();  // the next call shall not find it

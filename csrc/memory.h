@@ -34,7 +34,7 @@ DFA_DEVICE void write(void* tensor, int dtype, int64 at, float value) {
   }
 }
 
-// The entries at, at + 1, … of which there are `count`, at most four. WHOLE: there are four, and one access reaches them.
+// The entries at, at + 1, …, `count` of them, at most four. whole: there are four, and one access reaches them.
 struct Run {
   int64 at;
   int count;

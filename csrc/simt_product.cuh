@@ -57,10 +57,12 @@ struct SimtProduct {
     }
   }
 
+  // Of DEPTH rows at most, `depth` of them.
   template <int DEPTH>
-  DFA_DEVICE void add(const float* a, const float* b) {
+  DFA_DEVICE void add(const float* a, const float* b, int depth = DEPTH) {
     DFA_UNROLL
     for (int k = 0; k < DEPTH; ++k) {
+      if (k >= depth) break;
       Piece left[ROWS / QUAD], right[QUADS];
       DFA_UNROLL
       for (int i = 0; i < ROWS / QUAD; ++i) {

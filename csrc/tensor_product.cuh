@@ -29,7 +29,7 @@ template <>
 struct Factor<Half> {
   uint32 words[8];
 #define DFA_LOAD(name, operand, layout)                                                                              \
-  DFA_DEVICE void name(const Half* shared, int pitch) {                                                                  \
+  DFA_DEVICE void name(const Half* shared, int pitch) {                                                              \
     asm volatile("wmma.load." operand ".sync.aligned." layout                                                        \
                  ".m16n16k16.shared.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8], %9;"                                 \
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]), "=r"(words[4]), "=r"(words[5]),   \
@@ -58,7 +58,7 @@ template <>
 struct Factor<BFloat16> {
   uint32 words[4];
 #define DFA_LOAD(name, operand, layout)                                                                              \
-  DFA_DEVICE void name(const BFloat16* shared, int pitch) {                                                              \
+  DFA_DEVICE void name(const BFloat16* shared, int pitch) {                                                          \
     asm volatile("wmma.load." operand ".sync.aligned." layout                                                        \
                  ".m16n16k16.shared.bf16 {%0, %1, %2, %3}, [%4], %5;"                                                \
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])                                    \
@@ -105,7 +105,9 @@ template <class T>
 void multiply(Sums& sums, const Factor<T>& a, const Factor<T>& b) {
   if (!leads()) return;
   for (int k = 0; k < EDGE; ++k) {
-    for (int i = 0; i < EDGE * EDGE; ++i) sums.values[i] += a.values[k * EDGE + i / EDGE] * b.values[k * EDGE + i % EDGE];
+    for (int i = 0; i < EDGE * EDGE; ++i) {
+      sums.values[i] += a.values[k * EDGE + i / EDGE] * b.values[k * EDGE + i % EDGE];
+    }
   }
 }
 #endif

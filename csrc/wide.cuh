@@ -75,7 +75,8 @@ DFA_DEVICE void deltas(const Arguments& a) {
   }
   ProjectionTile<DELTA_ROWS>::make(a, int64{row_tile} * DELTA_ROWS, unit, a.widest, scratch);
   for (int layer = 0; layer < a.hidden; ++layer) {
-    if (unit < int64{a.layer[layer].positions} * a.layer[layer].width_out) write_delta(a, layer, row_tile, unit, scratch);
+    const Layer& l = a.layer[layer];
+    if (unit < int64{l.positions} * l.width_out) write_delta(a, layer, row_tile, unit, scratch);
   }
 }
 

@@ -75,7 +75,9 @@ def test_the_kernels_for_volta(tmp_path: Path) -> None:
     if len(TRITONS) == 1:
         pytest.skip("the older disassemblers of `make setup` are not here")
     # For two programs on a multiprocessor ptxas keeps 4 of 64 sums, and of float32 some addresses, in memory.
-    assert stacks(path) == {**dict.fromkeys(KERNELS, 0), "dfa_product_float16": 16, "dfa_product_float32": 40}
+    most, found = {"dfa_product_float16": 16, "dfa_product_float32": 40}, stacks(path)
+    assert found.keys() == KERNELS
+    assert all(found[kernel] <= most.get(kernel, 0) for kernel in KERNELS), found
     code = opcodes(told("nvdisasm", "-c", path))
     for kernel in BY_TENSOR_CORES:
         assert "HMMA.884.F32.F32.STEP0" in code[kernel]

@@ -41,7 +41,7 @@ each_precision = pytest.mark.parametrize("precision", NAMES)
 @contextmanager
 def running(task: str) -> Iterator[None]:
     """Layers' calls go by this task, from poisoned memory."""
-    target = operators.target_of(DEVICE)._replace(shared=0 if task == "wide" else operators.target_of(DEVICE).shared)
+    target = operators.target_of(DEVICE)._replace(shared=0 if task == "wide" else 2**20)
     largest = plan.LARGEST_STRIP_ERROR if task == "wide" else 2**30
     plan.plan_layers.cache_clear()
     with (
@@ -182,6 +182,30 @@ def learning(steps: int, graphed: bool) -> list[Tensor]:
 def test_a_graph_of_a_whole_step_ends_where_the_eager_run_ends() -> None:
     for a, b in zip(learning(5, graphed=True), learning(5, graphed=False), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_graph_follows_a_learning_rate() -> None:
+    """The kernels read it where the optimizer brings it, at every replay."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(60, 80), nn.Tanh(), nn.Linear(80, 10)).to(DEVICE)
+    x, y = torch.randn(64, 60, device=DEVICE), torch.randint(10, (64,), device=DEVICE)
+    model = dfa.DFA(net, backend="cuda")
+    optimizer = dfa.optim.SGD(model, lr=0.5, capturable=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    replay = captured(step)
+    moved = []
+    for rate in (0.5, 0.0, 0.25):
+        optimizer.param_groups[0]["lr"] = rate
+        before = [p.detach().clone() for p in net.parameters()]
+        optimizer.refresh()
+        replay()
+        moved.append([not torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True)])
+    assert moved == [[True] * 4, [False] * 4, [True] * 4]
 
 
 def test_on_another_stream() -> None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ..._torch_internals import raw_stream
-from ...updates import UpdateRule
+from ...updates import RULES, UpdateRule
 from .library import library
 from .stream import on_stream
 
 
-def numbers_and_sets(
-    rule: UpdateRule, hyper: Sequence[float], parameters: int
-) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Rows of numbers that the rule's kernel reads, and where among them each parameter's begins."""
-    each, hyper = len(hyper) // parameters, list(map(float, hyper))
+@lru_cache(maxsize=16)
+def numbers_and_sets(name: str, hyper: tuple[float, ...], parameters: int) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Rows of numbers that a rule's kernel reads, and where among them each parameter's begins; () if there is one."""
+    rule, each = RULES[name], len(hyper) // parameters
     if hyper == hyper[:each] * parameters:
         return _row(rule, hyper[:each]), ()
     firsts: dict[tuple[float, ...], int] = {}

@@ -90,7 +90,7 @@ def layer_update_(
     if isinstance(hyper, DeviceNumbers):
         sets = tuple([row * hyper.table.shape[1] for row in hyper.rows])
     else:
-        numbers, sets = numbers_and_sets(RULES[rule], hyper, len(weights))
+        numbers, sets = numbers_and_sets(rule, tuple(hyper), len(weights))
     plan = plan_layers(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(device))
     if plan.reason:
         torch_backend.layer_update_(call, weights, state, rule, hyper)
