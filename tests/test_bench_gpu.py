@@ -811,7 +811,7 @@ def test_the_script_goes_on_after_a_step_that_fails(tmp_path, monkeypatch):
     assert found["environment"]["commit"] == "abc"
     assert found["environment"]["dirty"] is True
     assert found["environment"]["torch"] == torch.__version__
-    assert len(found["requirements"]) == 16
+    assert len(found["requirements"]) == 20
     assert "No module named" in (out / "tests.log").read_text()
     names = [path.name for path in out.iterdir()]
     assert len(names) <= 8
