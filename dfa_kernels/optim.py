@@ -148,25 +148,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_nothing_deferred()
-        if self.max_norm is not None:
-            torch.nn.utils.clip_grad_norm_([p for p, _, _ in self._with_gradient()], self.max_norm)
-        rule, updated = RULES[self.rule], 0
-        for group in self.param_groups:
-            row = rule.row(*self._numbers(group))
-            for p in self._as_the_model_has_them(group["params"]):
-                gradient = p.grad
-                if gradient is not None:
-                    _refuse_sparse(gradient)
-                    state = self._own_state(p)
-                    own_row: Row = (*row, self._count_of(p).add_(1)) if rule.counts else row
-                    rule.apply_row_(p, state, own_row, gradient)
-                    p.grad = None
-                    updated += 1
-        if not updated:
+        learning = [
+            (p, group)
+            for group in self.param_groups
+            for p in self._as_the_model_has_them(group["params"])
+            if p.grad is not None
+        ]
+        if not learning:
             raise RuntimeError(
                 "step: the compiler sees no gradient; call backward() outside of what is compiled, or leave out "
                 "zero_grad() there, since a step leaves no gradient behind"
             )
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_([p for p, _ in learning], self.max_norm)
+        rule = RULES[self.rule]
+        for p, group in learning:
+            gradient = p.grad
+            assert gradient is not None
+            _refuse_sparse(gradient)
+            row: Row = rule.row(*self._numbers(group))
+            own_row = (*row, self._count_of(p).add_(1)) if rule.counts else row
+            rule.apply_row_(p, self._own_state(p), own_row, gradient)
+            p.grad = None
         return loss
 
     def _as_the_model_has_them(self, parameters: list[Tensor]) -> list[Tensor]:
