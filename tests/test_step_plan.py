@@ -142,7 +142,10 @@ def test_a_pass_under_no_grad_will_do():
 def test_it_keeps_no_activation_alive():
     model = dfa.DFA(cnn())
     model(torch.zeros(4, 3, 10, 10))
-    assert {tensor.device.type for tensor in model._sketch.tensors.values()} == {"meta"}
+    assert model._sketch is not None and model._sketch.layers is not None and model._sketch.taps is not None
+    (layers, of_layers), (_, of_taps) = model._sketch.layers, model._sketch.taps
+    assert {tensor.device.type for tensor in (*of_layers, *of_taps.values())} == {"meta"}
+    assert not layers.parameters
 
 
 def test_the_plan_follows_what_learns_and_how():
@@ -151,11 +154,11 @@ def test_the_plan_follows_what_learns_and_how():
     model = dfa.DFA(net)
     x = torch.randn(4, 6)
     model(x)
-    assert model._sketch is not None
-    assert model._sketch.plan.linears[0].dropout_mask is not None
+    assert model._sketch is not None and model._sketch.layers is not None
+    assert model._sketch.layers[0].dropout_mask == (2,)
     model.eval()
     model(x)
-    assert model._sketch.plan.linears[0].dropout_mask is None
+    assert model._sketch.layers[0].dropout_mask == (None,)
     assert "6→8" in str(model.plan())
     net[0].requires_grad_(False)
     model(x)

@@ -37,7 +37,7 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
     ):
         if wants_weight:
             gradient = delta.t().mm(x)
-            grads.append(gradient if gradient.dtype is dtype else gradient.to(dtype))
+            grads.append(gradient if gradient.dtype == dtype else gradient.to(dtype))
         if wants_bias:
             grads.append(_bias_grad(delta, dtype))
     return grads
@@ -89,7 +89,7 @@ def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
                 inputs[i],
             )
     for x in inputs[len(saved) :]:
-        yield error if error.dtype is x.dtype else error.to(x.dtype), x
+        yield error if error.dtype == x.dtype else error.to(x.dtype), x
 
 
 class SharedProjection:
@@ -126,19 +126,19 @@ def delta_of(
     values, ratio = (shared.values, 1.0) if size == shared.widest else shared.for_size(size)
     if saved is None:
         return (values if values is shared.values else values * ratio).to(dtype)
-    wide = saved if saved.dtype is values.dtype else saved.to(values.dtype)
+    wide = saved if saved.dtype == values.dtype else saved.to(values.dtype)
     if saved.dim() != 2 or saved.shape[1] != size:
         values = values.reshape(saved.shape)
     # δ in the order of the saved tensor, which a convolution would bring it into. Compilers choose orders themselves:
     # asked for one in a backward pass, Dynamo traces that anew and leaves out that autocast is off.
-    if not saved.is_contiguous() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not saved.is_contiguous():
         values = torch.empty_like(saved, dtype=values.dtype).copy_(values)
     delta = ACTIVATIONS[activation].gradient(values, wide, p, q)
     if dropout_mask is not None:
         delta = delta * dropout_mask
     if ratio != 1:
         delta = delta * ratio
-    return delta if wide is saved else delta.to(saved.dtype)
+    return delta if delta.dtype == saved.dtype else delta.to(saved.dtype)
 
 
 def _bias_grad(delta: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,15 +30,16 @@ def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
         meet_numbers(seen.feedback, [segment.units for segment in seen.segments], [])
     layers, others = sharing_layers(seen)
     output = seen.output if seen.last is None else seen.output.detach()
-    if others:
-        plan, tensors = taps_plan(seen, others)
-        output = apply_node(TapsNode, plan, output, *tensors)
     # A deferred call has no gradients for hooks that wait for them.
     at_once = [layer for layer in layers if ledger is None or _is_awaited(layer)]
     deferred = [layer for layer in layers if ledger is not None and not _is_awaited(layer)]
     for group, owner in ((at_once, None), (deferred, ledger)):
         if group:
             output = _with_layers(output, *layers_plan(seen, group), owner)
+    if others:
+        # The last node is the first to run: convolutions let go of their activations before linear layers get gradients.
+        plan, tensors = taps_plan(seen, others)
+        output = apply_node(TapsNode, plan, output, *tensors)
     return output
 
 

@@ -39,7 +39,8 @@ class LayersNode(torch.autograd.Function):
         plan: LayersPlan = ctx.plan
         none = [None] * plan.kept
         if ctx.ledger is None:
-            return (None, None, gradient, *none, *_gradients(ctx, gradient))
+            with without_autocast(gradient.device):
+                return (None, None, gradient, *none, *_gradients(ctx, gradient))
         _defer(ctx, gradient)
         return (None, None, gradient, *none, *[None] * len(plan.parameters))
 
@@ -47,9 +48,8 @@ class LayersNode(torch.autograd.Function):
 @torch.autograd.function.once_differentiable
 def _gradients(ctx: Any, gradient: Tensor) -> list[Tensor]:
     plan: LayersPlan = ctx.plan
-    with without_autocast(gradient.device):
-        call = plan.call(as_error(gradient, plan.batch_dims), take_saved_tensors(ctx))
-        return backends.BACKENDS[plan.backend].layer_grads(call, plan.dtype)
+    call = plan.call(as_error(gradient, plan.batch_dims), take_saved_tensors(ctx))
+    return backends.BACKENDS[plan.backend].layer_grads(call, plan.dtype)
 
 
 def _defer(ctx: Any, gradient: Tensor) -> None:
