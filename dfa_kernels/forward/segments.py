@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS, FUSED_CALLS, Activation, call_parameters, is_inplace
+from .arguments import Args, Call, Kwargs
 from .side_loss import Uncut, remember_whole
-from .taps import ForwardPass, TapPolicy
-from .weight_layers import CONVOLUTIONS, LINEAR, Args, Call, Kwargs, WeightCall
+from .taps import SIZES, ForwardPass, TapPolicy
+from .weight_layers import CONVOLUTIONS, LINEAR, WeightCall
 
 T: Any = torch.Tensor
 
@@ -234,9 +235,7 @@ class SegmentedPass(ForwardPass):
 
 
 # Looking at a tensor does not end a chain.
-_GETTERS: frozenset[Call] = frozenset(
-    {T.shape.__get__, T.dtype.__get__, T.device.__get__, T.requires_grad.__get__, T.ndim.__get__, T.dim, T.size}
-)
+_GETTERS: frozenset[Call] = SIZES | {T.requires_grad.__get__}
 
 
 def _start_chain(func: Call, args: Args, kwargs: Kwargs, value: Tensor) -> Chain | None:

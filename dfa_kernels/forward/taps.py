@@ -17,19 +17,15 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch_internals import checkpointed_region
 from ..activations import is_activation
+from .arguments import Args, Call, Kwargs, input_first, replaced
+from .known import KnownTensors, Operand
 from .layer_outputs import Layer, LayerOutputs, Tapped
-from .weight_layers import (
-    LAYERS,
-    WEIGHT_CALLS,
-    Args,
-    Call,
-    Kwargs,
-    WeightCall,
-    Weights,
-    input_first,
-    replaced,
-    tensors_in,
-)
+from .weight_layers import LAYERS, WEIGHT_CALLS, WeightCall, bind, form
+
+T: Any = Tensor
+
+# They make no tensor, and say the same of one that is cut.
+SIZES: frozenset[Call] = frozenset({T.shape.__get__, T.dtype.__get__, T.device.__get__, T.ndim.__get__, T.dim, T.size})
 
 _library = torch.library.Library("dfa_kernels", "FRAGMENT")
 _library.define("tap(Tensor(a) x, str name) -> Tensor(a)")
@@ -110,8 +106,8 @@ class ForwardPass(TorchFunctionMode):
         self.newest: WeightCall | None = None
         self.calls: list[WeightCall] = []
         self._tapped_region: Any = None
-        self._weights = Weights()
-        self._outputs = LayerOutputs()
+        self._tensors = KnownTensors()
+        self._outputs = LayerOutputs(self._tensors)
 
     @property
     def weight_layers_seen(self) -> int:
@@ -145,31 +141,38 @@ class ForwardPass(TorchFunctionMode):
 
     def __torch_function__(self, func: Call, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in WEIGHT_CALLS:
-            if func in LAYERS:
-                args, kwargs = input_first(args, kwargs)
-            call = self._weights.bind(func, args, kwargs)
-            if call is not None:
-                return self._on_weight_layer(call, func, args, kwargs)
+        if func in SIZES:
+            return func(*args, **kwargs)
         if func is TAP:
             return self._on_mark(*args)
         activates = is_activation(func, args[1:], kwargs)
-        if activates:
+        if activates or func in LAYERS:
             args, kwargs = input_first(args, kwargs)
+        operands = self._tensors.operands(args, kwargs)
+        if func in WEIGHT_CALLS:
+            call = bind(func, args, kwargs, operands)
+            if call is not None:
+                return self._on_weight_layer(call, func, args, kwargs, operands)
         if self.policy.kind == "nonlinearity":
-            return self._on_path(func, args, kwargs, activates)
-        return self._run(func, args, kwargs, activates)
+            return self._on_path(func, args, kwargs, operands, activates)
+        return self._run(func, args, kwargs, operands, activates)
 
-    def _run(self, func: Call, args: Args, kwargs: Kwargs, activates: bool) -> Any:
+    def _run(self, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand], activates: bool) -> Any:
         result = (self.activation if activates else self.other)(func, args, kwargs)
-        self._weights.follow(func, args, kwargs, result)
+        parameters = form(func, args, operands, result)
+        if parameters:
+            self._tensors.record(result).weights = parameters
         return result
 
-    def _on_weight_layer(self, call: WeightCall, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    def _on_weight_layer(
+        self, call: WeightCall, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand]
+    ) -> Any:
         _check_same_device(call.inputs[0], call.weights[0])
         if self.policy.kind == "nonlinearity":
-            args, kwargs = self._whole(args, kwargs)
-            call = self._weights.bind(func, args, kwargs) or call
+            moved = self._outputs.given_up(operands)
+            if moved:
+                args, kwargs, operands = self._whole(moved, args, kwargs)
+                call = bind(func, args, kwargs, operands) or call
         if self.policy.kind != "named":
             args, kwargs = self._cut_inputs(call.inputs, args, kwargs)
         self._check_region()
@@ -208,25 +211,27 @@ class ForwardPass(TorchFunctionMode):
     def _before_last(self) -> bool:
         return self.weight_layers_seen < self.weight_layers
 
-    def _whole(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """The arguments without the cuts of taps that have moved: what they lead to is a path around the new tap."""
-        moved = self._outputs.given_up(tensors_in(args, kwargs))
-        return replaced(args, kwargs, lambda x: self._outputs.without(moved, x)) if moved else (args, kwargs)
+    def _whole(self, taps: list[Tapped], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, list[Operand]]:
+        """The arguments without the cuts at these taps, which have moved: a path around the new tap is to be whole."""
+        args, kwargs = replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
+        return args, kwargs, self._tensors.operands(args, kwargs)
 
-    def _on_path(self, func: Call, args: Args, kwargs: Kwargs, activates: bool) -> Any:
+    def _on_path(self, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand], activates: bool) -> Any:
         """Any call but a weight layer's, under the "nonlinearity" policy."""
-        args, kwargs = self._whole(args, kwargs)
-        around = self._outputs.around(func, args, kwargs, self._before_last)
+        moved = self._outputs.given_up(operands)
+        if moved:
+            args, kwargs, operands = self._whole(moved, args, kwargs)
+        around = self._outputs.around(func, operands, self._before_last)
         if around:
             return self._move(around, func, args, kwargs)
-        layers = self._outputs.awaiting(args[0]) if activates else []
-        result = self._run(func, args, kwargs, activates)
+        layers = self._outputs.awaiting(*operands[0]) if activates and operands else ()
+        result = self._run(func, args, kwargs, operands, activates)
         if layers and self._before_last:
             return self._tap_behind(layers, result)
-        self._outputs.follow(func, args, kwargs, result)
+        self._outputs.follow(func, args, kwargs, operands, result)
         return result
 
-    def _tap_behind(self, layers: list[Layer], z: Tensor) -> Tensor:
+    def _tap_behind(self, layers: tuple[Layer, ...], z: Tensor) -> Tensor:
         whole, cut = self._tap(layers[-1].call.weights[0], z)
         # In a custom function's forward method, for example, nothing can be cut.
         if torch.is_grad_enabled():
@@ -235,12 +240,11 @@ class ForwardPass(TorchFunctionMode):
 
     def _move(self, taps: list[Tapped], func: Call, args: Args, kwargs: Kwargs) -> Tensor:
         """The taps become one, at the result of this call."""
-        args, kwargs = replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
+        args, kwargs, operands = self._whole(taps, args, kwargs)
         self.give_up_taps([tap.point for tap in taps])
-        for tap in taps:
-            tap.moved = True
-        gates = self._outputs.gated(func, args, kwargs) if self._before_last else []
-        layers = [*gates, *[layer for tap in taps for layer in tap.layers]]
+        self._outputs.moved(taps)
+        gates = self._outputs.gated(func, operands) if self._before_last else []
+        layers = (*gates, *[layer for tap in taps for layer in tap.layers])
         z = func(*args, **kwargs)
         if any(z is x for x in args):
             self.overwritten(z)

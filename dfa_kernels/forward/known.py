@@ -1,0 +1,80 @@
+"""What one forward pass knows of the tensors it has met: a record for each, found once for every call."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import Args, Kwargs, tensors_in
+
+if TYPE_CHECKING:
+    from .layer_outputs import Layer, Past
+
+
+@dataclass(slots=True, eq=False)
+class Known:
+    """What is known of one tensor."""
+
+    weights: tuple[Tensor, ...] = ()
+    """The parameters that it is a form of; none of an activation."""
+    layers: tuple[Layer, ...] = ()
+    """The weight layers whose output it carries on, in their order."""
+    result_of: Layer | None = None
+    """The weight layer whose output it is."""
+    past: Past | None = None
+    """How it was made from taps."""
+    apart: bool = False
+    """Whether it was seen to be made without any layer's output, of inputs and parameters alone."""
+
+
+Operand = tuple[Tensor, Known]
+"""A tensor among a call's arguments, and what is known of it; not to be written to."""
+
+_NOTHING = Known()
+
+
+class KnownTensors:
+    """The records of one pass. They keep no tensor alive, but for as long as a compiler traces the pass."""
+
+    def __init__(self) -> None:
+        # A tensor that is being traced has no id, nor weak references.
+        self._is_traced = torch.compiler.is_compiling()
+        self._records: dict[int, tuple[Any, Known]] = {}
+        self._traced: list[Operand] = []
+
+    def of(self, x: Tensor) -> Known:
+        """What is known of x, to be read only."""
+        return self._found(x) or (Known((x,), apart=True) if is_parameter(x) else _NOTHING)
+
+    def record(self, x: Tensor) -> Known:
+        """What is known of x, to be written to."""
+        found = self._found(x)
+        if found is None:
+            found = Known((x,), apart=True) if is_parameter(x) else Known()
+            if self._is_traced:
+                self._traced.append((x, found))
+            else:
+                self._records[id(x)] = weakref.ref(x), found
+        return found
+
+    def _found(self, x: Tensor) -> Known | None:
+        if self._is_traced:
+            for known, record in self._traced:
+                if known is x:
+                    return record
+            return None
+        entry = self._records.get(id(x))
+        return entry[1] if entry is not None and entry[0]() is x else None
+
+    def operands(self, args: Args, kwargs: Kwargs) -> list[Operand]:
+        """The tensors of a call, those in lists included."""
+        return [(x, self.of(x)) for x in tensors_in(args, kwargs)]
+
+
+def is_parameter(x: Tensor) -> bool:
+    # Asked of the class, since what nn.Parameter counts as its own is slow to find.
+    return type(x) is not Tensor and isinstance(x, nn.Parameter)
