@@ -48,33 +48,41 @@ class KnownTensors:
 
     def of(self, x: Tensor) -> Known:
         """What is known of x, to be read only."""
-        return self._found(x) or (Known((x,), apart=True) if is_parameter(x) else _NOTHING)
+        return self._found(x) or _at_first(x)
 
     def record(self, x: Tensor) -> Known:
         """What is known of x, to be written to."""
-        found = self._found(x)
-        if found is None:
-            found = Known((x,), apart=True) if is_parameter(x) else Known()
+        known = self._found(x)
+        if known is None:
+            known = Known((x,), apart=True) if _is_parameter(x) else Known()
             if self._is_traced:
-                self._traced.append((x, found))
+                self._traced.append((x, known))
             else:
-                self._records[id(x)] = weakref.ref(x), found
-        return found
-
-    def _found(self, x: Tensor) -> Known | None:
-        if self._is_traced:
-            for known, record in self._traced:
-                if known is x:
-                    return record
-            return None
-        entry = self._records.get(id(x))
-        return entry[1] if entry is not None and entry[0]() is x else None
+                self._records[id(x)] = weakref.ref(x), known
+        return known
 
     def operands(self, args: Args, kwargs: Kwargs) -> list[Operand]:
         """The tensors of a call, those in lists included."""
-        return [(x, self.of(x)) for x in tensors_in(args, kwargs)]
+        if self._is_traced:
+            return [(x, self.of(x)) for x in tensors_in(args, kwargs)]
+        # As `of`, without a call for each.
+        operands, records = [], self._records
+        for x in tensors_in(args, kwargs):
+            entry = records.get(id(x))
+            operands.append((x, entry[1] if entry is not None and entry[0]() is x else _at_first(x)))
+        return operands
+
+    def _found(self, x: Tensor) -> Known | None:
+        if self._is_traced:
+            return next((known for other, known in self._traced if other is x), None)
+        entry = self._records.get(id(x))
+        return entry[1] if entry is not None and entry[0]() is x else None
 
 
-def is_parameter(x: Tensor) -> bool:
-    # Asked of the class, since what nn.Parameter counts as its own is slow to find.
+def _at_first(x: Tensor) -> Known:
+    return Known((x,), apart=True) if _is_parameter(x) else _NOTHING
+
+
+def _is_parameter(x: Tensor) -> bool:
+    # By its class first: what else nn.Parameter counts as its own is slow to find.
     return type(x) is not Tensor and isinstance(x, nn.Parameter)

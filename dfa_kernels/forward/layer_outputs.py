@@ -87,6 +87,7 @@ class LayerOutputs:
         self._point = -1
         self._open: list[Layer] = []
         self._with_past: list[Known] = []
+        self.any_opaque = False
         self._any_moved = False
 
     def made(self, call: WeightCall, result: Any) -> None:
@@ -94,12 +95,15 @@ class LayerOutputs:
         inputs = [(x, self._tensors.of(x)) for x in call.inputs]
         for x, known in inputs:
             self._taken(x, known)
-        self._arrived(taps_of(inputs))
+        arrived = taps_of(inputs)
+        if arrived:
+            self._arrived(arrived)
         results = tensors_in((result,), {})
         learns = any([x.requires_grad for x in results])
         layer = Layer(call, self._layers, learns, result.shape if isinstance(result, Tensor) else None)
         self._layers += 1
         self._open.append(layer)
+        self.any_opaque = self.any_opaque or call.opaque
         for x in results:
             known = self._tensors.record(x)
             known.layers, known.result_of = (layer,), layer
@@ -118,12 +122,14 @@ class LayerOutputs:
 
     def _arrived(self, taps: list[Tapped]) -> None:
         """A weight layer takes what was made from these taps: what else was has nothing to close any more."""
-        if not taps:
-            return
+        kept = []
         for known in self._with_past:
-            if known.past is not None and any(tap in taps for tap in known.past.taps):
-                known.past = None
-        self._with_past = [known for known in self._with_past if known.past is not None]
+            if known.past is not None:
+                if any([tap in taps for tap in known.past.taps]):
+                    known.past = None
+                else:
+                    kept.append(known)
+        self._with_past = kept
 
     def chained(self) -> list[Layer]:
         """At the end of a pass: the layers that only a chain through others connects with the tap that teaches them."""

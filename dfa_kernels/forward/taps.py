@@ -98,6 +98,7 @@ class ForwardPass(TorchFunctionMode):
     def __init__(self, policy: TapPolicy, weight_layers: int = -1) -> None:
         super().__init__()
         self.policy = policy
+        self.is_traced = torch.compiler.is_compiling()
         self.weight_layers = weight_layers
         self.point = -1
         self.shapes: dict[int, tuple[int, ...]] = {}
@@ -173,9 +174,10 @@ class ForwardPass(TorchFunctionMode):
             if moved:
                 args, kwargs, operands = self._whole(moved, args, kwargs)
                 call = bind(func, args, kwargs, operands) or call
-        if self.policy.kind != "named":
+        if self.policy.kind == "layer_input" or self._outputs.any_opaque:
             args, kwargs = self._cut_inputs(call.inputs, args, kwargs)
-        self._check_region()
+        if self._tapped_region is not None:
+            self._check_region()
         result = self.weight_layer(func, args, kwargs)
         self.newest = call
         self.calls.append(call)
@@ -185,7 +187,7 @@ class ForwardPass(TorchFunctionMode):
 
     def _check_region(self) -> None:
         """What is computed again after a tap would be without its cut, and saved tensors would change places."""
-        if self._tapped_region is not None and self._tapped_region == checkpointed_region():
+        if self._tapped_region == checkpointed_region():
             raise RuntimeError(
                 "net: torch.utils.checkpoint goes across a tap, and what it computes again would not be cut there; "
                 "checkpoint from one tap to the next at most"
@@ -254,7 +256,7 @@ class ForwardPass(TorchFunctionMode):
         self.point += 1
         self.shapes[self.point] = tuple(z.shape)
         self.points_without_grad += not torch.is_grad_enabled()
-        self._tapped_region = None if torch.compiler.is_compiling() else checkpointed_region()
+        self._tapped_region = None if self.is_traced else checkpointed_region()
         return self.at_tap(origin, z)
 
     def _on_mark(self, x: Tensor, name: str) -> Tensor:
