@@ -1,4 +1,4 @@
-"""The arguments of torch functions, and the tensors among them."""
+"""The arguments and results of torch functions, and the tensors among them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-def tensors_in(args: Args, kwargs: Kwargs) -> list[Tensor]:
-    """The tensors among a call's arguments, those in lists included."""
-    found = []
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [x for x in value if isinstance(x, Tensor)]
-    return found
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors that an argument or a result is, or has in its list."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [x for x in value if isinstance(x, Tensor)] if isinstance(value, (list, tuple)) else []
 
 
 def replaced(args: Args, kwargs: Kwargs, change: Callable[[Tensor], Tensor]) -> tuple[Args, Kwargs]:

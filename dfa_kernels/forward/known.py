@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import Args, Kwargs, tensors_in
+from .arguments import Args, Kwargs, tensors_of
 
 if TYPE_CHECKING:
     from .layer_outputs import Layer, Past
@@ -63,13 +63,17 @@ class KnownTensors:
 
     def operands(self, args: Args, kwargs: Kwargs) -> list[Operand]:
         """The tensors of a call, those in lists included."""
+        values = (*args, *kwargs.values()) if kwargs else args
         if self._is_traced:
-            return [(x, self.of(x)) for x in tensors_in(args, kwargs)]
-        # As `of`, without a call for each.
+            return [(x, self.of(x)) for value in values for x in tensors_of(value)]
         operands, records = [], self._records
-        for x in tensors_in(args, kwargs):
-            entry = records.get(id(x))
-            operands.append((x, entry[1] if entry is not None and entry[0]() is x else _at_first(x)))
+        for value in values:
+            if isinstance(value, Tensor):
+                # As `of`, without a call for each.
+                entry = records.get(id(value))
+                operands.append((value, entry[1] if entry is not None and entry[0]() is value else _at_first(value)))
+            elif isinstance(value, (list, tuple)):
+                operands += [(x, self.of(x)) for x in tensors_of(value)]
         return operands
 
     def _found(self, x: Tensor) -> Known | None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import CLAMP_MIN, CLAMPS
-from .arguments import Args, Call, Kwargs, replaced, tensors_in
+from .arguments import Args, Call, Kwargs, replaced, tensors_of
 from .elementwise import ELEMENT_PRODUCTS, ELEMENTWISE
 from .known import Known, KnownTensors, Operand
 from .weight_layers import WeightCall
@@ -98,7 +98,7 @@ class LayerOutputs:
         arrived = taps_of(inputs)
         if arrived:
             self._arrived(arrived)
-        results = tensors_in((result,), {})
+        results = tensors_of(result)
         learns = any([x.requires_grad for x in results])
         layer = Layer(call, self._layers, learns, result.shape if isinstance(result, Tensor) else None)
         self._layers += 1
@@ -161,17 +161,14 @@ class LayerOutputs:
         known.past = past
         self._with_past.append(known)
 
-    def around(self, func: Call, operands: list[Operand], before_last: bool) -> list[Tapped]:
-        """The taps that have to move behind this call.
+    def around(self, func: Call, operands: list[Operand], taps: list[Tapped], before_last: bool) -> list[Tapped]:
+        """The taps that have to move behind this call, of those from which its tensors were made.
 
         It joins what comes from them with more of the same layers' output; or it is a gate, the product with another
         layer's output that no activation follows. before_last: whether there are weight layers still to come; the last
         one's output is no gate's.
         """
-        if not self._with_past or func not in ELEMENTWISE or not torch.is_grad_enabled():
-            return []
-        taps = taps_of(operands)
-        if not taps:
+        if func not in ELEMENTWISE or not torch.is_grad_enabled():
             return []
         gated = before_last and bool(self.gated(func, operands))
         beside = [layer for _, known in operands for layer in known.layers]
@@ -204,19 +201,20 @@ class LayerOutputs:
         self._tensors.record(whole).layers = layers
         return whole
 
-    def follow(self, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand], result: Any) -> None:
-        """Any other call: its results carry on what its tensors carried."""
+    def follow(
+        self, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand], taps: list[Tapped], result: Any
+    ) -> None:
+        """Any other call: its results carry on what its tensors carried, and were made from these taps."""
         if not self._layers or not isinstance(result, (Tensor, tuple, list)):
             return
         if func in MISTAKEN and operands and (layer := operands[0][1].result_of):
             layer.unknown = func.__name__
         layers = _layers_of(operands)
         if layers:
-            for x in tensors_in((result,), {}):
+            for x in tensors_of(result):
                 self._tensors.record(x).layers = layers
         if not isinstance(result, Tensor):
             return
-        taps = taps_of(operands)
         if taps:
             self._follow_past(taps, func, args, kwargs, operands, result)
         elif not layers and result.requires_grad and all([_is_apart(x, known) for x, known in operands]):
@@ -248,6 +246,8 @@ def taps_of(operands: list[Operand]) -> list[Tapped]:
 def _layers_of(operands: list[Operand]) -> tuple[Layer, ...]:
     """The layers whose output some of these carry."""
     carried = [known.layers for _, known in operands if known.layers]
+    if not carried:
+        return ()
     if len(carried) == 1 and len(carried[0]) == 1:
         return carried[0]
     return tuple(sorted({layer for layers in carried for layer in layers}, key=lambda layer: layer.number))

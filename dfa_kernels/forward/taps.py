@@ -19,8 +19,8 @@ from .._torch_internals import checkpointed_region
 from ..activations import is_activation
 from .arguments import Args, Call, Kwargs, input_first, replaced
 from .known import KnownTensors, Operand
-from .layer_outputs import Layer, LayerOutputs, Tapped
-from .weight_layers import LAYERS, WEIGHT_CALLS, WeightCall, bind, form
+from .layer_outputs import Layer, LayerOutputs, Tapped, taps_of
+from .weight_layers import FORMING, LAYERS, WEIGHT_CALLS, WeightCall, bind, form
 
 T: Any = Tensor
 
@@ -107,6 +107,8 @@ class ForwardPass(TorchFunctionMode):
         self.newest: WeightCall | None = None
         self.calls: list[WeightCall] = []
         self._tapped_region: Any = None
+        self._before_last = weight_layers > 0
+        self._follows = policy.kind == "nonlinearity"
         self._tensors = KnownTensors()
         self._outputs = LayerOutputs(self._tensors)
 
@@ -142,34 +144,38 @@ class ForwardPass(TorchFunctionMode):
 
     def __torch_function__(self, func: Call, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         kwargs = kwargs or {}
+        if func in WEIGHT_CALLS:
+            if func in LAYERS:
+                args, kwargs = input_first(args, kwargs)
+            operands = self._tensors.operands(args, kwargs)
+            call = bind(func, args, kwargs, operands)
+            if call is not None:
+                return self._on_weight_layer(call, func, args, kwargs, operands)
         if func in SIZES:
             return func(*args, **kwargs)
         if func is TAP:
             return self._on_mark(*args)
         activates = is_activation(func, args[1:], kwargs)
-        if activates or func in LAYERS:
+        if activates:
             args, kwargs = input_first(args, kwargs)
         operands = self._tensors.operands(args, kwargs)
-        if func in WEIGHT_CALLS:
-            call = bind(func, args, kwargs, operands)
-            if call is not None:
-                return self._on_weight_layer(call, func, args, kwargs, operands)
-        if self.policy.kind == "nonlinearity":
+        if self._follows:
             return self._on_path(func, args, kwargs, operands, activates)
         return self._run(func, args, kwargs, operands, activates)
 
     def _run(self, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand], activates: bool) -> Any:
-        result = (self.activation if activates else self.other)(func, args, kwargs)
-        parameters = form(func, args, operands, result)
-        if parameters:
-            self._tensors.record(result).weights = parameters
+        result = self.activation(func, args, kwargs) if activates else self.other(func, args, kwargs)
+        if func in FORMING and isinstance(result, Tensor):
+            parameters = form(func, args, operands, result)
+            if parameters:
+                self._tensors.record(result).weights = parameters
         return result
 
     def _on_weight_layer(
         self, call: WeightCall, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand]
     ) -> Any:
         _check_same_device(call.inputs[0], call.weights[0])
-        if self.policy.kind == "nonlinearity":
+        if self._follows:
             moved = self._outputs.given_up(operands)
             if moved:
                 args, kwargs, operands = self._whole(moved, args, kwargs)
@@ -181,7 +187,8 @@ class ForwardPass(TorchFunctionMode):
         result = self.weight_layer(func, args, kwargs)
         self.newest = call
         self.calls.append(call)
-        if self.policy.kind == "nonlinearity":
+        self._before_last = len(self.calls) < self.weight_layers
+        if self._follows:
             self._outputs.made(call, result)
         return result
 
@@ -209,10 +216,6 @@ class ForwardPass(TorchFunctionMode):
         layers = self._outputs.opaque(x)
         return self._tap_behind(layers, x) if layers else x
 
-    @property
-    def _before_last(self) -> bool:
-        return self.weight_layers_seen < self.weight_layers
-
     def _whole(self, taps: list[Tapped], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, list[Operand]]:
         """The arguments without the cuts at these taps, which have moved: a path around the new tap is to be whole."""
         args, kwargs = replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
@@ -223,14 +226,15 @@ class ForwardPass(TorchFunctionMode):
         moved = self._outputs.given_up(operands)
         if moved:
             args, kwargs, operands = self._whole(moved, args, kwargs)
-        around = self._outputs.around(func, operands, self._before_last)
+        taps = taps_of(operands)
+        around = self._outputs.around(func, operands, taps, self._before_last) if taps else []
         if around:
             return self._move(around, func, args, kwargs)
         layers = self._outputs.awaiting(*operands[0]) if activates and operands else ()
         result = self._run(func, args, kwargs, operands, activates)
         if layers and self._before_last:
             return self._tap_behind(layers, result)
-        self._outputs.follow(func, args, kwargs, operands, result)
+        self._outputs.follow(func, args, kwargs, operands, taps, result)
         return result
 
     def _tap_behind(self, layers: tuple[Layer, ...], z: Tensor) -> Tensor:

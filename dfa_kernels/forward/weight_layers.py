@@ -48,7 +48,7 @@ RESHAPED: frozenset[Call] = frozenset(
     }
 )  # fmt: skip
 MASKED: frozenset[Call] = frozenset({T.mul, T.__mul__, T.__rmul__, torch.mul, T.div, T.__truediv__, torch.div})
-_FORMING: frozenset[Call] = RESHAPED | MASKED | frozenset(PRODUCTS)
+FORMING: frozenset[Call] = RESHAPED | MASKED | frozenset(PRODUCTS)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,8 +67,8 @@ def bind(func: Call, args: Args, kwargs: Kwargs, operands: list[Operand]) -> Wei
     """The operands of a weight call, if it multiplies an activation by a weight."""
     if func in LAYERS:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
-        parameters = next((known.weights for x, known in operands if x is weight), ())
-        return WeightCall((args[0],), parameters or (weight,), False, -1 if func is LINEAR else 1)
+        parameters = [known.weights for x, known in operands if x is weight and known.weights]
+        return WeightCall((args[0],), parameters[0] if parameters else (weight,), False, -1 if func is LINEAR else 1)
     factors = operands[PRODUCTS.get(func, 0) :] if args else operands
     weights = [parameter for _, known in factors for parameter in known.weights]
     inputs = [x for x, known in factors if not known.weights][: OPAQUE.get(func, 2)]
@@ -79,10 +79,8 @@ def bind(func: Call, args: Args, kwargs: Kwargs, operands: list[Operand]) -> Wei
     return WeightCall(tuple(inputs), tuple(weights), opaque, -1 if ends_in_units else None)
 
 
-def form(func: Call, args: Args, operands: list[Operand], result: Any) -> tuple[Tensor, ...]:
-    """The parameters that a call's result is another form of, of whose tensors so much is known."""
-    if func not in _FORMING or not isinstance(result, Tensor):
-        return ()
+def form(func: Call, args: Args, operands: list[Operand], result: Tensor) -> tuple[Tensor, ...]:
+    """The parameters that the result of one of the `FORMING` calls is another form of; none of an activation."""
     parameters = tuple([parameter for _, known in operands for parameter in known.weights])
     if not parameters:
         return ()
