@@ -325,6 +325,8 @@ class DFA(nn.Module):
     def _check_shown(self, segmented: SegmentedPass) -> None:
         """Compilers hide some functions; a pass without one tells whether any of them is an activation."""
         seen = segmented.points_seen
+        if seen == self._points:
+            return
         if not torch.compiler.is_compiling():
             self._points = seen
         elif self._points is None and any(layer.unknown == HIDDEN for layer in segmented.chained()):

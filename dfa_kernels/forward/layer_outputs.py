@@ -88,7 +88,7 @@ class LayerOutputs:
         self._open: list[Layer] = []
         self._with_past: list[Known] = []
         self.any_opaque = False
-        self._any_moved = False
+        self.any_moved = False
 
     def made(self, call: WeightCall, result: Any) -> None:
         """A weight layer ran: what its inputs carried has arrived."""
@@ -181,15 +181,11 @@ class LayerOutputs:
         layers = [known.result_of for _, known in operands]
         return [layer for layer in layers if layer is not None and layer.open]
 
-    def moved(self, taps: list[Tapped]) -> None:
+    def move(self, taps: list[Tapped]) -> None:
         """Another tap takes the place of these."""
-        self._any_moved = True
+        self.any_moved = True
         for tap in taps:
             tap.moved = True
-
-    def given_up(self, operands: list[Operand]) -> list[Tapped]:
-        """The taps behind these tensors that have moved: without a path through the new one, theirs has to be whole."""
-        return [tap for tap in taps_of(operands) if tap.moved] if self._any_moved else []
 
     def without(self, taps: list[Tapped], x: Tensor) -> Tensor:
         """x as it would be without the cuts at these taps."""

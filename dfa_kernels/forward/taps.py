@@ -147,10 +147,9 @@ class ForwardPass(TorchFunctionMode):
         if func in WEIGHT_CALLS:
             if func in LAYERS:
                 args, kwargs = input_first(args, kwargs)
-            operands = self._tensors.operands(args, kwargs)
-            call = bind(func, args, kwargs, operands)
+            call = bind(func, args, kwargs, self._tensors)
             if call is not None:
-                return self._on_weight_layer(call, func, args, kwargs, operands)
+                return self._on_weight_layer(call, func, args, kwargs)
         if func in SIZES:
             return func(*args, **kwargs)
         if func is TAP:
@@ -158,10 +157,9 @@ class ForwardPass(TorchFunctionMode):
         activates = is_activation(func, args[1:], kwargs)
         if activates:
             args, kwargs = input_first(args, kwargs)
-        operands = self._tensors.operands(args, kwargs)
         if self._follows:
-            return self._on_path(func, args, kwargs, operands, activates)
-        return self._run(func, args, kwargs, operands, activates)
+            return self._on_path(func, args, kwargs, activates)
+        return self._run(func, args, kwargs, self._tensors.operands(args, kwargs), activates)
 
     def _run(self, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand], activates: bool) -> Any:
         result = self.activation(func, args, kwargs) if activates else self.other(func, args, kwargs)
@@ -171,15 +169,11 @@ class ForwardPass(TorchFunctionMode):
                 self._tensors.record(result).weights = parameters
         return result
 
-    def _on_weight_layer(
-        self, call: WeightCall, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand]
-    ) -> Any:
+    def _on_weight_layer(self, call: WeightCall, func: Call, args: Args, kwargs: Kwargs) -> Any:
         _check_same_device(call.inputs[0], call.weights[0])
-        if self._follows:
-            moved = self._outputs.given_up(operands)
-            if moved:
-                args, kwargs, operands = self._whole(moved, args, kwargs)
-                call = bind(func, args, kwargs, operands) or call
+        if self._outputs.any_moved:
+            args, kwargs = self._whole(args, kwargs)
+            call = bind(func, args, kwargs, self._tensors) or call
         if self.policy.kind == "layer_input" or self._outputs.any_opaque:
             args, kwargs = self._cut_inputs(call.inputs, args, kwargs)
         if self._tapped_region is not None:
@@ -216,16 +210,19 @@ class ForwardPass(TorchFunctionMode):
         layers = self._outputs.opaque(x)
         return self._tap_behind(layers, x) if layers else x
 
-    def _whole(self, taps: list[Tapped], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, list[Operand]]:
-        """The arguments without the cuts at these taps, which have moved: a path around the new tap is to be whole."""
-        args, kwargs = replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
-        return args, kwargs, self._tensors.operands(args, kwargs)
+    def _whole(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The arguments without the cuts of taps that have moved: what they lead to is a path around the new tap."""
+        moved = [tap for tap in taps_of(self._tensors.operands(args, kwargs)) if tap.moved]
+        return self._without(moved, args, kwargs) if moved else (args, kwargs)
 
-    def _on_path(self, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand], activates: bool) -> Any:
+    def _without(self, taps: list[Tapped], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        return replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
+
+    def _on_path(self, func: Call, args: Args, kwargs: Kwargs, activates: bool) -> Any:
         """Any call but a weight layer's, under the "nonlinearity" policy."""
-        moved = self._outputs.given_up(operands)
-        if moved:
-            args, kwargs, operands = self._whole(moved, args, kwargs)
+        if self._outputs.any_moved:
+            args, kwargs = self._whole(args, kwargs)
+        operands = self._tensors.operands(args, kwargs)
         taps = taps_of(operands)
         around = self._outputs.around(func, operands, taps, self._before_last) if taps else []
         if around:
@@ -246,10 +243,10 @@ class ForwardPass(TorchFunctionMode):
 
     def _move(self, taps: list[Tapped], func: Call, args: Args, kwargs: Kwargs) -> Tensor:
         """The taps become one, at the result of this call."""
-        args, kwargs, operands = self._whole(taps, args, kwargs)
+        args, kwargs = self._without(taps, args, kwargs)
         self.give_up_taps([tap.point for tap in taps])
-        self._outputs.moved(taps)
-        gates = self._outputs.gated(func, operands) if self._before_last else []
+        self._outputs.move(taps)
+        gates = self._outputs.gated(func, self._tensors.operands(args, kwargs)) if self._before_last else []
         layers = (*gates, *[layer for tap in taps for layer in tap.layers])
         z = func(*args, **kwargs)
         if any(z is x for x in args):

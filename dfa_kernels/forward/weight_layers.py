@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import Args, Call, Kwargs
-from .known import Operand
+from .known import KnownTensors, Operand
 
 T: Any = Tensor
 
@@ -63,13 +63,13 @@ class WeightCall:
     """The dimension of its result that is its units, 1 or -1; those before it are the input's. None: not known."""
 
 
-def bind(func: Call, args: Args, kwargs: Kwargs, operands: list[Operand]) -> WeightCall | None:
-    """The operands of a weight call, if it multiplies an activation by a weight."""
+def bind(func: Call, args: Args, kwargs: Kwargs, tensors: KnownTensors) -> WeightCall | None:
+    """The operands of one of the `WEIGHT_CALLS`, if it multiplies an activation by a weight."""
     if func in LAYERS:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
-        parameters = [known.weights for x, known in operands if x is weight and known.weights]
-        return WeightCall((args[0],), parameters[0] if parameters else (weight,), False, -1 if func is LINEAR else 1)
-    factors = operands[PRODUCTS.get(func, 0) :] if args else operands
+        parameters = (weight,) if type(weight) is nn.Parameter else tensors.of(weight).weights or (weight,)
+        return WeightCall((args[0],), parameters, False, -1 if func is LINEAR else 1)
+    factors = tensors.operands(args[PRODUCTS.get(func, 0) :], kwargs)
     weights = [parameter for _, known in factors for parameter in known.weights]
     inputs = [x for x, known in factors if not known.weights][: OPAQUE.get(func, 2)]
     if not weights or not inputs:
