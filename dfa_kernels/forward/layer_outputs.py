@@ -257,7 +257,8 @@ def _meets(tap: Tapped, taps: list[Tapped], beside: list[Layer]) -> bool:
 
 def _comes_from_nowhere(x: Tensor, known: Known) -> bool:
     """Whether a function that nobody saw made x."""
-    return not known.layers and known.past is None and not _is_apart(x, known)
+    # Not by `not`: the compiler of torch 2.13 cannot negate a tuple.
+    return len(known.layers) == 0 and known.past is None and not _is_apart(x, known)
 
 
 def _is_apart(x: Tensor, known: Known) -> bool:

@@ -81,7 +81,7 @@ def bind(func: Call, args: Args, kwargs: Kwargs, tensors: KnownTensors) -> Weigh
 
 def form(func: Call, args: Args, operands: list[Operand], result: Tensor) -> tuple[Tensor, ...]:
     """The parameters that the result of one of the `FORMING` calls is another form of; none of an activation."""
-    parameters = tuple([parameter for _, known in operands for parameter in known.weights])
+    parameters = [parameter for _, known in operands for parameter in known.weights]
     if not parameters:
         return ()
     if func in RESHAPED:
@@ -91,4 +91,4 @@ def form(func: Call, args: Args, operands: list[Operand], result: Tensor) -> tup
         is_form = any(known.weights and x.shape == result.shape for x, known in operands[: len(args)])
     else:
         is_form = all(known.weights for _, known in operands)
-    return parameters if is_form else ()
+    return tuple(parameters) if is_form else ()
