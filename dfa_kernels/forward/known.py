@@ -54,7 +54,9 @@ class KnownTensors:
         """What is known of x, to be written to."""
         known = self._found(x)
         if known is None:
-            known = Known((x,), apart=True) if _is_parameter(x) else Known()
+            known = _at_first(x)
+            if known is _NOTHING:
+                known = Known()
             if self._is_traced:
                 self._traced.append((x, known))
             else:
@@ -84,9 +86,5 @@ class KnownTensors:
 
 
 def _at_first(x: Tensor) -> Known:
-    return Known((x,), apart=True) if _is_parameter(x) else _NOTHING
-
-
-def _is_parameter(x: Tensor) -> bool:
     # By its class first: what else nn.Parameter counts as its own is slow to find.
-    return type(x) is not Tensor and isinstance(x, nn.Parameter)
+    return Known((x,), apart=True) if type(x) is not Tensor and isinstance(x, nn.Parameter) else _NOTHING
