@@ -125,6 +125,6 @@ def look(output: Tensor, segments: Sequence[Segment], last: FusedLayer | None, b
         if layer.convolution is not None or not weight.requires_grad or not (bias is None or bias.requires_grad):
             return None
         # By number, since tensors are equal element by element; whoever compares keeps those that learn alive.
-        looks += (id(weight), id(bias), weight.dtype, layer.x.dtype, layer.x.dim(), layer.activation, layer.p, layer.q)
+        looks += (id(weight), id(bias), weight.dtype, layer.x.dtype, layer.activation, layer.p, layer.q)
     table, *wiring = numbered(layers, hidden)
     return Look([*looks, *wiring], [*table.tensors])
