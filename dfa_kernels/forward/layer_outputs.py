@@ -95,9 +95,8 @@ class LayerOutputs:
         inputs = [(x, self._tensors.of(x)) for x in call.inputs]
         for x, known in inputs:
             self._taken(x, known)
-        arrived = taps_of(inputs)
-        if arrived:
-            self._arrived(arrived)
+        if self._with_past:
+            self._arrived(taps_of(inputs))
         results = tensors_of(result)
         learns = any([x.requires_grad for x in results])
         layer = Layer(call, self._layers, learns, result.shape if isinstance(result, Tensor) else None)
@@ -122,14 +121,12 @@ class LayerOutputs:
 
     def _arrived(self, taps: list[Tapped]) -> None:
         """A weight layer takes what was made from these taps: what else was has nothing to close any more."""
-        kept = []
+        if not taps:
+            return
         for known in self._with_past:
-            if known.past is not None:
-                if any([tap in taps for tap in known.past.taps]):
-                    known.past = None
-                else:
-                    kept.append(known)
-        self._with_past = kept
+            if known.past is not None and any([tap in taps for tap in known.past.taps]):
+                known.past = None
+        self._with_past = [known for known in self._with_past if known.past is not None]
 
     def chained(self) -> list[Layer]:
         """At the end of a pass: the layers that only a chain through others connects with the tap that teaches them."""

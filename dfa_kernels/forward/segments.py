@@ -165,16 +165,16 @@ class SegmentedPass(ForwardPass):
         return h
 
     def _activate(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
-        z, *rest = args
+        z, rest = args[0], args[1:]
         chain, row = self._chain, FUSED_CALLS.get(func)
         if chain is None or not self._ends_in(chain, z):
             return cast(Tensor, func(*args, **kwargs))
         if row is None or chain.activation is not None:
             self._chain = None
             return cast(Tensor, func(*args, **kwargs))
-        chain.p, chain.q = call_parameters(row, tuple(rest), kwargs)
+        chain.p, chain.q = call_parameters(row, rest, kwargs)
         keeps_output = row.keeps_output(chain.p, chain.q)
-        overwrites = is_inplace(func, row, tuple(rest), kwargs)
+        overwrites = is_inplace(func, row, rest, kwargs)
         saved = z.clone() if overwrites and not keeps_output else z
         h = cast(Tensor, func(*args, **kwargs))
         chain.activation, chain.saved = row, h if keeps_output else saved

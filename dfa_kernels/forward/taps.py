@@ -224,9 +224,10 @@ class ForwardPass(TorchFunctionMode):
             args, kwargs = self._whole(args, kwargs)
         operands = self._tensors.operands(args, kwargs)
         taps = taps_of(operands)
-        around = self._outputs.around(func, operands, taps, self._before_last) if taps else []
-        if around:
-            return self._move(around, func, args, kwargs)
+        if taps:
+            around = self._outputs.around(func, operands, taps, self._before_last)
+            if around:
+                return self._move(around, func, args, kwargs)
         layers = self._outputs.awaiting(*operands[0]) if activates and operands else ()
         result = self._run(func, args, kwargs, operands, activates)
         if layers and self._before_last:
