@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -118,9 +119,11 @@ def compiler_is_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
-def is_being_compiled() -> bool:
-    """Whether a compiler, which is loaded, waits for the Python frames that are run here."""
-    return sys.modules["torch._C._dynamo.eval_frame"].get_eval_frame_callback() is not None
+compiler_at_work: Callable[[], Any] = get_eval_frame_callback
+"""The compiler that waits for the Python frames that are run here; None where none does.
+
+It is no function of Python, whose frame would be one of them.
+"""
 
 
 class ForcedEager:

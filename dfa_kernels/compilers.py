@@ -12,9 +12,9 @@ from torch import nn
 
 from ._torch_internals import (
     ForcedEager,
+    compiler_at_work,
     compiler_is_loaded,
     constant_when_compiled,
-    is_being_compiled,
     is_compiled,
     is_traced,
     is_under_functorch,
@@ -37,7 +37,7 @@ def whole(run: Callable[..., Result], *args: Any) -> Result:
             return run(*args)
     if not compiler_is_loaded():
         return run(*args)
-    if is_being_compiled():
+    if compiler_at_work() is not None:
         result: Result = _uncompiled()(_eagerly, run, *args)
         return result
     return _eagerly(run, *args)

@@ -93,7 +93,7 @@ class DFA(nn.Module):
         self._sketch: Sketch | None = None
         self._sequence: PlainSequence | None = None
         self._repeated: Repeated | None = None
-        self._alike: tuple[list[Any], tuple[Any, ...] | None, Repeated] | None = None
+        self._alike: tuple[list[Any], Repeated] | None = None
         self._chained: list[str] = []
         self._backprop = False
         self._optimizer: weakref.ref[FusedOptimizer] | None = None
@@ -176,7 +176,7 @@ class DFA(nn.Module):
         if "matrix" in found and own._given is not None:
             found["matrix"] = found["matrix"].to(own._given.device)
         self.feedback = Feedback.from_state_dict(found, device=own.device)
-        self._looks = self._repeated = None
+        self._looks = self._repeated = self._alike = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A checkpoint without feedback, of the plain network say, leaves the model its own."""
@@ -198,7 +198,8 @@ class DFA(nn.Module):
         sequence = self._as_sequence(args, kwargs)
         if sequence is not None:
             return self._plain_pass(sequence, args[0], ledger)
-        return self._end_observed(*whole(self._observed, args, kwargs), ledger)
+        seen = whole(self._observed, args, kwargs, ledger)
+        return seen if isinstance(seen, Tensor) else self._end(seen, ledger)
 
     def _as_sequence(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PlainSequence | None:
         """The network, if it is plain; the last pass's, as long as that holds."""
@@ -230,28 +231,25 @@ class DFA(nn.Module):
             self._remember(seen)
         return attach(seen, ledger)
 
-    def _observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, SegmentedPass]:
+    def _observed(self, args: tuple[Any, ...], kwargs: dict[str, Any], ledger: Ledger | None) -> Pass | Tensor:
+        """An observed pass; of one that looks like the last one its output, with its node."""
         segmented = SegmentedPass(self._policy, self._surveyed(args, kwargs).weight_layers)
         with segmented:
             output = self._run(*args, **kwargs)
-        return output, segmented
-
-    def _end_observed(self, output: Tensor, segmented: SegmentedPass, ledger: Ledger | None) -> Tensor:
         last = segmented.finish(output)
         self._check_pass(segmented)
         now = None if segmented.is_traced else look(output, segmented.segments, last, self.batch_dims)
-        if now is not None and self._alike is not None:
-            *before, ends = self._alike
-            if before == [now.looks, self._looks] and ends.suits(self.feedback, self.backend, ledger):
+        if now is not None and self._alike is not None and self._alike[0] == now.looks:
+            ends = self._alike[1]
+            if ends.suits(self.feedback, self.backend, ledger):
                 return ends.attach(output.detach(), now.own, ledger)
         watched = Watched(segmented.calls, segmented.chained())
         seen = recorded(
             output, segmented.segments, last, self.feedback, self.backend, self.batch_dims, self._row_dims, watched
         )
-        ended = self._end(seen, ledger)
         if now is not None and shares_one_node(seen):
-            self._alike = now.looks, self._looks, repeated(seen, now.own, self.backend)
-        return ended
+            self._alike = now.looks, repeated(seen, now.own, self.backend)
+        return seen
 
     def _run(self, *args: Any, **kwargs: Any) -> Tensor:
         """The network's output tensor."""
@@ -295,7 +293,8 @@ class DFA(nn.Module):
         if chained != self._chained:
             warn_of_unknown(seen, chained)
             self._chained = chained
-        self._looks, self._error_size = looks, seen.error_size
+        # A pass like an earlier one tells nothing, so it must be like the last that did.
+        self._looks, self._error_size, self._alike = looks, seen.error_size, None
         if not torch.compiler.is_compiling():
             self._sketch = sketch(seen)
 
