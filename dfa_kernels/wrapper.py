@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .backward.attach import Repeated, attach, look, repeated, shares_one_node
+from .backward.attach import Repeated, attach, likeness, repeated, shares_one_node
 from .backward.deferred import Ledger
 from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
 from .compilers import check_not_recorded, is_recorded, warn_of_compiled, whole
@@ -238,7 +238,7 @@ class DFA(nn.Module):
             output = self._run(*args, **kwargs)
         last = segmented.finish(output)
         self._check_pass(segmented)
-        now = None if segmented.is_traced else look(output, segmented.segments, last, self.batch_dims)
+        now = None if segmented.is_traced else likeness(output, segmented.segments, last, self.batch_dims)
         if now is not None and self._alike is not None and self._alike[0] == now.looks:
             ends = self._alike[1]
             if ends.suits(self.feedback, self.backend, ledger):

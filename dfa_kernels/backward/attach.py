@@ -100,16 +100,18 @@ def repeated(seen: Pass, own: list[Tensor | None], backend: str) -> Repeated:
 
 
 @dataclass(slots=True)
-class Look:
-    """What the end of a watched pass depends on, if all its segments are linear layers that learn."""
+class Likeness:
+    """What the end of an observed pass depends on: passes with equal looks end by the same `Repeated`."""
 
     looks: list[Any]
-    """All but the layers' own tensors."""
     own: list[Tensor | None]
+    """The layers' own tensors, none twice."""
 
 
-def look(output: Tensor, segments: Sequence[Segment], last: FusedLayer | None, batch_dims: int | None) -> Look | None:
-    """None if it is not known to be all."""
+def likeness(
+    output: Tensor, segments: Sequence[Segment], last: FusedLayer | None, batch_dims: int | None
+) -> Likeness | None:
+    """Of a pass of linear layers that all learn, the output layer among them; of others None."""
     if last is None or not segments:
         return None
     looks: list[Any] = [output.shape, output.dtype, output.device, batch_dims]
@@ -124,7 +126,7 @@ def look(output: Tensor, segments: Sequence[Segment], last: FusedLayer | None, b
         weight, bias = layer.weight, layer.bias
         if layer.convolution is not None or not weight.requires_grad or not (bias is None or bias.requires_grad):
             return None
-        # By number, since tensors are equal element by element; whoever compares keeps those that learn alive.
+        # Tensors are equal element by element, so they are compared by their ids: a plan keeps those that learn alive.
         looks += (id(weight), id(bias), weight.dtype, layer.x.dtype, layer.activation, layer.p, layer.q)
     table, *wiring = numbered(layers, hidden)
-    return Look([*looks, *wiring], [*table.tensors])
+    return Likeness([*looks, *wiring], [*table.tensors])
