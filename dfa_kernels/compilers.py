@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ._torch_internals import (
+    ForcedEager,
+    compiler_at_work,
     compiler_is_loaded,
     constant_when_compiled,
     is_compiled,
@@ -35,8 +37,16 @@ def whole(run: Callable[..., Result], *args: Any) -> Result:
             return run(*args)
     if not compiler_is_loaded():
         return run(*args)
-    result: Result = _uncompiled()(run, *args)
-    return result
+    if compiler_at_work() is not None:
+        result: Result = _uncompiled()(_eagerly, run, *args)
+        return result
+    return _eagerly(run, *args)
+
+
+def _eagerly(run: Callable[..., Result], *args: Any) -> Result:
+    # What is compiled on its own would call its compiler again.
+    with ForcedEager():
+        return run(*args)
 
 
 @constant_when_compiled
@@ -57,13 +67,9 @@ class _InOnePiece:
 
 @cache
 def _uncompiled() -> Callable[..., Any]:
-    def call(run: Callable[..., Any], *args: Any) -> Any:
-        # What is compiled on its own would call its compiler again.
-        with torch.compiler.set_stance("force_eager"):
-            return run(*args)
-
+    """Runs what it is given without the compiler that waits for its frames."""
     # Not as a decorator: it loads the compiler, which takes longer than all the rest of this package.
-    disabled: Callable[..., Any] = torch.compiler.disable(call)
+    disabled: Callable[..., Any] = torch.compiler.disable(lambda run, *args: run(*args))
     return disabled
 
 

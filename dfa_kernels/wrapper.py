@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .backward.attach import Repeated, attach, repeated
+from .backward.attach import Repeated, attach, likeness, repeated, shares_one_node
 from .backward.deferred import Ledger
 from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
 from .compilers import check_not_recorded, is_recorded, warn_of_compiled, whole
@@ -93,6 +93,7 @@ class DFA(nn.Module):
         self._sketch: Sketch | None = None
         self._sequence: PlainSequence | None = None
         self._repeated: Repeated | None = None
+        self._alike: tuple[list[Any], Repeated] | None = None
         self._chained: list[str] = []
         self._backprop = False
         self._optimizer: weakref.ref[FusedOptimizer] | None = None
@@ -175,7 +176,7 @@ class DFA(nn.Module):
         if "matrix" in found and own._given is not None:
             found["matrix"] = found["matrix"].to(own._given.device)
         self.feedback = Feedback.from_state_dict(found, device=own.device)
-        self._looks = self._repeated = None
+        self._looks = self._repeated = self._alike = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A checkpoint without feedback, of the plain network say, leaves the model its own."""
@@ -185,7 +186,7 @@ class DFA(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no optimizer, and has seen no pass."""
-        forgotten = ("_optimizer", "_looks", "_sketch", "_survey", "_sequence", "_repeated")
+        forgotten = ("_optimizer", "_looks", "_sketch", "_survey", "_sequence", "_repeated", "_alike")
         return {**self.__dict__, **dict.fromkeys(forgotten)}
 
     def extra_repr(self) -> str:
@@ -197,7 +198,8 @@ class DFA(nn.Module):
         sequence = self._as_sequence(args, kwargs)
         if sequence is not None:
             return self._plain_pass(sequence, args[0], ledger)
-        return self._end(whole(self._observed, args, kwargs), ledger)
+        seen = whole(self._observed, args, kwargs, ledger)
+        return seen if isinstance(seen, Tensor) else self._end(seen, ledger)
 
     def _as_sequence(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PlainSequence | None:
         """The network, if it is plain; the last pass's, as long as that holds."""
@@ -208,8 +210,10 @@ class DFA(nn.Module):
         # Not by the attribute: that of a module is slow to find.
         net, x = cast(nn.Module, self._modules["net"]), args[0]
         if self._sequence is None or not self._sequence.holds(net, x, self.batch_dims):
-            self._repeated = None
-            self._sequence = plain_sequence(net, x, self.batch_dims, self._policy.kind == "nonlinearity")
+            found = plain_sequence(net, x, self.batch_dims, self._policy.kind == "nonlinearity")
+            # A module's attributes are slow to set.
+            if found is not self._sequence:
+                self._sequence, self._repeated = found, None
         return self._sequence
 
     def _plain_pass(self, sequence: PlainSequence, x: Tensor, ledger: Ledger | None) -> Tensor:
@@ -227,16 +231,25 @@ class DFA(nn.Module):
             self._remember(seen)
         return attach(seen, ledger)
 
-    def _observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+    def _observed(self, args: tuple[Any, ...], kwargs: dict[str, Any], ledger: Ledger | None) -> Pass | Tensor:
+        """An observed pass; of one that looks like the last one its output, with its node."""
         segmented = SegmentedPass(self._policy, self._surveyed(args, kwargs).weight_layers)
         with segmented:
             output = self._run(*args, **kwargs)
         last = segmented.finish(output)
         self._check_pass(segmented)
+        now = None if segmented.is_traced else likeness(output, segmented.segments, last, self.batch_dims)
+        if now is not None and self._alike is not None and self._alike[0] == now.looks:
+            ends = self._alike[1]
+            if ends.suits(self.feedback, self.backend, ledger):
+                return ends.attach(output.detach(), now.own, ledger)
         watched = Watched(segmented.calls, segmented.chained())
-        return recorded(
+        seen = recorded(
             output, segmented.segments, last, self.feedback, self.backend, self.batch_dims, self._row_dims, watched
         )
+        if now is not None and shares_one_node(seen):
+            self._alike = now.looks, repeated(seen, now.own, self.backend)
+        return seen
 
     def _run(self, *args: Any, **kwargs: Any) -> Tensor:
         """The network's output tensor."""
@@ -260,7 +273,7 @@ class DFA(nn.Module):
             return self._survey
         found = survey(self.net, self._run, self._policy, self.batch_dims, args, kwargs)
         if not torch.compiler.is_compiling():
-            self._survey, self._row_dims = found, RowDims(found.varied)
+            self._survey, self._row_dims, self._alike = found, RowDims(found.varied), None
         return found
 
     def _remember(self, seen: Pass) -> None:
@@ -280,7 +293,8 @@ class DFA(nn.Module):
         if chained != self._chained:
             warn_of_unknown(seen, chained)
             self._chained = chained
-        self._looks, self._error_size = looks, seen.error_size
+        # A pass like an earlier one tells nothing, so it must be like the last that did.
+        self._looks, self._error_size, self._alike = looks, seen.error_size, None
         if not torch.compiler.is_compiling():
             self._sketch = sketch(seen)
 
@@ -325,6 +339,8 @@ class DFA(nn.Module):
     def _check_shown(self, segmented: SegmentedPass) -> None:
         """Compilers hide some functions; a pass without one tells whether any of them is an activation."""
         seen = segmented.points_seen
+        if seen == self._points:
+            return
         if not torch.compiler.is_compiling():
             self._points = seen
         elif self._points is None and any(layer.unknown == HIDDEN for layer in segmented.chained()):

@@ -225,6 +225,51 @@ print(before, compiler_is_loaded())
     assert printed.split() == ["False", "True"]
 
 
+def test_compiler_at_work():
+    """Else what a compiler has given up would be compiled in pieces, or a pass without any would take longer."""
+    seen = []
+
+    def function(x):
+        with Unknown():
+            torch._dynamo.graph_break()
+            if not torch.compiler.is_compiling():
+                seen.append(_torch_internals.compiler_at_work() is not None)
+            return x + 1
+
+    function(torch.ones(1))
+    torch.compile(function, backend="eager")(torch.ones(1))
+    assert seen == [False, True]
+
+
+class Unknown:
+    """Compilers give up a function rather than leave such a block in its middle."""
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *exception):
+        pass
+
+
+def test_forced_eager():
+    """Else a network that is compiled inside `DFA` would be."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    call = torch.compile(lambda x: x + 1, backend=backend)
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="fail_on_recompile"):
+        with _torch_internals.ForcedEager():
+            call(torch.ones(1))
+        assert not compiled
+        # The caller's own stance is back.
+        call(torch.ones(1))
+    call(torch.ones(1))
+    assert len(compiled) == 1
+
+
 def test_constant_when_compiled():
     """Else the choice of a backend, which reads what a compiler cannot, would break a whole graph."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ from torch import Tensor
 from .._torch_internals import apply_node, gradient_is_awaited
 from ..feedback import Feedback
 from ..forward.record import Pass
-from ..forward.segments import FusedLayer
+from ..forward.segments import FusedLayer, Segment
 from .deferred import Ledger
 from .layers_node import LayersNode
-from .node_plan import LayersPlan, layers_plan, meet_numbers, sharing_layers, taps_plan
+from .node_plan import LayersPlan, layers_plan, meet_numbers, numbered, sharing_layers, taps_plan
 from .taps_node import TapsNode
 
 
@@ -37,7 +38,7 @@ def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
         if group:
             output = _with_layers(output, *layers_plan(seen, group), owner)
     if others:
-        # The last node is the first to run: convolutions let go of their activations before linear layers get gradients.
+        # The last node is the first to run: convolutions let go of activations before linear layers get gradients.
         plan, tensors = taps_plan(seen, others)
         output = apply_node(TapsNode, plan, output, *tensors)
     return output
@@ -57,7 +58,7 @@ def _with_layers(output: Tensor, plan: LayersPlan, kept: Sequence[Tensor | None]
 
 @dataclass(slots=True)
 class Repeated:
-    """How passes end that look like an earlier one through the same plain sequence: all layers share one node."""
+    """How passes end that look like an earlier one: all layers share one node."""
 
     plan: LayersPlan
     places: list[int]
@@ -83,11 +84,50 @@ class Repeated:
         return _with_layers(output, self.plan, [*[own[i] for i in self.places], *self.stored], ledger)
 
 
+def shares_one_node(seen: Pass) -> bool:
+    """Whether all the pass's segments and its output layer are linear layers that share a launch."""
+    layers, others = sharing_layers(seen)
+    return bool(layers) and layers[-1] is seen.last and not others
+
+
 def repeated(seen: Pass, own: list[Tensor | None], backend: str) -> Repeated:
-    """For passes through a plain sequence that look like this one, whose layers have these tensors of their own."""
+    """For passes that look like this one, whose layers have these tensors of their own."""
     layers, _ = sharing_layers(seen)
     plan, kept = layers_plan(seen, layers)
     passing = kept[: len(kept) - len(seen.stored)]
     places = [next(i for i, tensor in enumerate(own) if tensor is each) for each in passing]
     widest = max(math.prod(segment.units) for segment in seen.segments)
     return Repeated(plan, places, seen.stored, widest, seen.error_size, backend, seen.output.device)
+
+
+@dataclass(slots=True)
+class Likeness:
+    """What the end of an observed pass depends on: passes with equal looks end by the same `Repeated`."""
+
+    looks: list[Any]
+    own: list[Tensor | None]
+    """The layers' own tensors, none twice."""
+
+
+def likeness(
+    output: Tensor, segments: Sequence[Segment], last: FusedLayer | None, batch_dims: int | None
+) -> Likeness | None:
+    """Of a pass of linear layers that all learn, the output layer among them; of others None."""
+    if last is None or not segments:
+        return None
+    looks: list[Any] = [output.shape, output.dtype, output.device, batch_dims]
+    hidden = []
+    for segment in segments:
+        if segment.layer is None:
+            return None
+        hidden.append(segment.layer)
+        looks += (segment.point, segment.tap.shape)
+    layers = [*hidden, last]
+    for layer in layers:
+        weight, bias = layer.weight, layer.bias
+        if layer.convolution is not None or not weight.requires_grad or not (bias is None or bias.requires_grad):
+            return None
+        # Tensors are equal element by element, so they are compared by their ids: a plan keeps those that learn alive.
+        looks += (id(weight), id(bias), weight.dtype, layer.x.dtype, layer.activation, layer.p, layer.q)
+    table, *wiring = numbered(layers, hidden)
+    return Likeness([*looks, *wiring], [*table.tensors])

@@ -70,14 +70,14 @@ def meet_numbers(feedback: FeedbackSpec, units: Iterable[Sequence[int]], numbers
 
 def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, list[Tensor]]:
     """The plan for these layers of the pass, and the tensors that it numbers. The output layer is the last, if any."""
-    table = TensorTable()
     hidden = [layer for layer in layers if layer is not seen.last]
+    table, inputs, saved, dropout_mask = numbered(layers, hidden)
     learning = [(layer.weight.requires_grad, layer.bias is not None and layer.bias.requires_grad) for layer in layers]
     parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
     plan = LayersPlan(
-        inputs=tuple([table.index(layer.x) for layer in layers]),
-        saved=tuple([table.index(layer.saved) for layer in hidden]),
-        dropout_mask=tuple([table.optional(layer.dropout_mask) for layer in hidden]),
+        inputs=inputs,
+        saved=saved,
+        dropout_mask=dropout_mask,
         stored=tuple([table.index(part) for part in seen.stored]),
         kept=len(table.tensors),
         activations=[layer.activation for layer in hidden],
@@ -92,6 +92,19 @@ def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, l
         has_shared=len({id(p) for p in parameters}) < len(parameters),
     )
     return plan, table.tensors
+
+
+def numbered(
+    layers: Sequence[FusedLayer], hidden: Sequence[FusedLayer]
+) -> tuple[TensorTable, tuple[int, ...], tuple[int, ...], tuple[int | None, ...]]:
+    """The tensors that these layers keep, and the numbers of their inputs and of what hidden ones saved."""
+    table = TensorTable()
+    return (
+        table,
+        tuple([table.index(layer.x) for layer in layers]),
+        tuple([table.index(layer.saved) for layer in hidden]),
+        tuple([table.optional(layer.dropout_mask) for layer in hidden]),
+    )
 
 
 @dataclass(slots=True)

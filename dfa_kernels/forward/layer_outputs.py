@@ -7,18 +7,19 @@ layer's output passes, as far as elementwise functions carry it around.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..activations import CLAMP_MIN, CLAMPS
+from .arguments import Args, Call, Kwargs, replaced, tensors_of
 from .elementwise import ELEMENT_PRODUCTS, ELEMENTWISE
-from .tensor_map import TensorMap
-from .weight_layers import Args, Call, Kwargs, WeightCall, replaced, tensors_in
+from .known import Known, KnownTensors, Operand
+from .weight_layers import WeightCall
 
 HIDDEN = "a function that is hidden"
 # Right behind a layer they stand where an activation would; elsewhere they have other purposes.
@@ -49,7 +50,7 @@ class Tapped:
     """A tap: its number in the pass, the layers that it teaches, and its tensor before the cut."""
 
     point: int
-    layers: list[Layer]
+    layers: tuple[Layer, ...]
     whole: Tensor
     used: bool = False
     """Whether something has used the cut tensor that cannot be made again without the cut."""
@@ -80,34 +81,36 @@ class Past:
 class LayerOutputs:
     """What is on its way in one forward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: KnownTensors) -> None:
+        self._tensors = tensors
         self._layers = 0
         self._point = -1
         self._open: list[Layer] = []
-        self._results: TensorMap[Layer] = TensorMap()
-        self._carried: TensorMap[list[Layer]] = TensorMap()
-        self._past: TensorMap[Past] = TensorMap()
-        self._apart: TensorMap[bool] = TensorMap()
+        self._with_past: list[Known] = []
+        self.any_opaque = False
+        self.any_moved = False
 
     def made(self, call: WeightCall, result: Any) -> None:
         """A weight layer ran: what its inputs carried has arrived."""
-        for x in call.inputs:
-            self._taken(x)
-        arrived = self._taps_of(call.inputs)
-        if arrived:
-            self._past.keep(lambda known: all(tap not in arrived for tap in known.taps))
-        learns = any(x.requires_grad for x in tensors_in((result,), {}))
+        inputs = [(x, self._tensors.of(x)) for x in call.inputs]
+        for x, known in inputs:
+            self._taken(x, known)
+        if self._with_past:
+            self._arrived(taps_of(inputs))
+        results = tensors_of(result)
+        learns = any([x.requires_grad for x in results])
         layer = Layer(call, self._layers, learns, result.shape if isinstance(result, Tensor) else None)
         self._layers += 1
         self._open.append(layer)
-        for x in tensors_in((result,), {}):
-            self._carried.set(x, [layer])
-            self._results.set(x, layer)
+        self.any_opaque = self.any_opaque or call.opaque
+        for x in results:
+            known = self._tensors.record(x)
+            known.layers, known.result_of = (layer,), layer
 
-    def _taken(self, x: Tensor) -> None:
+    def _taken(self, x: Tensor, known: Known) -> None:
         """A weight layer takes x: what makes it is taught by a chain, if no tap comes between yet."""
-        layers = self._carried.get(x) or []
-        if self._comes_from_nowhere(x):
+        layers: Sequence[Layer] = known.layers
+        if _comes_from_nowhere(x, known):
             # As an activation's, its shape is that of what it was made from.
             layers = [layer for layer in self._open if layer.shape == x.shape]
             for layer in layers:
@@ -116,121 +119,145 @@ class LayerOutputs:
             if layer.taken is None:
                 layer.taken = self._point
 
+    def _arrived(self, taps: list[Tapped]) -> None:
+        """A weight layer takes what was made from these taps: what else was has nothing to close any more."""
+        if not taps:
+            return
+        for known in self._with_past:
+            if known.past is not None and any([tap in taps for tap in known.past.taps]):
+                known.past = None
+        self._with_past = [known for known in self._with_past if known.past is not None]
+
     def chained(self) -> list[Layer]:
         """At the end of a pass: the layers that only a chain through others connects with the tap that teaches them."""
         return [x for x in self._open if x.learns and x.taken is not None and x.taken < self._point]
 
-    def awaiting(self, z: Tensor) -> list[Layer]:
+    def awaiting(self, z: Tensor, known: Known) -> tuple[Layer, ...]:
         """The layers whose output an activation of z follows, in their order.
 
         Where z comes from a function that nobody saw, that is every layer without an activation.
         """
-        return list(self._open) if self._comes_from_nowhere(z) else self._carried.get(z) or []
+        return tuple(self._open) if _comes_from_nowhere(z, known) else known.layers
 
-    def opaque(self, x: Tensor) -> list[Layer]:
+    def opaque(self, x: Tensor) -> tuple[Layer, ...]:
         """The open layers that make x together, if one of them is opaque."""
-        layers = [layer for layer in self._carried.get(x) or [] if layer.open]
-        return layers if any(layer.call.opaque for layer in layers) else []
+        layers = tuple([layer for layer in self._tensors.of(x).layers if layer.open])
+        return layers if any([layer.call.opaque for layer in layers]) else ()
 
-    def tapped(self, point: int, layers: list[Layer], whole: Tensor, cut: Tensor) -> None:
+    def tapped(self, point: int, layers: tuple[Layer, ...], whole: Tensor, cut: Tensor) -> None:
         """A tap was placed behind these layers: ``cut`` goes on."""
         for layer in layers:
             layer.open = False
         self._point = point
         self._open = [layer for layer in self._open if layer.open]
-        self._carried.discard(cut)
-        self._past.set(cut, Past([Tapped(point, layers, whole)]))
+        known = self._tensors.record(cut)
+        known.layers = ()
+        self._made_from(known, Past([Tapped(point, layers, whole)]))
 
-    def around(self, func: Call, args: Args, kwargs: Kwargs, before_last: bool) -> list[Tapped]:
-        """The taps that have to move behind this call.
+    def _made_from(self, known: Known, past: Past) -> None:
+        known.past = past
+        self._with_past.append(known)
+
+    def around(self, func: Call, operands: list[Operand], taps: list[Tapped], before_last: bool) -> list[Tapped]:
+        """The taps that have to move behind this call, of those from which its tensors were made.
 
         It joins what comes from them with more of the same layers' output; or it is a gate, the product with another
         layer's output that no activation follows. before_last: whether there are weight layers still to come; the last
         one's output is no gate's.
         """
-        if not len(self._past) or func not in ELEMENTWISE or not torch.is_grad_enabled():
+        if func not in ELEMENTWISE or not torch.is_grad_enabled():
             return []
-        tensors = list(tensors_in(args, kwargs))
-        taps = self._taps_of(tensors)
-        beside = [layer for x in tensors for layer in self._carried.get(x) or ()]
-        gated = before_last and bool(self.gated(func, args, kwargs))
-        return [
-            tap
-            for tap in taps
-            if not tap.used
-            and (
-                gated
-                or any(
-                    layer in beside or any(layer in other.layers for other in taps if other is not tap)
-                    for layer in tap.layers
-                )
-            )
-        ]
+        gated = before_last and bool(self.gated(func, operands))
+        beside = [layer for _, known in operands for layer in known.layers]
+        return [tap for tap in taps if not tap.used and (gated or _meets(tap, taps, beside))]
 
-    def gated(self, func: Call, args: Args, kwargs: Kwargs) -> list[Layer]:
+    def gated(self, func: Call, operands: list[Operand]) -> list[Layer]:
         """The layers whose output, as it is, this call multiplies by numbers of the same shape."""
-        tensors = list(tensors_in(args, kwargs))
-        if func not in ELEMENT_PRODUCTS or len(tensors) != 2 or tensors[0].shape != tensors[1].shape:
+        if func not in ELEMENT_PRODUCTS or len(operands) != 2 or operands[0][0].shape != operands[1][0].shape:
             return []
-        layers = [self._results.get(x) for x in tensors]
+        layers = [known.result_of for _, known in operands]
         return [layer for layer in layers if layer is not None and layer.open]
 
-    def _taps_of(self, tensors: Iterable[Tensor]) -> list[Tapped]:
-        """The taps from which elementwise functions made some of these."""
-        taps: list[Tapped] = []
-        for x in tensors:
-            past = self._past.get(x)
-            taps += [tap for tap in (past.taps if past else ()) if tap not in taps]
-        return taps
-
-    def given_up(self, tensors: Iterable[Tensor]) -> list[Tapped]:
-        """The taps behind these tensors that have moved: without a path through the new one, theirs has to be whole."""
-        return [tap for tap in self._taps_of(tensors) if tap.moved] if len(self._past) else []
+    def move(self, taps: list[Tapped]) -> None:
+        """Another tap takes the place of these."""
+        self.any_moved = True
+        for tap in taps:
+            tap.moved = True
 
     def without(self, taps: list[Tapped], x: Tensor) -> Tensor:
         """x as it would be without the cuts at these taps."""
-        past = self._past.get(x)
+        past = self._tensors.of(x).past
         if past is None or not any(tap in taps for tap in past.taps):
             return x
         whole = past.again(lambda y: self.without(taps, y))
-        self._carried.set(whole, [layer for tap in past.taps if tap in taps for layer in tap.layers])
+        layers = tuple([layer for tap in past.taps if tap in taps for layer in tap.layers])
+        self._tensors.record(whole).layers = layers
         return whole
 
-    def follow(self, func: Call, args: Args, kwargs: Kwargs, result: Any) -> None:
-        """Any other call: its results carry on what its tensors carried."""
-        if not isinstance(result, (Tensor, tuple, list)) or not (len(self._carried) or len(self._past)):
+    def follow(
+        self, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand], taps: list[Tapped], result: Any
+    ) -> None:
+        """Any other call: its results carry on what its tensors carried, and were made from these taps."""
+        if not self._layers or not isinstance(result, (Tensor, tuple, list)):
             return
-        tensors = list(tensors_in(args, kwargs))
-        if func in MISTAKEN and tensors and (layer := self._results.get(tensors[0])):
+        if func in MISTAKEN and operands and (layer := operands[0][1].result_of):
             layer.unknown = func.__name__
-        layers = {layer for x in tensors for layer in self._carried.get(x) or ()}
+        layers = _layers_of(operands)
         if layers:
-            for x in tensors_in((result,), {}):
-                self._carried.set(x, sorted(layers, key=lambda layer: layer.number))
+            for x in tensors_of(result):
+                self._tensors.record(x).layers = layers
         if not isinstance(result, Tensor):
             return
-        taps = self._taps_of(tensors)
         if taps:
-            self._follow_past(taps, tensors, func, args, kwargs, result)
-        elif not layers and result.requires_grad and all(map(self._is_apart, tensors)):
-            self._apart.set(result, True)
+            self._follow_past(taps, func, args, kwargs, operands, result)
+        elif not layers and result.requires_grad and all([_is_apart(x, known) for x, known in operands]):
+            self._tensors.record(result).apart = True
 
     def _follow_past(
-        self, taps: list[Tapped], tensors: list[Tensor], func: Call, args: Args, kwargs: Kwargs, result: Tensor
+        self, taps: list[Tapped], func: Call, args: Args, kwargs: Kwargs, operands: list[Operand], result: Tensor
     ) -> None:
-        overwrites = any(x is result for x in tensors)
+        overwrites = any([x is result for x, _ in operands])
         if func in ELEMENTWISE and not overwrites:
-            self._past.set(result, Past(taps, func, args, kwargs, torch.is_grad_enabled()))
+            past = Past(taps, func, args, kwargs, torch.is_grad_enabled())
+            self._made_from(self._tensors.record(result), past)
             return
         if overwrites:
-            self._past.discard(result)
+            self._tensors.record(result).past = None
         for tap in taps:
             tap.used = True
 
-    def _comes_from_nowhere(self, x: Tensor) -> bool:
-        """Whether a function that nobody saw made x."""
-        return self._carried.get(x) is None and self._past.get(x) is None and not self._is_apart(x)
 
-    def _is_apart(self, x: Tensor) -> bool:
-        """Whether x is made without any layer's output, of inputs and parameters alone, as far as was seen."""
-        return not x.requires_grad or isinstance(x, nn.Parameter) or x.is_leaf or self._apart.get(x) is not None
+def taps_of(operands: list[Operand]) -> list[Tapped]:
+    """The taps from which elementwise functions made some of these."""
+    taps: list[Tapped] = []
+    for _, known in operands:
+        if known.past is not None:
+            taps += [tap for tap in known.past.taps if tap not in taps]
+    return taps
+
+
+def _layers_of(operands: list[Operand]) -> tuple[Layer, ...]:
+    """The layers whose output some of these carry."""
+    carried = [known.layers for _, known in operands if known.layers]
+    if not carried:
+        return ()
+    if len(carried) == 1 and len(carried[0]) == 1:
+        return carried[0]
+    return tuple(sorted({layer for layers in carried for layer in layers}, key=lambda layer: layer.number))
+
+
+def _meets(tap: Tapped, taps: list[Tapped], beside: list[Layer]) -> bool:
+    """Whether more of its layers' output comes beside this tap, or from others of these."""
+    others = [layer for other in taps if other is not tap for layer in other.layers]
+    return any([layer in beside or layer in others for layer in tap.layers])
+
+
+def _comes_from_nowhere(x: Tensor, known: Known) -> bool:
+    """Whether a function that nobody saw made x."""
+    # Not by `not`: the compiler of torch 2.13 cannot negate a tuple.
+    return len(known.layers) == 0 and known.past is None and not _is_apart(x, known)
+
+
+def _is_apart(x: Tensor, known: Known) -> bool:
+    """Whether x is made without any layer's output, of inputs and parameters alone, as far as was seen."""
+    return known.apart or not x.requires_grad or x.is_leaf

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS, FUSED_CALLS, Activation, call_parameters, is_inplace
+from .arguments import Args, Call, Kwargs
 from .side_loss import Uncut, remember_whole
-from .taps import ForwardPass, TapPolicy
-from .weight_layers import CONVOLUTIONS, LINEAR, Args, Call, Kwargs, WeightCall
+from .taps import SIZES, ForwardPass, TapPolicy
+from .weight_layers import CONVOLUTIONS, LINEAR, WeightCall
 
 T: Any = torch.Tensor
 
@@ -32,6 +33,7 @@ class Convolution:
     groups: int
 
 
+@dataclass(slots=True, eq=False)
 class Chain:
     """A weight layer and the elementwise calls that followed it so far.
 
@@ -39,32 +41,18 @@ class Chain:
     masks, each divided by its keep probability.
     """
 
-    def __init__(
-        self, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, convolution: Convolution | None, value: Tensor
-    ) -> None:
-        self.x = x
-        self.weight = weight
-        self.bias = bias
-        self.convolution = convolution
-        self.activation: Activation | None = None
-        self.p = 0.0
-        self.q = 0.0
-        self.saved: Tensor | None = None
-        self.dropout_mask: Tensor | None = None
-        self.advance(value)
-
-    def advance(self, value: Tensor) -> None:
-        self.value = value
-        self._version = _version(value)
-
-    def ends_in(self, z: Tensor) -> bool:
-        """Whether z is the newest result, and still has the values that the chain gave it."""
-        return self.value is z and self._version == _version(z)
-
-
-def _version(tensor: Tensor) -> int:
-    # A compiler's graph has no version counters; an eager pass checks the same network.
-    return 0 if torch.compiler.is_compiling() else tensor._version
+    x: Tensor
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    convolution: Convolution | None
+    value: Tensor
+    version: int
+    """Of ``value``, as the chain made it."""
+    activation: Activation | None = None
+    p: float = 0.0
+    q: float = 0.0
+    saved: Tensor | None = None
+    dropout_mask: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -143,7 +131,7 @@ class SegmentedPass(ForwardPass):
         """
         if z is not self._overwritten or z._base is not None:
             return z, z.detach()
-        root = z.view_as(z) if torch.compiler.is_compiling() else Uncut.apply(z)
+        root = z.view_as(z) if self.is_traced else Uncut.apply(z)
         return root, z.detach_()
 
     def finish(self, output: Tensor) -> FusedLayer | None:
@@ -164,9 +152,10 @@ class SegmentedPass(ForwardPass):
 
     def weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
         value = func(*args, **kwargs)
-        self._chain = _start_chain(func, args, kwargs, value)
-        if self._chain is not None:
-            self._watch(self._chain.x)
+        self._chain = chain = _start_chain(func, args, kwargs, value)
+        if chain is not None:
+            chain.version = self._version(value)
+            self._watch(chain.x)
         return value
 
     def activation(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
@@ -176,20 +165,20 @@ class SegmentedPass(ForwardPass):
         return h
 
     def _activate(self, func: Call, args: Args, kwargs: Kwargs) -> Tensor:
-        z, *rest = args
+        z, rest = args[0], args[1:]
         chain, row = self._chain, FUSED_CALLS.get(func)
-        if chain is None or not chain.ends_in(z):
+        if chain is None or not self._ends_in(chain, z):
             return cast(Tensor, func(*args, **kwargs))
         if row is None or chain.activation is not None:
             self._chain = None
             return cast(Tensor, func(*args, **kwargs))
-        chain.p, chain.q = call_parameters(row, tuple(rest), kwargs)
+        chain.p, chain.q = call_parameters(row, rest, kwargs)
         keeps_output = row.keeps_output(chain.p, chain.q)
-        overwrites = is_inplace(func, row, tuple(rest), kwargs)
+        overwrites = is_inplace(func, row, rest, kwargs)
         saved = z.clone() if overwrites and not keeps_output else z
         h = cast(Tensor, func(*args, **kwargs))
         chain.activation, chain.saved = row, h if keeps_output else saved
-        chain.advance(h)
+        self._advance(chain, h)
         self._watch(chain.saved)
         return h
 
@@ -197,7 +186,7 @@ class SegmentedPass(ForwardPass):
         chain = self._chain
         if chain is None or not args or args[0] is not chain.value or func in _GETTERS:
             return func(*args, **kwargs)
-        if func is F.dropout and chain.ends_in(args[0]):
+        if func is F.dropout and self._ends_in(chain, args[0]):
             return self._dropout(chain, *args, **kwargs)
         self._chain = None
         return func(*args, **kwargs)
@@ -208,12 +197,12 @@ class SegmentedPass(ForwardPass):
             return x
         dropout_mask = F.dropout(torch.ones_like(x), p, training=True)
         chain.dropout_mask = dropout_mask if chain.dropout_mask is None else chain.dropout_mask * dropout_mask
-        chain.advance(x.mul_(dropout_mask) if inplace else x * dropout_mask)
+        self._advance(chain, x.mul_(dropout_mask) if inplace else x * dropout_mask)
         return chain.value
 
     def _finish_chain(self, z: Tensor, cut: Tensor) -> FusedLayer | None:
         chain, self._chain = self._chain, None
-        if chain is None or not chain.ends_in(z):
+        if chain is None or not self._ends_in(chain, z):
             return None
         row = chain.activation or ACTIVATIONS["identity"]
         saved = cut if chain.saved is None or chain.saved is z else chain.saved.detach()
@@ -221,12 +210,23 @@ class SegmentedPass(ForwardPass):
             chain.x, chain.weight, chain.bias, chain.convolution, row.name, chain.p, chain.q, saved, chain.dropout_mask
         )
 
+    def _advance(self, chain: Chain, value: Tensor) -> None:
+        chain.value, chain.version = value, self._version(value)
+
+    def _ends_in(self, chain: Chain, z: Tensor) -> bool:
+        """Whether z is the chain's newest result, and still has the values that the chain gave it."""
+        return chain.value is z and chain.version == self._version(z)
+
+    def _version(self, tensor: Tensor) -> int:
+        # A compiler's graph has no version counters; an eager pass checks the same network.
+        return 0 if self.is_traced else tensor._version
+
     def _watch(self, saved: Tensor) -> None:
-        self._versions.append((saved, _version(saved)))
+        self._versions.append((saved, self._version(saved)))
 
     def _check_versions(self) -> None:
         for saved, version in self._versions:
-            if _version(saved) != version:
+            if self._version(saved) != version:
                 raise RuntimeError(
                     f"net: a tensor of shape {tuple(saved.shape)} that a gradient needs was modified by an in-place "
                     f"operation: it is at version {saved._version}, expected {version}"
@@ -234,9 +234,7 @@ class SegmentedPass(ForwardPass):
 
 
 # Looking at a tensor does not end a chain.
-_GETTERS: frozenset[Call] = frozenset(
-    {T.shape.__get__, T.dtype.__get__, T.device.__get__, T.requires_grad.__get__, T.ndim.__get__, T.dim, T.size}
-)
+_GETTERS: frozenset[Call] = SIZES | {T.requires_grad.__get__}
 
 
 def _start_chain(func: Call, args: Args, kwargs: Kwargs, value: Tensor) -> Chain | None:
@@ -253,7 +251,7 @@ def _start_chain(func: Call, args: Args, kwargs: Kwargs, value: Tensor) -> Chain
         return None
     if not (value.requires_grad and value.is_floating_point()):
         return None
-    return Chain(x.to(value.dtype), weight, bias, convolution, value)
+    return Chain(x if x.dtype == value.dtype else x.to(value.dtype), weight, bias, convolution, value, 0)
 
 
 def _is_plain_parameter(p: Tensor) -> bool:

@@ -18,10 +18,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from .._torch_internals import map_tensors
 from ..autocast import WithoutGraph
+from .arguments import Args, Call, Kwargs
 from .restore import restored
 from .segments import SegmentedPass
 from .taps import ForwardPass, TapPolicy
-from .weight_layers import MODULES, Args, Call, Kwargs
+from .weight_layers import MODULES
 
 Run = Callable[..., Tensor]
 """The network, or whatever else makes one tensor of its arguments."""

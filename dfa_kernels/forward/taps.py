@@ -17,19 +17,15 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch_internals import checkpointed_region
 from ..activations import is_activation
-from .layer_outputs import Layer, LayerOutputs, Tapped
-from .weight_layers import (
-    LAYERS,
-    WEIGHT_CALLS,
-    Args,
-    Call,
-    Kwargs,
-    WeightCall,
-    Weights,
-    input_first,
-    replaced,
-    tensors_in,
-)
+from .arguments import Args, Call, Kwargs, input_first, replaced
+from .known import KnownTensors, Operand
+from .layer_outputs import Layer, LayerOutputs, Tapped, taps_of
+from .weight_layers import FORMING, LAYERS, WEIGHT_CALLS, WeightCall, bind, form
+
+T: Any = Tensor
+
+# They make no tensor, and say the same of one that is cut.
+SIZES: frozenset[Call] = frozenset({T.shape.__get__, T.dtype.__get__, T.device.__get__, T.ndim.__get__, T.dim, T.size})
 
 _library = torch.library.Library("dfa_kernels", "FRAGMENT")
 _library.define("tap(Tensor(a) x, str name) -> Tensor(a)")
@@ -102,6 +98,7 @@ class ForwardPass(TorchFunctionMode):
     def __init__(self, policy: TapPolicy, weight_layers: int = -1) -> None:
         super().__init__()
         self.policy = policy
+        self.is_traced = torch.compiler.is_compiling()
         self.weight_layers = weight_layers
         self.point = -1
         self.shapes: dict[int, tuple[int, ...]] = {}
@@ -110,8 +107,10 @@ class ForwardPass(TorchFunctionMode):
         self.newest: WeightCall | None = None
         self.calls: list[WeightCall] = []
         self._tapped_region: Any = None
-        self._weights = Weights()
-        self._outputs = LayerOutputs()
+        self._before_last = weight_layers > 0
+        self._follows = policy.kind == "nonlinearity"
+        self._tensors = KnownTensors()
+        self._outputs = LayerOutputs(self._tensors)
 
     @property
     def weight_layers_seen(self) -> int:
@@ -148,41 +147,48 @@ class ForwardPass(TorchFunctionMode):
         if func in WEIGHT_CALLS:
             if func in LAYERS:
                 args, kwargs = input_first(args, kwargs)
-            call = self._weights.bind(func, args, kwargs)
+            call = bind(func, args, kwargs, self._tensors)
             if call is not None:
                 return self._on_weight_layer(call, func, args, kwargs)
+        if func in SIZES:
+            return func(*args, **kwargs)
         if func is TAP:
             return self._on_mark(*args)
         activates = is_activation(func, args[1:], kwargs)
         if activates:
             args, kwargs = input_first(args, kwargs)
-        if self.policy.kind == "nonlinearity":
+        if self._follows:
             return self._on_path(func, args, kwargs, activates)
-        return self._run(func, args, kwargs, activates)
+        return self._run(func, args, kwargs, self._tensors.operands(args, kwargs), activates)
 
-    def _run(self, func: Call, args: Args, kwargs: Kwargs, activates: bool) -> Any:
-        result = (self.activation if activates else self.other)(func, args, kwargs)
-        self._weights.follow(func, args, kwargs, result)
+    def _run(self, func: Call, args: Args, kwargs: Kwargs, operands: list[Operand], activates: bool) -> Any:
+        result = self.activation(func, args, kwargs) if activates else self.other(func, args, kwargs)
+        if func in FORMING and isinstance(result, Tensor):
+            parameters = form(func, args, operands, result)
+            if parameters:
+                self._tensors.record(result).weights = parameters
         return result
 
     def _on_weight_layer(self, call: WeightCall, func: Call, args: Args, kwargs: Kwargs) -> Any:
         _check_same_device(call.inputs[0], call.weights[0])
-        if self.policy.kind == "nonlinearity":
+        if self._outputs.any_moved:
             args, kwargs = self._whole(args, kwargs)
-            call = self._weights.bind(func, args, kwargs) or call
-        if self.policy.kind != "named":
+            call = bind(func, args, kwargs, self._tensors) or call
+        if self.policy.kind == "layer_input" or self._outputs.any_opaque:
             args, kwargs = self._cut_inputs(call.inputs, args, kwargs)
-        self._check_region()
+        if self._tapped_region is not None:
+            self._check_region()
         result = self.weight_layer(func, args, kwargs)
         self.newest = call
         self.calls.append(call)
-        if self.policy.kind == "nonlinearity":
+        self._before_last = len(self.calls) < self.weight_layers
+        if self._follows:
             self._outputs.made(call, result)
         return result
 
     def _check_region(self) -> None:
         """What is computed again after a tap would be without its cut, and saved tensors would change places."""
-        if self._tapped_region is not None and self._tapped_region == checkpointed_region():
+        if self._tapped_region == checkpointed_region():
             raise RuntimeError(
                 "net: torch.utils.checkpoint goes across a tap, and what it computes again would not be cut there; "
                 "checkpoint from one tap to the next at most"
@@ -204,29 +210,32 @@ class ForwardPass(TorchFunctionMode):
         layers = self._outputs.opaque(x)
         return self._tap_behind(layers, x) if layers else x
 
-    @property
-    def _before_last(self) -> bool:
-        return self.weight_layers_seen < self.weight_layers
-
     def _whole(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """The arguments without the cuts of taps that have moved: what they lead to is a path around the new tap."""
-        moved = self._outputs.given_up(tensors_in(args, kwargs))
-        return replaced(args, kwargs, lambda x: self._outputs.without(moved, x)) if moved else (args, kwargs)
+        moved = [tap for tap in taps_of(self._tensors.operands(args, kwargs)) if tap.moved]
+        return self._without(moved, args, kwargs) if moved else (args, kwargs)
+
+    def _without(self, taps: list[Tapped], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        return replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
 
     def _on_path(self, func: Call, args: Args, kwargs: Kwargs, activates: bool) -> Any:
         """Any call but a weight layer's, under the "nonlinearity" policy."""
-        args, kwargs = self._whole(args, kwargs)
-        around = self._outputs.around(func, args, kwargs, self._before_last)
-        if around:
-            return self._move(around, func, args, kwargs)
-        layers = self._outputs.awaiting(args[0]) if activates else []
-        result = self._run(func, args, kwargs, activates)
+        if self._outputs.any_moved:
+            args, kwargs = self._whole(args, kwargs)
+        operands = self._tensors.operands(args, kwargs)
+        taps = taps_of(operands)
+        if taps:
+            around = self._outputs.around(func, operands, taps, self._before_last)
+            if around:
+                return self._move(around, func, args, kwargs)
+        layers = self._outputs.awaiting(*operands[0]) if activates and operands else ()
+        result = self._run(func, args, kwargs, operands, activates)
         if layers and self._before_last:
             return self._tap_behind(layers, result)
-        self._outputs.follow(func, args, kwargs, result)
+        self._outputs.follow(func, args, kwargs, operands, taps, result)
         return result
 
-    def _tap_behind(self, layers: list[Layer], z: Tensor) -> Tensor:
+    def _tap_behind(self, layers: tuple[Layer, ...], z: Tensor) -> Tensor:
         whole, cut = self._tap(layers[-1].call.weights[0], z)
         # In a custom function's forward method, for example, nothing can be cut.
         if torch.is_grad_enabled():
@@ -235,12 +244,11 @@ class ForwardPass(TorchFunctionMode):
 
     def _move(self, taps: list[Tapped], func: Call, args: Args, kwargs: Kwargs) -> Tensor:
         """The taps become one, at the result of this call."""
-        args, kwargs = replaced(args, kwargs, lambda x: self._outputs.without(taps, x))
+        args, kwargs = self._without(taps, args, kwargs)
         self.give_up_taps([tap.point for tap in taps])
-        for tap in taps:
-            tap.moved = True
-        gates = self._outputs.gated(func, args, kwargs) if self._before_last else []
-        layers = [*gates, *[layer for tap in taps for layer in tap.layers]]
+        self._outputs.move(taps)
+        gates = self._outputs.gated(func, self._tensors.operands(args, kwargs)) if self._before_last else []
+        layers = (*gates, *[layer for tap in taps for layer in tap.layers])
         z = func(*args, **kwargs)
         if any(z is x for x in args):
             self.overwritten(z)
@@ -250,7 +258,7 @@ class ForwardPass(TorchFunctionMode):
         self.point += 1
         self.shapes[self.point] = tuple(z.shape)
         self.points_without_grad += not torch.is_grad_enabled()
-        self._tapped_region = None if torch.compiler.is_compiling() else checkpointed_region()
+        self._tapped_region = None if self.is_traced else checkpointed_region()
         return self.at_tap(origin, z)
 
     def _on_mark(self, x: Tensor, name: str) -> Tensor:

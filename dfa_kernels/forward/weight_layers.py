@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tensor_map import TensorMap
+from .arguments import Args, Call, Kwargs
+from .known import KnownTensors, Operand
 
-Call = Callable[..., Any]
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 T: Any = Tensor
 
 LINEAR = F.linear
@@ -51,9 +48,10 @@ RESHAPED: frozenset[Call] = frozenset(
     }
 )  # fmt: skip
 MASKED: frozenset[Call] = frozenset({T.mul, T.__mul__, T.__rmul__, torch.mul, T.div, T.__truediv__, torch.div})
+FORMING: frozenset[Call] = RESHAPED | MASKED | frozenset(PRODUCTS)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class WeightCall:
     """The operands of a weight layer: activations, and the weights or the parameters that they are forms of."""
 
@@ -65,72 +63,32 @@ class WeightCall:
     """The dimension of its result that is its units, 1 or -1; those before it are the input's. None: not known."""
 
 
-class Weights:
-    """Tells weights from activations in one forward pass: parameters, and what is made of parameters alone."""
-
-    def __init__(self) -> None:
-        self._made: TensorMap[tuple[Tensor, ...]] = TensorMap()
-
-    def of(self, x: Any) -> tuple[Tensor, ...]:
-        """The parameters that x is a form of; none if it is an activation."""
-        return (x,) if isinstance(x, nn.Parameter) else self._made.get(x) or ()
-
-    def bind(self, func: Call, args: Args, kwargs: Kwargs) -> WeightCall | None:
-        """The operands, if the call multiplies an activation by a weight."""
-        if func in LAYERS:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            return WeightCall((args[0],), self.of(weight) or (weight,), False, -1 if func is LINEAR else 1)
-        factors = list(tensors_in(args[PRODUCTS.get(func, 0) :], kwargs))
-        weights = [parameter for x in factors for parameter in self.of(x)]
-        inputs = [x for x in factors if not self.of(x)][: OPAQUE.get(func, 2)]
-        if not weights or not inputs:
-            return None
-        opaque = func in OPAQUE
-        ends_in_units = not opaque and func is not torch.einsum and bool(self.of(factors[-1]))
-        return WeightCall(tuple(inputs), tuple(weights), opaque, -1 if ends_in_units else None)
-
-    def follow(self, func: Call, args: Args, kwargs: Kwargs, result: Any) -> None:
-        """Remembers a result that is a weight, too."""
-        if not isinstance(result, Tensor):
-            return
-        if func in RESHAPED:
-            # A table that is looked up is none.
-            is_weight = not any(isinstance(x, Tensor) for x in args[1:])
-        elif func in MASKED:
-            is_weight = any(self.of(x) and x.shape == result.shape for x in args)
-        else:
-            is_weight = func in PRODUCTS and all(self.of(x) for x in tensors_in(args, kwargs))
-        if is_weight:
-            parameters = [parameter for x in tensors_in(args, kwargs) for parameter in self.of(x)]
-            if parameters:
-                self._made.set(result, tuple(parameters))
+def bind(func: Call, args: Args, kwargs: Kwargs, tensors: KnownTensors) -> WeightCall | None:
+    """The operands of one of the `WEIGHT_CALLS`, if it multiplies an activation by a weight."""
+    if func in LAYERS:
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        parameters = (weight,) if type(weight) is nn.Parameter else tensors.of(weight).weights or (weight,)
+        return WeightCall((args[0],), parameters, False, -1 if func is LINEAR else 1)
+    factors = tensors.operands(args[PRODUCTS.get(func, 0) :], kwargs)
+    weights = [parameter for _, known in factors for parameter in known.weights]
+    inputs = [x for x, known in factors if not known.weights][: OPAQUE.get(func, 2)]
+    if not weights or not inputs:
+        return None
+    opaque = func in OPAQUE
+    ends_in_units = not opaque and func is not torch.einsum and bool(factors[-1][1].weights)
+    return WeightCall(tuple(inputs), tuple(weights), opaque, -1 if ends_in_units else None)
 
 
-def tensors_in(args: Args, kwargs: Kwargs) -> Iterator[Tensor]:
-    """The tensors among a call's arguments, those in lists included."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (x for x in value if isinstance(x, Tensor))
-
-
-def replaced(args: Args, kwargs: Kwargs, change: Callable[[Tensor], Tensor]) -> tuple[Args, Kwargs]:
-    """The arguments of a call with every tensor changed, those in lists included."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return change(value)
-        if type(value) in (list, tuple):
-            return type(value)([one(x) for x in value])
-        return value
-
-    return tuple([one(value) for value in args]), {name: one(value) for name, value in kwargs.items()}
-
-
-def input_first(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """The arguments of ``f(input, …)``, the input among the positional ones."""
-    if args:
-        return args, kwargs
-    rest = dict(kwargs)
-    return (rest.pop("input"),), rest
+def form(func: Call, args: Args, operands: list[Operand], result: Tensor) -> tuple[Tensor, ...]:
+    """The parameters that the result of one of the `FORMING` calls is another form of; none of an activation."""
+    parameters = [parameter for _, known in operands for parameter in known.weights]
+    if not parameters:
+        return ()
+    if func in RESHAPED:
+        # A table that is looked up is none.
+        is_form = not any(isinstance(x, Tensor) for x in args[1:])
+    elif func in MASKED:
+        is_form = any(known.weights and x.shape == result.shape for x, known in operands[: len(args)])
+    else:
+        is_form = all(known.weights for _, known in operands)
+    return tuple(parameters) if is_form else ()
