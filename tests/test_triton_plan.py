@@ -31,10 +31,10 @@ import dfa_kernels as dfa
 from bench.gpu.precision import tf32
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
-from dfa_kernels.backends.triton import choice, choice_wide, configs, describe, plan_taps
+from dfa_kernels.backends.triton import choice, choice_wide, configs, describe, plan_taps, producer
 from dfa_kernels.backends.triton.choice import plan_grouped
 from dfa_kernels.backends.triton.configs import GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig
-from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, needs_int64
+from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, gradient_tiles, needs_int64
 from dfa_kernels.backends.triton.operators import plan_project_taps
 from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm
 from dfa_kernels.backends.triton.plan_small import plan_strip
@@ -292,8 +292,51 @@ def test_two_launches_in_words() -> None:
     assert said.startswith("two launches (bfloat16; U regenerated from its seed), deltas with ")
     assert ", then grouped_gemm with 132 programs of 8 warps, through TMA (tiles m 128 × n 256 × k 64): " in said
     assert said.endswith(
-        "two launches, which took 226 µs on an H200 in a prototype for 784-4096x4-10 b=1024, one 246 µs"
+        "two launches, which took 226 µs on an H200 in a prototype for 784-4096x4-10 b=1024, one 246 µs; no warp of "
+        "its own loads the tiles: Triton's interpreter does not know Gluon"
     )
+
+
+def test_a_warp_that_loads_is_taken_where_gluon_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = wide_plan()
+    monkeypatch.setattr(producer, "NO_GLUON", "")
+    found = plan_grouped(plain.problem, H200)
+    assert (found.name, found.config, found.programs) == ("grouped_gemm_producer", producer.CONFIG, 132)
+    assert found.why.endswith("; a warp of its own loads the tiles, which made a prototype up to 5 % faster there")
+    assert found.options["maxnreg"] is None
+    assert found.arguments["STAGES"] == 4
+    assert {name: found.arguments[name] for name in ("total", "parts", "GROUP_M")} == {
+        name: plain.arguments[name] for name in ("total", "parts", "GROUP_M")
+    }
+
+
+@pytest.mark.parametrize(
+    ("version", "interpreted", "installed", "expected"),
+    [
+        ("3.6.0", False, True, ""),
+        ("3.7.1+git0", False, True, ""),
+        ("3.9.0", False, True, ""),
+        ("3.10.0", False, True, "Gluon is known of Triton 3.6, 3.7, 3.9, this is 3.10.0"),
+        ("3.6.0", False, False, "Gluon is known of Triton 3.6, 3.7, 3.9, this is 3.6.0"),
+        ("3.6.0", True, True, "Triton's interpreter does not know Gluon"),
+    ],
+)
+def test_versions_whose_gluon_is_known(version: str, interpreted: bool, installed: bool, expected: str) -> None:
+    assert producer.reason_without_gluon(version, interpreted, installed) == expected
+
+
+def test_why_no_warp_of_its_own_loads() -> None:
+    plain = wide_plan()
+    assert producer.reason_without(plain, H200, "") == ""
+    assert producer.reason_without(plain, H200, "no Gluon") == "no Gluon"
+    assert producer.reason_without(plain, Target(100, 148), "") == "it is for sm_90 and TMA"
+    assert producer.reason_without(replace(plain, uses_tma=False), H200, "") == "it is for sm_90 and TMA"
+    deep = [layers_plan((784, *(2048,) * n), rows=512, dtype=torch.bfloat16) for n in (8, 9)]
+    deep = [replace(plain, problem=plan.problem) for plan in deep]
+    assert [producer.reason_without(plan, H200, "") for plan in deep] == ["", "it is for up to 8 layers"]
+    most = gradient_tiles(plain.problem, producer.CONFIG)
+    assert producer.reason_without(plain, Target(90, most), "") == ""
+    assert producer.reason_without(plain, Target(90, most + 1), "") == "tiles of 128 × 256 do not fill the GPU"
 
 
 def test_a_measurement_within_the_margin_leaves_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
