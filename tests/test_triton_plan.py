@@ -34,6 +34,7 @@ from dfa_kernels.backends.calls import LayerCall, TapsCall
 from dfa_kernels.backends.triton import choice, choice_wide, configs, describe, plan_taps, producer
 from dfa_kernels.backends.triton.choice import plan_grouped
 from dfa_kernels.backends.triton.configs import GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig
+from dfa_kernels.backends.triton.kernels.grouped_gemm_producer import shared_layout
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, gradient_tiles, needs_int64
 from dfa_kernels.backends.triton.operators import plan_project_taps
 from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm
@@ -41,6 +42,7 @@ from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
 from dfa_kernels.backends.triton.route import looks_of, route_of
+from dfa_kernels.backends.triton.wide_tensors import tensors_of_both
 
 H200 = Target(90, 132)
 A100 = Target(80, 108)
@@ -308,6 +310,25 @@ def test_a_warp_that_loads_is_taken_where_gluon_runs(monkeypatch: pytest.MonkeyP
     assert {name: found.arguments[name] for name in ("total", "parts", "GROUP_M")} == {
         name: plain.arguments[name] for name in ("total", "parts", "GROUP_M")
     }
+
+
+def test_descriptors_for_a_warp_that_loads() -> None:
+    """In Gluon's layout: δ of both kinds, then every input; and as many arguments as the kernel has."""
+    problem = wide_plan(rows=6, width=48).problem
+    plan = plan_grouped_gemm(problem, producer.CONFIG, choose_configs(problem, H200)[1], H200)
+    error, saved = torch.ones(6, 10), (torch.ones(6, 48, dtype=torch.bfloat16),) * 4
+    inputs = (torch.ones(6, 784, dtype=torch.bfloat16), *saved)
+    _, tensors = tensors_of_both(plan, error, (error,), inputs, saved, saved)
+    hidden, output, _, *views, sums = tensors
+    assert {view.layout for view in (*views, hidden, output)} == {shared_layout(2), shared_layout(3)}
+    assert (hidden.shape, hidden.strides, hidden.block_shape) == ([4, 6, 48], [288, 48, 1], [1, 64, 128])
+    assert (output.shape, output.strides, output.block_shape) == ([1, 6, 16], [96, 16, 1], [1, 64, 128])
+    assert [view.shape for view in views[:6]] == [[6, 784], *[[6, 48]] * 4, [6, 784]]
+    assert {tuple(view.block_shape) for view in views} == {(64, 256)}
+    assert sums.dtype == torch.float32
+    # Six tuples of destinations and state, and the rule's numbers.
+    given = len(tensors) + 6 + len(plan.numbers) + 1 + len(plan.constants)
+    assert given == len(plan.kernel.arg_names)
 
 
 @pytest.mark.parametrize(

@@ -150,16 +150,16 @@ def _finish_slices(
         finish(gl.convert_layout(gradient, ROWS), at, inside, destination, state0, state1, hyper, first, RULE)
 
 
-@gluon.jit(do_not_specialize=["rows", "parts", "first_error_sum", "total"])
+@gluon.jit(do_not_specialize=["rows", "delta_width", "delta_stride", "parts", "first_error_sum", "total"])
 def grouped_gemm_producer(
     delta, output_delta, inputs, x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15, sums, weights,
     biases, weight_state0, weight_state1, bias_state0, bias_state1, rows, widths_in, widths_out, positions,
-    first_sums, parts, first_error_sum, total, hyper,
+    first_sums, delta_width, delta_stride, parts, first_error_sum, total, hyper,
     OUTPUT: gl.constexpr, WEIGHTS: gl.constexpr, BIASES: gl.constexpr, RULE: gl.constexpr, WEIGHT_SETS: gl.constexpr,
     BIAS_SETS: gl.constexpr, ALIGN: gl.constexpr, INDEX: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What `grouped_gemm` does with TMA, from the same tensors, in descriptors of Gluon."""
+    """What `grouped_gemm` does with TMA, from the same tensors; descriptors are Gluon's, made by `descriptor`."""
     delta_ring = gl.allocate_shared_memory(delta.dtype, [STAGES, 1, BLOCK_K, BLOCK_M], delta.layout)
     x_ring = gl.allocate_shared_memory(x0.dtype, [STAGES, BLOCK_K, BLOCK_N], x0.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
