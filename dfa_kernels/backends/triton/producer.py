@@ -31,14 +31,14 @@ def reason_without_gluon(version: str, interpreted: bool, installed: bool) -> st
     return ""
 
 
-NO_GLUON = reason_without_gluon(triton.__version__, INTERPRETED, find_spec("triton.experimental.gluon") is not None)
+# The parent first: of a module without one find_spec says nothing, it raises.
+_INSTALLED = all(map(find_spec, ("triton.experimental", "triton.experimental.gluon")))
+NO_GLUON = reason_without_gluon(triton.__version__, INTERPRETED, _INSTALLED)
+"""Of this process."""
 
 
 def reason_without(plan: LaunchPlan, target: Target, no_gluon: str) -> str:
-    """Why this plan of `grouped_gemm` stays as it is; empty if it is to be made anew with CONFIG.
-
-    no_gluon: NO_GLUON, of this process.
-    """
+    """Why this plan of `grouped_gemm` stays as it is; empty if it is to be made anew with CONFIG. no_gluon: NO_GLUON."""
     if target.capability != 90 or not plan.uses_tma:
         return "it is for sm_90 and TMA"
     if len(plan.problem.widths_in) > MOST_LAYERS:
