@@ -49,6 +49,12 @@ A100 = Target(80, 108)
 LIMIT = 2**31
 
 
+@pytest.fixture(autouse=True)
+def without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that plans are the same with a GPU and without."""
+    monkeypatch.setattr(producer, "NO_GLUON", "Triton's interpreter does not know Gluon")
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -38,7 +38,7 @@ NO_GLUON = reason_without_gluon(triton.__version__, INTERPRETED, _INSTALLED)
 
 
 def reason_without(plan: LaunchPlan, target: Target, no_gluon: str) -> str:
-    """Why this plan of `grouped_gemm` stays as it is; empty if it is to be made anew with CONFIG. no_gluon: NO_GLUON."""
+    """Why this plan of `grouped_gemm` stays as it is; empty if it is to be made with CONFIG. no_gluon: NO_GLUON."""
     if target.capability != 90 or not plan.uses_tma:
         return "it is for sm_90 and TMA"
     if len(plan.problem.widths_in) > MOST_LAYERS:
