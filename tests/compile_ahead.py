@@ -28,7 +28,7 @@ import triton
 from triton.compiler import ASTSource
 
 from bench.predict import ahead, sass
-from bench.predict.ahead import BLOCKS, DTYPES, WIDTHS, Case, compiled, hadamard_source, planned, source_of
+from bench.predict.ahead import BLOCKS, DTYPES, PRODUCER, WIDTHS, Case, compiled, hadamard_source, planned, source_of
 from dfa_kernels.backends.triton.configs import Configs, table
 from dfa_kernels.backends.triton.plan_small import LARGEST_HELD_ERROR
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR
@@ -45,6 +45,7 @@ INSTRUCTIONS = {
     "tcgen05": r"\btcgen05\.mma",
     "tma": r"\bcp\.async\.bulk\.tensor",
     "cp.async": r"\bcp\.async\.c[ag]\.shared",
+    "mbarrier": r"\bmbarrier\.arrive\.shared",
 }
 EXTENTS = ("brief", "usual", "rare", "all")
 # An architecture for each kind of tensor core; another of that kind has other limits and configs.
@@ -68,6 +69,8 @@ def cases(arch: int, extent: str = "all") -> Iterator[Case]:
         yield from _tables(dtype, configs, kernels, first_only=is_first_only(dtype, extent))
         if extent != "brief" and (extent == "all" or arch in KINDS_OF_CORE):
             yield from _more(arch, dtype, configs, extent == "all")
+        if arch == 90 and dtype in ("fp16", "bf16"):
+            yield from _loaded_by_a_warp(dtype, extent)
         if extent in ("rare", "all") and (arch, dtype) in THOROUGH:
             yield from _rare(dtype, configs, extent == "all")
 
@@ -132,6 +135,16 @@ def _wide(dtype: str, configs: Configs) -> Iterator[Case]:
     yield from (Case(kernel, 0, dtype, rows=MANY_ROWS) for kernel in ("deltas", "grouped_gemm"))
 
 
+def _loaded_by_a_warp(dtype: str, extent: str) -> Iterator[Case]:
+    case = Case(PRODUCER, 0, dtype)
+    yield case
+    if extent != "brief" and dtype == "bf16":
+        yield from (replace(case, rule=rule) for rule in ("sgd", "momentum", "adamw"))
+        yield replace(case, rule="momentum", network="half")
+        yield replace(case, rule="adamw", network="deep")
+        yield replace(case, rule="adamw", error_size=1000, rows=MANY_ROWS, numbers_in_memory=True)
+
+
 def _rare(dtype: str, configs: Configs, everything: bool) -> Iterator[Case]:
     one, two = Case("strip", 0, dtype, rows=ROWS), Case("two_phase", 0, dtype, error_size=1000)
     taps = replace(two, kernel="project_taps")
@@ -166,14 +179,20 @@ def describe(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     return {
         **sass.resources(kernel.asm["cubin"]),
+        "warps": int(re.search(r"\.reqntid (\d+)", ptx)[1]) // 32,  # type: ignore[index]
         "shared": kernel.metadata.shared,
         "tensor_memory": kernel.metadata.tmem_size or 0,
         "instructions": [name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, ptx)],
         "loads": sorted(_bytes_at_once(ptx, "ld")),
         "stores": sorted(_bytes_at_once(ptx, "st")),
         "plain_dots": len(re.findall(r"\btt\.dot .*-> tensor<[^>]*#blocked", kernel.asm["ttgir"])),
-        "overwritten": async_products.overwritten(kernel.asm["ttgir"], arguments),
+        "overwritten": _overwritten(kernel.asm["ttgir"], arguments),
     }
+
+
+def _overwritten(ttgir: str, arguments: dict[str, Any]) -> list[str]:
+    """Where warps load and others multiply, barriers in memory keep them apart: those cannot be followed."""
+    return [] if "warp_specialize" in ttgir else async_products.overwritten(ttgir, arguments)
 
 
 def _bytes_at_once(ptx: str, way: str) -> set[int]:

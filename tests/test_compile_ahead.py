@@ -18,6 +18,7 @@ import pytest
 from compile_ahead import ASYNCHRONOUS, EXTENTS, KINDS_OF_CORE, is_compiled, is_first_only
 from triton_versions import INSTALLED, OWN_VENV, THOROUGH, every_version, output_under
 
+from bench.predict.ahead import PRODUCER
 from bench.predict.limits import KIB, MULTIPROCESSORS, RESERVED_SHARED, Multiprocessor
 from dfa_kernels.backends.triton.configs import KINDS, table
 
@@ -71,7 +72,7 @@ def _resource_complaints(result: Result, card: Expected) -> Iterator[str]:
             yield f"{programs} programs of {used} {name}, expected at most {limit} together"
 
 
-BY_TMA = ("two_phase", "grouped_gemm")
+BY_TMA = ("two_phase", "grouped_gemm", PRODUCER)
 HALF = ("fp16", "bf16")
 
 
@@ -102,6 +103,8 @@ def _instruction_complaints(result: Result, card: Expected) -> Iterator[str]:
     copies = "tma" if card.tma and half and rows_of_16_bytes and result["kernel"] in BY_TMA else "cp.async"
     if (copies == "tma") != result["tma"]:
         yield f"planned with TMA: {result['tma']}, expected {copies == 'tma'}"
+    if result["kernel"] == PRODUCER and "mbarrier" not in found:
+        yield f"no mbarrier in {found}: the warp that loads is not told which tiles were read"
     if result["kernel"] == "strip" and result["stages"] == 1:
         return
     # An asynchronous copy moves 4 bytes at least, and each by itself where rows are odd.
@@ -223,6 +226,10 @@ FINE: Result = {
         ({"instructions": ["mma.sync", "tma"]}, ["no tcgen05 in ['mma.sync', 'tma']"]),
         ({"overwritten": ["%x, slot 1, is overwritten"]}, ["%x, slot 1, is overwritten"]),
         ({"stores": [4, 8]}, ["stores of [4, 8] bytes, expected 16"]),
+        (
+            {"kernel": PRODUCER},
+            ["no mbarrier in ['tcgen05', 'tma']: the warp that loads is not told which tiles were read"],
+        ),
         ({"plain_dots": 1}, ["1 products without tensor cores, expected 0"]),
         ({"tma": False}, ["planned with TMA: False, expected True"]),
         ({"instructions": ["tcgen05", "cp.async"]}, ["no tma in ['tcgen05', 'cp.async']: tiles are not loaded ahead"]),

@@ -17,13 +17,14 @@ from triton_cases import CASES, DEVICE, FEEDBACKS, Call, make_call, plain_layer,
 
 import dfa_kernels as dfa
 from bench.cpu.large_networks import vgg16
-from bench.gpu.forced import kernel_planner
+from bench.gpu.forced import PRODUCER, kernel_planner
 from bench.gpu.graphs import captured
 from bench.gpu.kernel_counts import OUR_KERNELS, device_activities
 from bench.gpu.precision import TruncatedProducts, tf32
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import TapsCall
+from dfa_kernels.backends.triton import producer
 from dfa_kernels.backends.triton.route import planned_by
 from dfa_kernels.backward import deltas
 from dfa_kernels.feedback import entries
@@ -41,6 +42,10 @@ LARGE = {"strip": (512, 4_500_032), "two_phase": (70_000, 32_768)}
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_precision = pytest.mark.parametrize("precision", PRECISIONS)
+needs_producer = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or bool(producer.NO_GLUON),
+    reason="a warp that loads is for sm_90 and a Triton whose Gluon is known",
+)
 either_kernel_fits = pytest.mark.parametrize("classes", [5, 1000])
 
 
@@ -186,6 +191,49 @@ def test_a_hundred_repeats_are_bitwise_equal(kernel: str, precision: str) -> Non
                 poison()
             again = triton_backend.layer_grads(call.arguments(), torch.float32)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), f"turn {turn}"
+
+
+def wide_call(rows: int, precision: str) -> Call:
+    """Tiles of 128 × 256 fill the GPU; none of the widths is a multiple of them."""
+    layers = [plain_layer(width_in=784, width_out=2000), plain_layer(width_in=2000, width_out=2000)]
+    return make_call(plain_network(layers, output_width=2000, rows=rows), PRECISIONS[precision])
+
+
+@needs_producer
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 70, 512])
+def test_a_warp_that_loads_changes_no_bit_of_weights_gradients(precision: str, rows: int) -> None:
+    """In any of 20 repeats. Biases' sums over parts of the batch may be added up in another order."""
+    call = wide_call(rows, precision)
+    with running("grouped_gemm", precision):
+        plain = triton_backend.layer_grads(call.arguments(), torch.float32)
+    with running(PRODUCER, precision):
+        assert PRODUCER in triton_backend.describe_layers(call.arguments(), torch.float32, "store", DEVICE)
+        first = triton_backend.layer_grads(call.arguments(), torch.float32)
+        for turn in range(20):
+            poison()
+            again = triton_backend.layer_grads(call.arguments(), torch.float32)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), f"turn {turn}"
+    check_grads(call, first, precision)
+    assert all(torch.equal(a, b) for a, b in zip(first[::2], plain[::2], strict=True))
+
+
+@needs_producer
+@pytest.mark.parametrize("rule", RULES)
+def test_a_warp_that_loads_updates_as_the_plain_kernel_does(rule: str) -> None:
+    call = wide_call(512, "bfloat16")
+    name, hyper, states = numbers_of(rule)
+    grads = triton_backend.layer_grads(call.arguments(), torch.float32)
+    before = [[torch.rand_like(g) for g in grads] for _ in range(1 + states)]
+    after = []
+    for kernel in ("grouped_gemm", PRODUCER):
+        weights, *state = [[t.clone() for t in tensors] for tensors in before]
+        flat = [t for of_one in zip(*state, strict=True) for t in of_one]
+        with running(kernel, "bfloat16"):
+            triton_backend.layer_update_(call.arguments(), weights, flat, name, hyper * len(weights))
+        after.append([*weights, *flat])
+    for found, expected in zip(*after, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @each_kernel

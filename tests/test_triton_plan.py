@@ -31,20 +31,28 @@ import dfa_kernels as dfa
 from bench.gpu.precision import tf32
 from dfa_kernels.backends import triton as triton_backend
 from dfa_kernels.backends.calls import LayerCall, TapsCall
-from dfa_kernels.backends.triton import choice, choice_wide, configs, describe, plan_taps
+from dfa_kernels.backends.triton import choice, choice_wide, configs, describe, plan_taps, producer
 from dfa_kernels.backends.triton.choice import plan_grouped
 from dfa_kernels.backends.triton.configs import GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig
-from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, needs_int64
+from dfa_kernels.backends.triton.kernels.grouped_gemm_producer import shared_layout
+from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, gradient_tiles, needs_int64
 from dfa_kernels.backends.triton.operators import plan_project_taps
 from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm
 from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
 from dfa_kernels.backends.triton.route import looks_of, route_of
+from dfa_kernels.backends.triton.wide_tensors import tensors_of_both
 
 H200 = Target(90, 132)
 A100 = Target(80, 108)
 LIMIT = 2**31
+
+
+@pytest.fixture(autouse=True)
+def without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that plans are the same with a GPU and without."""
+    monkeypatch.setattr(producer, "NO_GLUON", "Triton's interpreter does not know Gluon")
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -292,8 +300,70 @@ def test_two_launches_in_words() -> None:
     assert said.startswith("two launches (bfloat16; U regenerated from its seed), deltas with ")
     assert ", then grouped_gemm with 132 programs of 8 warps, through TMA (tiles m 128 × n 256 × k 64): " in said
     assert said.endswith(
-        "two launches, which took 226 µs on an H200 in a prototype for 784-4096x4-10 b=1024, one 246 µs"
+        "two launches, which took 226 µs on an H200 in a prototype for 784-4096x4-10 b=1024, one 246 µs; no warp of "
+        "its own loads the tiles: Triton's interpreter does not know Gluon"
     )
+
+
+def test_a_warp_that_loads_is_taken_where_gluon_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = wide_plan()
+    monkeypatch.setattr(producer, "NO_GLUON", "")
+    found = plan_grouped(plain.problem, H200)
+    assert (found.name, found.config, found.programs) == ("grouped_gemm_producer", producer.CONFIG, 132)
+    assert found.why.endswith("; a warp of its own loads the tiles, which made a prototype up to 5 % faster there")
+    assert found.options["maxnreg"] is None
+    assert found.arguments["STAGES"] == 4
+    assert {name: found.arguments[name] for name in ("total", "parts", "GROUP_M")} == {
+        name: plain.arguments[name] for name in ("total", "parts", "GROUP_M")
+    }
+
+
+def test_descriptors_for_a_warp_that_loads() -> None:
+    """In Gluon's layout: δ of both kinds, then every input; and as many arguments as the kernel has."""
+    problem = wide_plan(rows=6, width=48).problem
+    plan = plan_grouped_gemm(problem, producer.CONFIG, choose_configs(problem, H200)[1], H200)
+    error, saved = torch.ones(6, 10), (torch.ones(6, 48, dtype=torch.bfloat16),) * 4
+    inputs = (torch.ones(6, 784, dtype=torch.bfloat16), *saved)
+    _, tensors = tensors_of_both(plan, error, (error,), inputs, saved, saved)
+    hidden, output, _, *views, sums = tensors
+    assert {view.layout for view in (*views, hidden, output)} == {shared_layout(2), shared_layout(3)}
+    assert (hidden.shape, hidden.strides, hidden.block_shape) == ([4, 6, 48], [288, 48, 1], [1, 64, 128])
+    assert (output.shape, output.strides, output.block_shape) == ([1, 6, 16], [96, 16, 1], [1, 64, 128])
+    assert [view.shape for view in views[:6]] == [[6, 784], *[[6, 48]] * 4, [6, 784]]
+    assert {tuple(view.block_shape) for view in views} == {(64, 256)}
+    assert sums.dtype == torch.float32
+    # Six tuples of destinations and state, and the rule's numbers.
+    given = len(tensors) + 6 + len(plan.numbers) + 1 + len(plan.constants)
+    assert given == len(plan.kernel.arg_names)
+
+
+@pytest.mark.parametrize(
+    ("version", "interpreted", "installed", "expected"),
+    [
+        ("3.6.0", False, True, ""),
+        ("3.7.1+git0", False, True, ""),
+        ("3.9.0", False, True, ""),
+        ("3.10.0", False, True, "Gluon is known of Triton 3.6, 3.7, 3.9, this is 3.10.0"),
+        ("3.6.0", False, False, "Gluon is known of Triton 3.6, 3.7, 3.9, this is 3.6.0"),
+        ("3.6.0", True, True, "Triton's interpreter does not know Gluon"),
+    ],
+)
+def test_versions_whose_gluon_is_known(version: str, interpreted: bool, installed: bool, expected: str) -> None:
+    assert producer.reason_without_gluon(version, interpreted, installed) == expected
+
+
+def test_why_no_warp_of_its_own_loads() -> None:
+    plain = wide_plan()
+    assert producer.reason_without(plain, H200, "") == ""
+    assert producer.reason_without(plain, H200, "no Gluon") == "no Gluon"
+    assert producer.reason_without(plain, Target(100, 148), "") == "it is for sm_90 and TMA"
+    assert producer.reason_without(replace(plain, uses_tma=False), H200, "") == "it is for sm_90 and TMA"
+    deep = [layers_plan((784, *(2048,) * n), rows=512, dtype=torch.bfloat16) for n in (8, 9)]
+    deep = [replace(plain, problem=plan.problem) for plan in deep]
+    assert [producer.reason_without(plan, H200, "") for plan in deep] == ["", "it is for up to 8 layers"]
+    most = gradient_tiles(plain.problem, producer.CONFIG)
+    assert producer.reason_without(plain, Target(90, most), "") == ""
+    assert producer.reason_without(plain, Target(90, most + 1), "") == "tiles of 128 × 256 do not fill the GPU"
 
 
 def test_a_measurement_within_the_margin_leaves_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:

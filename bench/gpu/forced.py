@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from dfa_kernels.backends.triton import launch_plan
+from dfa_kernels.backends.triton import launch_plan, producer
 from dfa_kernels.backends.triton.configs import DeltasConfig, GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
 from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm
@@ -16,6 +16,8 @@ from dfa_kernels.backends.triton.plan_wide import plan_two_phase, usable_two_pha
 from dfa_kernels.backends.triton.problem import GroupedProblem, TapsProblem, Target
 from dfa_kernels.backends.triton.route import Planner, planned_by
 
+PRODUCER = "grouped_gemm_producer"
+"""`grouped_gemm` with a warp that loads; ValueError where `producer.reason_without` has one."""
 Config = StripConfig | TwoPhaseConfig | GemmConfig | ProjectionConfig
 
 
@@ -43,8 +45,14 @@ def kernel_planner(kernel: str) -> Planner:
     """The kernel of that name, with the first of its committed configs that fills the GPU."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
-        if kernel == "grouped_gemm":
-            return plan_grouped_gemm(problem, *choose_configs(problem, target), target)
+        if kernel.startswith("grouped_gemm"):
+            gemm, deltas = choose_configs(problem, target)
+            plain = plan_grouped_gemm(problem, gemm, deltas, target)
+            if kernel != PRODUCER:
+                return plain
+            if reason := producer.reason_without(plain, target, producer.NO_GLUON):
+                raise ValueError(f"kernel: {PRODUCER} cannot run: {reason}; 'grouped_gemm' can")
+            return plan_grouped_gemm(problem, producer.CONFIG, deltas, target)
         usable: Any = usable_strips if kernel == "strip" else usable_two_phase
         configs: Sequence[Any] = usable(problem, target)
         plans = [planner_for(config)(problem, target) for config in configs]

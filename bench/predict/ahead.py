@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dfa_kernels.backends.triton import producer
 from dfa_kernels.backends.triton.configs import table
 from dfa_kernels.backends.triton.kernels.hadamard_tile import hadamard_kernel
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
@@ -29,6 +30,7 @@ from dfa_kernels.feedback.spec import FeedbackSpec
 from dfa_kernels.updates import RULES
 
 MULTIPROCESSORS = 100
+PRODUCER = "grouped_gemm_producer"
 DTYPES = {"fp32": torch.float32, "ieee": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int8: "*i8"
@@ -95,23 +97,27 @@ def projected(case: Case) -> Projected:
 
 
 def grouped(case: Case) -> GroupedProblem:
-    """The paper's network, all gradients wanted, parameters in float32 unless they are to be `half`."""
+    """The paper's network, all gradients wanted, parameters in float32 unless they are to be `half`.
+
+    A `deep` one has as many layers as `grouped_gemm_producer` takes.
+    """
     width, hidden = WIDTHS.get(case.network, (3072, 800))
-    activations = ("tanh", "relu", "gelu") if case.network == "activations" else ("tanh",) * 3
+    layers = producer.MOST_LAYERS if case.network == "deep" else 4
+    activations = ("tanh", "relu", "gelu") if case.network == "activations" else ("tanh",) * (layers - 1)
     return GroupedProblem(
         projected(case),
-        (width, *(hidden,) * 3),
-        (*(hidden,) * 3, case.error_size),
-        (4 if case.network == "positions" else 1,) * 4,
+        (width, *(hidden,) * (layers - 1)),
+        (*(hidden,) * (layers - 1), case.error_size),
+        (4 if case.network == "positions" else 1,) * layers,
         activations,
-        (0.0,) * 6,
+        (0.0,) * (2 * layers - 2),
         0b111 if case.network == "dropout_mask" else 0,
-        0b1111,
-        0b1111,
+        2**layers - 1,
+        2**layers - 1,
         DTYPES[case.dtype] if case.network == "half" else torch.float32,
         case.rule,
-        (0,) * 4,
-        (0,) * 4,
+        (0,) * layers,
+        (0,) * layers,
     )
 
 
@@ -122,6 +128,8 @@ def taps(case: Case) -> TapsProblem:
 
 def planned(case: Case, arch: int) -> LaunchPlan:
     """The plan with the config asked for."""
+    if case.kernel == PRODUCER:
+        return _planned_in_two(case, producer.CONFIG, Target(arch, MULTIPROCESSORS))
     config = getattr(table()[arch][projected(case).arithmetic], case.kernel)[case.config]
     if case.kernel in ("deltas", "grouped_gemm"):
         return _planned_in_two(case, config, Target(arch, MULTIPROCESSORS))
@@ -136,7 +144,7 @@ def _planned_in_two(case: Case, config: Any, target: Target) -> LaunchPlan:
     """The launch asked for, of both."""
     problem = grouped(case)
     gemm, tiles = choose_configs(problem, target)
-    if case.kernel == "grouped_gemm":
+    if case.kernel.startswith("grouped_gemm"):
         return plan_grouped_gemm(problem, config, tiles, target)
     first = plan_grouped_gemm(problem, gemm, config if walks(problem.projected) else tiles, target).first
     assert first is not None
@@ -156,7 +164,7 @@ def types_of(plan: LaunchPlan, numbers_in_memory: bool) -> tuple[list[Any], tupl
     tensors = [error, stored, (x,) * layers, (x,) * hidden, (x,) * hidden]
     if plan.name == "deltas":
         return [*tensors[:2], *tensors[3:], x, x, "*fp32"], plan.numbers
-    if plan.name == "grouped_gemm":
+    if plan.name.startswith("grouped_gemm"):
         tensors = _factor_types(plan, x, layers)
     if plan.counters:
         tensors = ["*i32", *tensors, (x,) * layers, "*fp32"]
@@ -174,8 +182,24 @@ def _factor_types(plan: LaunchPlan, x: str, layers: int) -> list[Any]:
     if not plan.uses_tma:
         return [x, x, (x,) * layers, *(x,) * MOST_VIEWS, "*fp32"]
     m, n, k = (plan.arguments[f"BLOCK_{side}"] for side in "MNK")
-    delta, view = f"tensordesc<{x[1:]}[1, {k}, {m}]>", f"tensordesc<{x[1:]}[{k}, {n}]>"
+    delta, view = (_descriptor_type(plan, x[1:], tile) for tile in ([1, k, m], [k, n]))
     return [delta, delta, (x,), *(view,) * MOST_VIEWS, "*fp32"]
+
+
+def _descriptor_type(plan: LaunchPlan, dtype: str, tile: list[int]) -> str:
+    if plan.name != PRODUCER:
+        return f"tensordesc<{dtype}{tile}>"
+    from dfa_kernels.backends.triton.kernels.grouped_gemm_producer import shared_layout
+
+    return f"tensordesc<{dtype}{tile},{shared_layout(len(tile))!r}>"
+
+
+def _kind_of_source(plan: LaunchPlan) -> Any:
+    if plan.name != PRODUCER:
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def source_of(plan: LaunchPlan, numbers_in_memory: bool = False) -> ASTSource:
@@ -192,7 +216,7 @@ def source_of(plan: LaunchPlan, numbers_in_memory: bool = False) -> ASTSource:
     ones = {"stride_column": 1} if "stride_column" in names else {}
     constexprs = {(names.index(name),): value for name, value in (constants | ones).items()}
     signature |= dict.fromkeys([*constants, *ones], "constexpr")
-    return ASTSource(
+    return _kind_of_source(plan)(
         fn=plan.kernel,
         signature={name: signature[name] for name in names},
         constexprs=constexprs,

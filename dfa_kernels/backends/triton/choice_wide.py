@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+from . import producer
 from .launch_plan import LaunchPlan, gradient_tiles, that_fills
 from .plan_gemm import choose_configs, plan_grouped_gemm
 from .plan_wide import plan_two_phase, usable_two_phase
@@ -44,13 +45,22 @@ def plan_wide(problem: GroupedProblem, target: Target, why: str) -> LaunchPlan:
     """The launch or launches for a problem that δ is written to memory for; why: the reason for that."""
     nearest = _nearest(problem, target)
     if nearest:
-        two = plan_grouped_gemm(problem, *choose_configs(problem, target), target)
+        two, words = _plan_two(problem, target)
         short = nearest.one_launch is None or nearest.one_launch > MARGIN * nearest.two_launches
         if two.uses_tma and short:
-            return replace(two, why=f"{why}; {_in_words(nearest)}")
+            return replace(two, why=f"{why}; {_in_words(nearest)}; {words}")
     usable = usable_two_phase(problem, target)
     config = usable[that_fills([gradient_tiles(problem, c) for c in usable], target)]
     return replace(plan_two_phase(problem, config, target), why=f"{why}; {_why_one_launch(problem, target)}")
+
+
+def _plan_two(problem: GroupedProblem, target: Target) -> tuple[LaunchPlan, str]:
+    """Two launches, and why a warp of its own loads tiles in the second or not."""
+    gemm, deltas = choose_configs(problem, target)
+    plain = plan_grouped_gemm(problem, gemm, deltas, target)
+    if reason := producer.reason_without(plain, target, producer.NO_GLUON):
+        return plain, f"no warp of its own loads the tiles: {reason}"
+    return plan_grouped_gemm(problem, producer.CONFIG, deltas, target), producer.FASTER
 
 
 def _nearest(problem: GroupedProblem, target: Target) -> Measured | None:

@@ -28,7 +28,7 @@ class HasRegisters:
     programs: int
 
     @property
-    def registers(self) -> int:
+    def registers(self) -> int | None:
         """Said to the compiler, which else picks an occupancy by itself and spills a little to reach it."""
         return min(MOST_REGISTERS, REGISTERS // (self.programs * self.num_warps * 32) // 8 * 8)
 
@@ -98,6 +98,16 @@ class GemmConfig(HasRegisters):
     num_warps: int
     num_stages: int
     needs_tma: bool = False
+
+
+@dataclass(frozen=True)
+class ProducerConfig(GemmConfig):
+    """The same with a warp beside num_warps that loads ahead, as many tiles as there are stages."""
+
+    @property
+    def registers(self) -> None:
+        """Triton divides them among warps that load and warps that multiply."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def _launch(
     if plan.counters:
         sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
         tensors = (counters(plan.counters, error.device), *tensors, _delta_workspace(plan, error, inputs, saved), sums)
-    if plan.name == "grouped_gemm":
+    if plan.name.startswith("grouped_gemm"):
         firsts, tensors = tensors_of_both(plan, error, stored, inputs, saved or anything, masks)
         if plan.first:
             launch(plan.first, error.device, firsts)

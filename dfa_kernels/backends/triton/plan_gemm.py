@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from .configs import GemmConfig, ProjectionConfig, configs_for
+from .configs import GemmConfig, ProducerConfig, ProjectionConfig, configs_for
 from .kernels.deltas import OUTPUT_UNITS, deltas
 from .kernels.grouped_gemm import grouped_gemm
 from .launch_plan import LaunchPlan, can_use_tma, fitted, gradient_tiles, grouped_arguments, product_tiles, that_fills
@@ -101,11 +101,12 @@ def plan_grouped_gemm(
         parts=parts,
         total=total,
         TMA=layout.tma,
+        STAGES=config.num_stages,
         **product_tiles(config),
     )
     return LaunchPlan(
         problem,
-        grouped_gemm,
+        _kernel_for(config),
         config,
         min(total, target.multiprocessors * config.programs),
         arguments,
@@ -116,6 +117,15 @@ def plan_grouped_gemm(
         first=first,
         delta_row=layout.row,
     )
+
+
+def _kernel_for(config: GemmConfig) -> Any:
+    if not isinstance(config, ProducerConfig):
+        return grouped_gemm
+    # Gluon is not there in every version of Triton.
+    from .kernels.grouped_gemm_producer import grouped_gemm_producer
+
+    return grouped_gemm_producer
 
 
 def _plan_deltas(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .configs import ProducerConfig
 from .launch import Arguments
 from .launch_plan import LaunchPlan
 from .plan_gemm import MOST_VIEWS
@@ -40,9 +41,17 @@ def _views(plan: LaunchPlan, rows: int, delta: Tensor, output: Tensor, inputs: t
     given, hidden = plan.arguments, plan.problem.hidden
     block_m, block_n, block_k = (given[f"BLOCK_{side}"] for side in "MNK")
     width, stride = plan.delta_row // hidden, given["delta_stride"]
-    tile = [1, block_k, block_m]
-    of_hidden = of_output = TensorDescriptor(delta, [hidden, rows, width], [rows * width, width, 1], tile)
+    tile, view = [1, block_k, block_m], _maker_of_views(plan)
+    of_hidden = of_output = view(delta, [hidden, rows, width], [rows * width, width, 1], tile)
     if len(inputs) > hidden:
-        of_output = TensorDescriptor(output, [1, rows, given["delta_width"]], [rows * stride, stride, 1], tile)
-    of_inputs = [TensorDescriptor(x, [rows, x.shape[1]], [x.shape[1], 1], [block_k, block_n]) for x in inputs]
+        of_output = view(output, [1, rows, given["delta_width"]], [rows * stride, stride, 1], tile)
+    of_inputs = [view(x, [rows, x.shape[1]], [x.shape[1], 1], [block_k, block_n]) for x in inputs]
     return (of_hidden, of_output, inputs[:1], *of_inputs, *of_inputs[:1] * (MOST_VIEWS - len(inputs)))
+
+
+def _maker_of_views(plan: LaunchPlan) -> Any:
+    if not isinstance(plan.config, ProducerConfig):
+        return TensorDescriptor
+    from .kernels.grouped_gemm_producer import descriptor
+
+    return descriptor
