@@ -31,6 +31,21 @@ struct Where {
   void* stream;
 };
 
+#ifdef __CUDACC__
+// Lets a kernel have as much shared memory as the device gives to any: another thread's launch may need more than this.
+template <class Kernel>
+cudaError_t allow(Kernel kernel, int device) {
+  int most = 0;
+  cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  cudaFuncAttributes own;
+  status = cudaFuncGetAttributes(&own, reinterpret_cast<const void*>(kernel));
+  if (status != cudaSuccess || own.maxDynamicSharedSizeBytes >= most - static_cast<int>(own.sharedSizeBytes)) return status;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              most - static_cast<int>(own.sharedSizeBytes));
+}
+#endif
+
 // Starts a kernel of 1-d blocks.
 template <class... Given>
 int start(const char* name, void (*kernel)(Given...), long long programs, int threads, size_t shared, Where where,
@@ -42,9 +57,7 @@ int start(const char* name, void (*kernel)(Given...), long long programs, int th
   void* addresses[] = {&given...};
   // The caller has made it the current one, but by another copy of the runtime.
   cudaError_t status = cudaSetDevice(where.device);
-  if (status == cudaSuccess && shared > WITHOUT_ASKING) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  }
+  if (status == cudaSuccess && shared > WITHOUT_ASKING) status = allow(kernel, where.device);
   if (status == cudaSuccess) {
     dim3 grid(static_cast<unsigned>(programs)), block(threads);
     status = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, shared,

@@ -1,6 +1,7 @@
 // The product of two tiles in shared memory by tensor cores, float32 sums: Σ_k a[k, m] b[k, n].
 //
 // In PTX's wmma m16n16k16, the one shape that every architecture from sm_70 on has. No compiler's header is needed.
+// Tiles begin at multiples of 32 bytes and rows are multiples of 16 bytes long, as CUDA C++ asks of its own wmma.
 #pragma once
 
 #include "simt_product.cuh"

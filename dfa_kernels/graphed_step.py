@@ -76,6 +76,7 @@ class GraphedStep:
             raise ValueError(f"micro_batches: got {micro_batches!r}, expected an integer of at least 1")
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.amp_dtype, self.scaler, self.micro_batches = amp_dtype, scaler, micro_batches
+        _check_trains(model, optimizer)
         self.device = _one_device(model, optimizer)
         self._dtypes = x.dtype, y.dtype
         self._check_batch(x, y)
@@ -166,7 +167,9 @@ class GraphedStep:
             return None
         if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer.refresh()
-        kept = [list(module.feedback._kept.values()) for module in self._modules if isinstance(module, DFA)]
+        kept: list[Any] = [[*module.feedback._kept.values()] for module in self._modules if isinstance(module, DFA)]
+        if isinstance(self.optimizer, FusedOptimizer):
+            kept.append(self.optimizer._on_device)
         static_x, static_y = x.detach().clone(), y.detach().clone()
         replay, loss = capture.record(lambda: self._step(static_x, static_y))
         graph = self._graphs[key] = _Graph(static_x, static_y, replay, loss, kept)
@@ -234,6 +237,11 @@ class GraphedStep:
         self._of_optimizer = [(*each, each[2].data_ptr()) for each in held]
 
     def _check_held(self) -> None:
+        if self._graphs and [*self.model.modules()] != self._modules:
+            raise RuntimeError(
+                "GraphedStep: modules of the model were replaced, added or removed since a graph was captured, which "
+                "knows those before; make a new GraphedStep"
+            )
         for holder, name, tensor, address in self._of_model:
             if holder.get(name) is not tensor or tensor.data_ptr() != address:
                 self._refuse_moved(f"model's {name!r}", tensor)
@@ -303,6 +311,12 @@ def _check_types(
             "amp_dtype: got torch.float16 without a scaler, so that small gradients would be lost; expected "
             "scaler=torch.amp.GradScaler(), or torch.bfloat16"
         )
+
+
+def _check_trains(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("optimizer: it has none of the model's parameters, so its steps would train nothing")
 
 
 def _one_device(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.device:

@@ -52,7 +52,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._ledger = Ledger()
         self._model = weakref.ref(model)
         model._optimizer = weakref.ref(self)
-        weakref.finalize(self, self._ledger.close)
+        weakref.finalize(self, self._ledger.close).atexit = False  # type: ignore[misc]
 
     def ledger_for_pass(self) -> Ledger | None:
         """The ledger for the backward pass of a forward pass, unless it is compiled: then nothing is put off."""

@@ -244,9 +244,13 @@ class DFA(nn.Module):
             if ends.suits(self.feedback, self.backend, ledger):
                 return ends.attach(output.detach(), now.own, ledger)
         watched = Watched(segmented.calls, segmented.chained())
-        seen = recorded(
-            output, segmented.segments, last, self.feedback, self.backend, self.batch_dims, self._row_dims, watched
-        )
+        told = (self.feedback, self.backend, self.batch_dims, self._row_dims)
+        try:
+            seen = recorded(output, segmented.segments, last, *told, watched)
+        except ValueError:
+            # The network may have changed since its survey; the next pass makes one anew.
+            self._survey = None
+            raise
         if now is not None and shares_one_node(seen):
             self._alike = now.looks, repeated(seen, now.own, self.backend)
         return seen

@@ -467,3 +467,73 @@ def test_a_backward_pass_for_some_of_the_parameters_is_refused():
     assert all(p.grad is None for p in model.parameters())
     model(x).sum().backward(inputs=[first, *others])
     optimizer.step()
+
+
+def test_a_hook_that_comes_after_the_forward_pass_gets_its_gradient():
+    model, optimizer = learning()
+    x, y = batch()
+    loss, seen = F.cross_entropy(model(x), y), []
+    first, *_ = model.parameters()
+    first.register_hook(seen.append)
+    loss.backward()
+    optimizer.step()
+    assert [gradient.shape for gradient in seen] == [first.shape]
+    assert seen[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_gradient_that_was_assigned_stays_what_it_is(passes):
+    """What was deferred is not added to it; a backward pass after it is, as torch does."""
+    model, optimizer = learning()
+    teach(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    if passes == 2:
+        teach(model)
+    before = weights(model)
+    other, others = learning()
+    if passes == 2:
+        teach(other)
+        others.step()
+    optimizer.step()
+    expected = before if passes == 1 else weights(other)
+    for found, wanted in zip(weights(model), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_gradients_outlive_their_optimizer():
+    """As in torch, an optimizer made anew goes on from them."""
+    (model, optimizer), (other, others) = learning(), learning()
+    teach(model)
+    teach(other)
+    del optimizer
+    gc.collect()
+    torch.optim.SGD(model.parameters(), lr=others.param_groups[0]["lr"]).step()
+    others.step()
+    for found, wanted in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_parameter_that_has_become_smaller_is_no_place_for_an_update():
+    """Kernels would write behind its end."""
+    model, optimizer = learning()
+    teach(model)
+    p = next(model.parameters())
+    p.data = p.data[:1].clone()
+    with pytest.raises(RuntimeError, match=r"step: a parameter is of shape .* expected .* as in the backward pass"):
+        optimizer.step()
+
+
+def test_a_bias_of_one_number_for_all_outputs_is_torchs_to_update():
+    """Kernels would write a number for each output, behind its end."""
+    memory = torch.zeros(16)
+    net = network()
+    layer = net[0]
+    layer.bias = nn.Parameter(memory[:1])
+    model = dfa.DFA(net)
+    optimizer = dfa.optim.SGD(model, lr=0.5)
+    teach(model)
+    assert layer.bias not in set(optimizer._ledger.calls[0].parameters)
+    optimizer.step()
+    assert memory[0] != 0
+    assert not memory[1:].any()

@@ -494,6 +494,7 @@ def wrong(recorder, **changes):
 def test_bad_arguments(recorder):
     model = dfa.DFA(plain_net())
     x, _ = batches(1)[0]
+    stranger = torch.optim.SGD(plain_net().parameters(), 0.1)
     fused, plain = dfa.optim.SGD(model, 0.1), torch.optim.SGD(model.parameters(), 0.1)
     adamw, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu")
     for error, message, changes in (
@@ -501,13 +502,14 @@ def test_bad_arguments(recorder):
         (TypeError, r"optimizer: got type.*Optimizer", {"optimizer": dfa.optim.SGD}),
         (TypeError, r"x: got list.*Tensor", {"x": [1.0]}),
         (TypeError, r"y: got NoneType.*Tensor", {"y": None}),
-        (ValueError, r"optimizer: got SGD.*capturable=True", {"optimizer": fused}),
-        (ValueError, r"optimizer: got AdamW.*capturable=True", {"optimizer": adamw}),
+        (ValueError, r"optimizer: got SGD.*capturable=True", {"optimizer": fused, "model": model}),
+        (ValueError, r"optimizer: got AdamW.*capturable=True", {"optimizer": adamw, "model": model}),
+        (ValueError, r"optimizer: it has none of the model's parameters", {"optimizer": stranger}),
         (ValueError, r"loss_fn: got a tensor of shape \(8,\).*scalar", {"loss_fn": lambda h, y: h.sum(1)}),
         (ValueError, r"loss_fn: got float.*scalar", {"loss_fn": lambda h, y: 1.0}),
         (ValueError, r"amp_dtype: got torch\.float16 without a scaler.*bfloat16", {"amp_dtype": torch.float16}),
         (ValueError, r"amp_dtype: got torch\.float64", {"amp_dtype": torch.float64}),
-        (ValueError, r"optimizer: got SGD.*fused=True", {"optimizer": plain, "scaler": scaler}),
+        (ValueError, r"optimizer: got SGD.*fused=True", {"optimizer": plain, "model": model, "scaler": scaler}),
         (ValueError, r"micro_batches: got 0", {"micro_batches": 0}),
         (ValueError, r"x, y: got 8 and 8 rows.*9 micro_batches", {"micro_batches": 9}),
         (ValueError, r"x: got a batch on meta, expected cpu", {"x": x.to("meta")}),

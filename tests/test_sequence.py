@@ -236,6 +236,15 @@ def append(model):
     model.net.extend([nn.Tanh(), nn.Linear(3, 3)])
 
 
+class Doubled(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def change_class(model):
+    model.net.__class__ = Doubled
+
+
 def parametrize(model):
     torch.nn.utils.parametrize.register_parametrization(model.net[2], "bias", nn.ReLU())
 
@@ -257,6 +266,7 @@ CHANGES = {
     "network": lambda model: setattr(model, "net", network(nn.ReLU(), 0.2)),
     "one layer more": append,
     "parametrized": parametrize,
+    "class": change_class,
     "double": lambda model: model.double(),
     "feedback": lambda model: setattr(model, "feedback", dfa.Feedback("rademacher", seed=5)),
 }

@@ -37,8 +37,15 @@ class DeferredCall:
     def layers(self) -> LayerCall:
         return self.plan.call(self.tensors[-1], self.tensors[:-1])
 
-    def check_versions(self) -> None:
-        """RuntimeError if a tensor that the call needs was overwritten since its backward pass."""
+    def check_unchanged(self) -> None:
+        """RuntimeError if since its backward pass what the call needs was overwritten, or a parameter has moved."""
+        places = [(p.shape, p.device) for p in self.parameters]
+        if places != self.plan.places:
+            before, now = next((a, b) for a, b in zip(self.plan.places, places, strict=True) if a != b)
+            raise RuntimeError(
+                f"step: a parameter is of shape {tuple(now[0])} on {now[1]}, expected {tuple(before[0])} on "
+                f"{before[1]} as in the backward pass; change parameters behind step() or zero_grad()"
+            )
         found = [tensor._version for tensor in self.tensors]
         if found == self.versions:
             return
@@ -76,7 +83,7 @@ class Ledger:
     def make(self) -> None:
         """Computes the gradients that are owed, into ``.grad``."""
         for call in self.calls:
-            call.check_versions()
+            call.check_unchanged()
         while self.calls:
             if any(p.grad is not None for p in self.calls[0].parameters):
                 self._make(self.calls[0])
@@ -87,7 +94,7 @@ class Ledger:
         if len(self.calls) != 1 or self.calls[0].plan.has_shared or not self._all_stand():
             return None
         call = self.calls[0]
-        call.check_versions()
+        call.check_unchanged()
         self.calls.clear()
         for p in call.parameters:
             p.grad = None
@@ -102,9 +109,15 @@ class Ledger:
         self.calls.clear()
 
     def close(self) -> None:
-        """Nobody will step any more: drops the calls, and those to come are made at once."""
+        """Nobody will step any more: the calls are made, and those to come at once.
+
+        Here nobody could catch an error: calls that need what was overwritten are dropped, whose gradients then raise.
+        """
         self._closed = True
-        self.clear()
+        try:
+            self.make()
+        except RuntimeError:
+            self.clear()
 
     def _stand_in(self, p: nn.Parameter) -> LazyGradient | None:
         """What stands in ``.grad`` from now on, if it is the ledger's."""
@@ -139,7 +152,7 @@ class Ledger:
             if stand_in is not None and p.grad is stand_in:
                 p.grad = stand_in.made = grad.to(p)
                 del self._stand_ins[id(p)]
-            else:
+            elif stand_in is None or p.grad is stand_in.made:
                 p.grad.add_(grad)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._torch_internals import backward_reaches, take_saved_tensors
+from .._torch_internals import backward_reaches, gradient_is_awaited, take_saved_tensors
 from ..autocast import without_autocast
 from .deferred import DeferredCall, Ledger
 from .first_order import refuse_second_order
@@ -38,7 +38,8 @@ class LayersNode(torch.autograd.Function):
         refuse_second_order()
         plan: LayersPlan = ctx.plan
         none = [None] * plan.kept
-        if ctx.ledger is None:
+        # A hook may have come since the forward pass.
+        if ctx.ledger is None or any([*map(gradient_is_awaited, plan.parameters)]):
             with without_autocast(gradient.device):
                 return (None, None, gradient, *none, *_gradients(ctx, gradient))
         _defer(ctx, gradient)

@@ -43,6 +43,8 @@ class LayersPlan:
     """Of the parameters."""
     has_shared: bool
     """Whether a parameter is more than one layer's."""
+    places: list[tuple[torch.Size, torch.device]]
+    """Shape and device of each parameter."""
 
     def call(self, error: Tensor, kept: Sequence[Tensor]) -> LayerCall:
         rows = [as_rows(tensor) for tensor in kept]
@@ -90,6 +92,7 @@ def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, l
         batch_dims=len(seen.rows),
         dtype=layers[0].weight.dtype,
         has_shared=len({id(p) for p in parameters}) < len(parameters),
+        places=[(p.shape, p.device) for p in parameters],
     )
     return plan, table.tensors
 

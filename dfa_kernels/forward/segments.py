@@ -251,6 +251,9 @@ def _start_chain(func: Call, args: Args, kwargs: Kwargs, value: Tensor) -> Chain
         return None
     if not (value.requires_grad and value.is_floating_point()):
         return None
+    # A bias that is broadcast has a gradient of another shape than a layer's.
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
     return Chain(x if x.dtype == value.dtype else x.to(value.dtype), weight, bias, convolution, value, 0)
 
 

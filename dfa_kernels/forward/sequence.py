@@ -82,8 +82,9 @@ class PlainSequence:
     ) -> None:
         self._net, self._batch_dims = containers[0], batch_dims
         self._containers = [(module._modules, [*module._modules.values()]) for module in containers]
-        self._leaves, self._kinds = leaves, [*map(type, leaves)]
-        everything = (*containers, *leaves)
+        self._leaves, self._everything = leaves, [*containers, *leaves]
+        everything = self._everything
+        self._kinds = [*map(type, everything)]
         self._hooks = [hooks for module in everything for hooks in call_hooks(module)]
         self._attributes = [module.__dict__ for module in everything]
         self._forwards = [(kind, _FORWARDS[kind]) for kind in {*map(type, everything)}]
@@ -101,7 +102,7 @@ class PlainSequence:
         for modules, children in self._containers:
             if [*modules.values()] != children:
                 return False
-        if any(self._hooks) or module_calls_are_observed() or [*map(type, self._leaves)] != self._kinds:
+        if any(self._hooks) or module_calls_are_observed() or [*map(type, self._everything)] != self._kinds:
             return False
         for kind, forward in self._forwards:
             if kind.forward is not forward:  # type: ignore[attr-defined]
@@ -118,7 +119,9 @@ class PlainSequence:
         """What may change in place. What else may about parameters, a product refuses."""
         looks: list[Any] = [x.shape, x.dtype, x.device, autocast_dtype(x.device)]
         for _, weight, bias in self._parameters:
-            looks += (weight.requires_grad, weight.shape, weight.dtype, bias is None or bias.requires_grad)
+            looks += (weight.requires_grad, weight.shape, weight.dtype)
+            if bias is not None:
+                looks += (bias.requires_grad, bias.shape)
         for module in self._leaves:
             kind = type(module)
             if kind in _WITH_OPTIONS:
@@ -205,11 +208,13 @@ def _runs_as_its_class(module: nn.Module) -> bool:
 
 
 def _share_a_launch(layers: list[nn.Module], device: torch.device) -> bool:
-    """Whether all of them learn, with plain parameters of one dtype on the device."""
+    """Whether all of them learn, with plain parameters of one dtype on the device, each bias one number an output."""
     dtype = None
     for layer in layers:
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         if weight is None or weight.device != device:
+            return False
+        if bias is not None and bias.shape != weight.shape[:1]:
             return False
         dtype = dtype or weight.dtype
         for p in (weight, bias):
