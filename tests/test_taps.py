@@ -1,6 +1,7 @@
 """Where the taps of less regular networks are."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -287,3 +288,37 @@ def test_checkpoints_between_taps():
         model.zero_grad()
         gradients.append(trained_by(model))
     torch.testing.assert_close(*gradients)
+
+
+def test_calls_of_other_threads_are_no_part_of_a_first_pass():
+    """Such a call, begun before the pass and ended within it, took a module from what the pass thinks is running."""
+    begun, go_on, errors = threading.Event(), threading.Event(), []
+
+    class Waiting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            begun.set()
+            assert go_on.wait(60)
+            return x
+
+    def elsewhere() -> None:
+        try:
+            waiting = Waiting()
+            waiting.register_forward_hook(lambda *_: None)
+            waiting(torch.zeros(1))
+        except Exception as error:
+            errors.append(error)
+
+    other = threading.Thread(target=elsewhere)
+
+    def forward(x, a, b):
+        h = torch.tanh(a(x))
+        go_on.set()
+        other.join()
+        return b(h)
+
+    other.start()
+    assert begun.wait(60)
+    model = dfa.DFA(Net(forward, nn.Linear(8, 16), nn.Linear(16, 4)))
+    model(torch.randn(3, 8))
+    assert not errors
+    assert [tap.name for tap in model.taps] == ["layers.0"]

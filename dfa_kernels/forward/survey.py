@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ class _Count(ForwardPass):
         self._known = {module: name for name, module in net.named_modules()}
         self._running: list[nn.Module] = []
         self._hooks: list[Any] = []
+        # Hooks of all modules see the calls of other threads too.
+        self._thread = get_ident()
 
     def weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
         self.names.append(self._known.get(self._running[-1], "") if self._running else "")
@@ -91,14 +94,19 @@ class _Count(ForwardPass):
 
     def __enter__(self) -> _Count:
         self._hooks = [
-            register_module_forward_pre_hook(lambda module, _: self._running.append(module)),
+            register_module_forward_pre_hook(lambda module, _: self._entered(module)),
             register_module_forward_hook(lambda *_: self._left(), always_call=True),
         ]
         super().__enter__()
         return self
 
+    def _entered(self, module: nn.Module) -> None:
+        if get_ident() == self._thread:
+            self._running.append(module)
+
     def _left(self) -> None:
-        self._running.pop()
+        if get_ident() == self._thread:
+            self._running.pop()
 
     def __exit__(self, *exception: Any) -> None:
         for hook in self._hooks:
