@@ -535,3 +535,20 @@ def test_bad_batches(recorder):
     with pytest.raises(ValueError, match=r"loss_fn"):
         step.loss_fn = types.MethodType(lambda self, h, y: h, step)
         step(x[:3], y[:3])
+
+
+@pytest.mark.parametrize("change", ["replaced", "added", "activation"])
+def test_another_module_in_the_model_is_no_part_of_its_graph(recorder, change):
+    net = plain_net()
+    model = dfa.DFA(net)
+    x, y = batches(1)[0]
+    step = dfa.GraphedStep(model, dfa.optim.SGD(model, 0.1, capturable=True), F.cross_entropy, x, y)
+    step(x, y)
+    if change == "replaced":
+        net[4] = nn.Linear(6, 3)
+    elif change == "added":
+        net.append(nn.Dropout(0.5))
+    else:
+        net[1] = nn.Tanh()
+    with pytest.raises(RuntimeError, match="modules of the model were replaced, added or removed since a graph"):
+        step(x, y)
