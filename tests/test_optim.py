@@ -807,18 +807,21 @@ def test_a_copy_belongs_to_no_optimizer(duplicate):
 
 
 def test_a_deleted_optimizer_lets_the_model_write_gradients_again():
-    model = dfa.DFA(mlp())
+    """Those that it was still to compute, too: a gradient belongs to its parameter."""
+    model, expected = dfa.DFA(mlp()), dfa.DFA(mlp())
     optimizer = dfa.optim.SGD(model, 0.1)
     backward(model)
+    backward(expected)
     assert all(type(p.grad) is LazyGradient for p in model.parameters())
     del optimizer
     gc.collect()
-    assert all(p.grad is None for p in model.parameters())
-    backward(model)
-    expected = dfa.DFA(mlp())
-    backward(expected)
-    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
+    for again in (False, True):
+        if again:
+            model.zero_grad()
+            backward(model)
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+            assert type(p.grad) is torch.Tensor
+            assert torch.equal(p.grad, q.grad)
 
 
 def test_a_second_optimizer_takes_over():
