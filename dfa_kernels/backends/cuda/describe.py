@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..calls import LayerCall, TapsCall
+from ..parts import split
 from .arguments import MOST_LAYERS
-from .looks import looks_of, some_taps, split, taps_looks
+from .looks import looks_of, some_taps, taps_looks
 from .operators import target_of
 from .plan import DELTA_ROWS, STRIP, UNITS, WIDE, Plan, plan_layers, plan_taps
 
@@ -14,7 +15,7 @@ from .plan import DELTA_ROWS, STRIP, UNITS, WIDE, Plan, plan_layers, plan_taps
 def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:
     """See `Backend.describe_layers`."""
     if len(call.inputs) > MOST_LAYERS:
-        parts = [describe_layers(part, dtype, rule, device) for part in split(call)]
+        parts = [describe_layers(part, dtype, rule, device) for part in split(call, MOST_LAYERS)]
         return f"in {len(parts)} parts of at most {MOST_LAYERS} layers: " + "; then ".join(parts)
     plan = plan_layers(looks_of(call, dtype, rule), target_of(device))
     if plan.reason:

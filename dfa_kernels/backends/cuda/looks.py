@@ -1,4 +1,4 @@
-"""What a call looks like: all of it that decides what runs. And the parts that a call is cut into if it is too long."""
+"""What a call looks like: all of it that decides what runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...feedback.spec import FeedbackSpec
 from ..calls import LayerCall, TapsCall
-from .arguments import MOST_LAYERS
 
 
 class ErrorLooks(NamedTuple):
@@ -100,25 +99,6 @@ def taps_looks(call: TapsCall) -> TapsLooks:
         tuple(call.activations),
         tuple(call.parameters),
     )
-
-
-def split(call: LayerCall) -> list[LayerCall]:
-    """The call in parts of at most MOST_LAYERS layers, in their order; the last one has the output layer."""
-    parts = []
-    for first in range(0, len(call.inputs), MOST_LAYERS):
-        here = slice(first, first + MOST_LAYERS)
-        parts.append(
-            call._replace(
-                inputs=call.inputs[here],
-                saved=call.saved[here],
-                dropout_mask=call.dropout_mask[here],
-                activations=call.activations[here],
-                parameters=call.parameters[2 * first : 2 * here.stop],
-                weight_grads=call.weight_grads[here],
-                bias_grads=call.bias_grads[here],
-            )
-        )
-    return parts
 
 
 def some_taps(call: TapsCall, first: int, end: int | None) -> TapsCall:

@@ -11,9 +11,11 @@ from torch import Tensor
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
+from ..layout import dense, dtype_in_place, like, ordered
+from ..parts import split, split_update
 from .arguments import MOST_LAYERS, Arguments
 from .library import library, why_not
-from .looks import looks_of, some_taps, split, taps_looks
+from .looks import looks_of, some_taps, taps_looks
 from .numbers import numbers_and_sets, on_device
 from .plan import Plan, Target, plan_layers, plan_taps
 from .stream import on_stream
@@ -57,7 +59,7 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
     device = call.error.device
     check_device(device)
     if len(call.inputs) > MOST_LAYERS:
-        return [gradient for part in split(call) for gradient in layer_grads(part, dtype)]
+        return [gradient for part in split(call, MOST_LAYERS) for gradient in layer_grads(part, dtype)]
     plan = plan_layers(looks_of(call, dtype, "store"), target_of(device))
     if plan.reason:
         return torch_backend.layer_grads(call, dtype)
@@ -82,7 +84,8 @@ def layer_update_(
     device = call.error.device
     check_device(device)
     if len(call.inputs) > MOST_LAYERS:
-        _update_in_parts(call, weights, state, rule, hyper)
+        for part in split_update(call, weights, state, hyper, MOST_LAYERS):
+            layer_update_(*part[:3], rule, part[3])
         return
     changed = [*weights, *state]
     kernel_rule = (state and RULES[rule].with_state) or rule
@@ -91,7 +94,7 @@ def layer_update_(
         sets = tuple([row * hyper.table.shape[1] for row in hyper.rows])
     else:
         numbers, sets = numbers_and_sets(rule, tuple(hyper), len(weights))
-    plan = plan_layers(looks_of(call, _dtype_in_place(changed), kernel_rule, sets), target_of(device))
+    plan = plan_layers(looks_of(call, dtype_in_place(changed), kernel_rule, sets), target_of(device))
     if plan.reason:
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
@@ -99,25 +102,6 @@ def layer_update_(
     table = hyper.table.float() if isinstance(hyper, DeviceNumbers) else on_device(numbers, device)
     _run_layers(plan, call, weights, state, table)
     torch.autograd.graph.increment_version(changed)
-
-
-def _update_in_parts(
-    call: LayerCall,
-    weights: Sequence[Tensor],
-    state: Sequence[Tensor],
-    rule: str,
-    hyper: Sequence[float] | DeviceNumbers,
-) -> None:
-    first, each = 0, len(state) // len(weights)
-    for part in split(call):
-        end = first + sum(part.weight_grads) + sum(part.bias_grads)
-        if isinstance(hyper, DeviceNumbers):
-            own: Sequence[float] | DeviceNumbers = hyper._replace(rows=hyper.rows[first:end])
-        else:
-            numbers = len(hyper) // len(weights)
-            own = hyper[first * numbers : end * numbers]
-        layer_update_(part, weights[first:end], state[first * each : end * each], rule, own)
-        first = end
 
 
 def _run_layers(
@@ -128,8 +112,8 @@ def _run_layers(
         return
     error, stored = _projection_tensors(plan, call.error, call.stored)
     # A name, so that copies live until the launch.
-    read = [t if t.is_contiguous() else t.contiguous() for t in (*call.inputs, *call.saved)]
-    read += [_dense(mask) for mask in call.dropout_mask if mask is not None]
+    read = [dense(tensor) for tensor in (*call.inputs, *call.saved)]
+    read += [dense(mask) for mask in call.dropout_mask if mask is not None]
     sums = error.new_empty(plan.sums, dtype=torch.float32) if plan.sums else None
     workspace = error.new_empty(plan.delta_numbers, dtype=plan.dtype) if plan.delta_numbers else None
     first_delta = _address(workspace)
@@ -155,19 +139,8 @@ def _run(plan: Plan, addresses: list[int], device: torch.device) -> None:
 def _projection_tensors(plan: Plan, error: Tensor, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """The error, and what the kernels read beside it: U or P."""
     if plan.source == "projection" and plan.widest:
-        return error, _dense(torch_backend.shared_projection(error, stored, plan.feedback, plan.widest).values.float())
+        return error, dense(torch_backend.shared_projection(error, stored, plan.feedback, plan.widest).values.float())
     return error, stored[0] if plan.source == "matrix" and stored else None
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor, its elements one after the other."""
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The one dtype of what is updated in place; None if there are several, or gaps in memory."""
-    dtype = tensors[0].dtype
-    return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None
 
 
 def project_taps(call: TapsCall) -> list[Tensor]:
@@ -179,11 +152,11 @@ def project_taps(call: TapsCall) -> list[Tensor]:
     check_device(error.device)
     if len(call.sizes) > MOST_LAYERS:
         return project_taps(some_taps(call, 0, MOST_LAYERS)) + project_taps(some_taps(call, MOST_LAYERS, None))
-    saved = [None if h is None else _ordered(h) for h in call.saved]
+    saved = [None if h is None else ordered(h) for h in call.saved]
     plan = plan_taps(taps_looks(call._replace(saved=saved)), target_of(error.device))
     if plan.reason:
         return torch_backend.project_taps(call)
-    masks = [None if m is None or h is None else _like(m, h) for m, h in zip(call.dropout_mask, saved, strict=True)]
+    masks = [None if m is None or h is None else like(m, h) for m, h in zip(call.dropout_mask, saved, strict=True)]
     results = [
         error.new_empty((error.shape[0], size)) if h is None else torch.empty_like(h)
         for size, h in zip(call.sizes, saved, strict=True)
@@ -194,15 +167,3 @@ def project_taps(call: TapsCall) -> list[Tensor]:
     addresses += [result.data_ptr() for result in results]
     _run(plan, addresses, call.error.device)
     return results
-
-
-def _ordered(saved: Tensor) -> Tensor:
-    """saved, in one of the two orders the kernel knows: contiguous, or channels last."""
-    if saved.is_contiguous() or (saved.dim() >= 3 and saved.movedim(1, -1).is_contiguous()):
-        return saved
-    return saved.contiguous()
-
-
-def _like(mask: Tensor, saved: Tensor) -> Tensor:
-    """mask, in the order of saved."""
-    return mask if mask.stride() == saved.stride() else torch.empty_like(saved).copy_(mask)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 
 from ..calls import LayerCall, TapsCall
+from ..parts import split
 from .launch import target_of
 from .launch_plan import LaunchPlan
 from .operators import plan_project_taps, reason_taps_for_torch
 from .problem import GroupedProblem, Projected
-from .route import MOST_LAYERS, looks_of, route_of, split
+from .route import MOST_LAYERS, looks_of, route_of
 
 
 def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:
     """See `Backend.describe_layers`."""
     if len(call.inputs) > MOST_LAYERS:
-        parts = [describe_layers(part, dtype, rule, device) for part in split(call)]
+        parts = [describe_layers(part, dtype, rule, device) for part in split(call, MOST_LAYERS)]
         return f"in {len(parts)} parts of at most {MOST_LAYERS} layers: " + "; then ".join(parts)
     route = route_of(looks_of(call, dtype, rule), target_of(device))
     if route.reason:

@@ -10,11 +10,13 @@ from torch import Tensor
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
+from ..layout import dense, dtype_in_place, like, ordered
+from ..parts import split, split_update
 from .launch import Arguments, check_device, counters, launch, target_of
 from .launch_plan import LaunchPlan
 from .problem import TapsProblem, Target
-from .route import MOST_LAYERS, Route, planners, route_for, split
-from .source import dense, looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
+from .route import MOST_LAYERS, Route, planners, route_for
+from .source import looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
 from .wide_tensors import tensors_of_both
 
 
@@ -26,7 +28,7 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
     device = call.error.device
     check_device(device)
     if len(call.inputs) > MOST_LAYERS:
-        return [gradient for part in split(call) for gradient in layer_grads(part, dtype)]
+        return [gradient for part in split(call, MOST_LAYERS) for gradient in layer_grads(part, dtype)]
     route = route_for(call, dtype, "store")
     if route.reason:
         return torch_backend.layer_grads(call, dtype)
@@ -53,36 +55,18 @@ def layer_update_(
         return
     check_device(call.error.device)
     if len(call.inputs) > MOST_LAYERS:
-        _update_in_parts(call, weights, state, rule, hyper)
+        for part in split_update(call, weights, state, hyper, MOST_LAYERS):
+            layer_update_(*part[:3], rule, part[3])
         return
     changed = [*weights, *state]
     kernel_rule = (state and RULES[rule].with_state) or rule
     numbers, sets = _numbers_and_sets(kernel_rule, hyper, len(weights))
-    route = route_for(call, _dtype_in_place(changed), kernel_rule, sets, isinstance(hyper, DeviceNumbers))
+    route = route_for(call, dtype_in_place(changed), kernel_rule, sets, isinstance(hyper, DeviceNumbers))
     if route.reason or (isinstance(hyper, DeviceNumbers) and hyper.table.dtype != torch.float32):
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
     _launch(route, call, weights, state, numbers)
     torch.autograd.graph.increment_version(changed)
-
-
-def _update_in_parts(
-    call: LayerCall,
-    weights: Sequence[Tensor],
-    state: Sequence[Tensor],
-    rule: str,
-    hyper: Sequence[float] | DeviceNumbers,
-) -> None:
-    first, each = 0, len(state) // len(weights)
-    for part in split(call):
-        end = first + sum(part.weight_grads) + sum(part.bias_grads)
-        if isinstance(hyper, DeviceNumbers):
-            own: Sequence[float] | DeviceNumbers = hyper._replace(rows=hyper.rows[first:end])
-        else:
-            numbers = len(hyper) // len(weights)
-            own = hyper[first * numbers : end * numbers]
-        layer_update_(part, weights[first:end], state[first * each : end * each], rule, own)
-        first = end
 
 
 def _launch(
@@ -148,12 +132,6 @@ def _delta_workspace(
     return (*workspace, inputs[0].new_empty((error.shape[0], plan.copy_width)) if plan.copy_width else error)
 
 
-def _dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The one dtype of what is updated in place; None if there are several, or gaps in memory."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    return dtypes.pop() if len(dtypes) == 1 and all(map(_IS_DENSE, tensors)) else None
-
-
 def _numbers_and_sets(
     rule: str, hyper: Sequence[float] | DeviceNumbers, parameters: int
 ) -> tuple[tuple[float, ...] | tuple[Tensor], tuple[int, ...]]:
@@ -184,8 +162,8 @@ def project_taps(call: TapsCall) -> list[Tensor]:
     check_device(error.device)
     if reason_taps_for_torch(call):
         return torch_backend.project_taps(call)
-    saved = [None if h is None else _ordered(h) for h in call.saved]
-    dropout_mask = [m if m is None or h is None else _like(m, h) for m, h in zip(call.dropout_mask, saved, strict=True)]
+    saved = [None if h is None else ordered(h) for h in call.saved]
+    dropout_mask = [m if m is None or h is None else like(m, h) for m, h in zip(call.dropout_mask, saved, strict=True)]
     results = [
         error.new_empty((error.shape[0], size)) if h is None else torch.empty_like(h)
         for size, h in zip(call.sizes, saved, strict=True)
@@ -193,8 +171,8 @@ def project_taps(call: TapsCall) -> list[Tensor]:
     if error.shape[0] == 0:
         return results
     _, stored, feedback, sizes, _, _, activations, parameters = call
-    ordered = TapsCall(error, stored, feedback, sizes, saved, dropout_mask, activations, parameters)
-    plan = plan_project_taps(ordered, target_of(error.device))
+    as_read = TapsCall(error, stored, feedback, sizes, saved, dropout_mask, activations, parameters)
+    plan = plan_project_taps(as_read, target_of(error.device))
     error, parts = projection_tensors(plan.problem.projected, error, stored, max(sizes))
     tensors = (
         error,
@@ -228,20 +206,3 @@ def plan_project_taps(call: TapsCall, target: Target) -> LaunchPlan:
         mask_of([h is not None and not h.is_contiguous() for h in call.saved]),
     )
     return planners[TapsProblem](problem, target)
-
-
-def _ordered(saved: Tensor) -> Tensor:
-    """saved, in one of the two orders the kernel knows: contiguous, or channels last."""
-    return saved if _is_channels_last(saved) else dense(saved)
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    """Whether the channels of [b, C, …] vary fastest in memory, with nothing left out."""
-    if tensor.dim() < 3 or tensor.is_contiguous():
-        return False
-    return tensor.movedim(1, -1).is_contiguous()
-
-
-def _like(mask: Tensor, saved: Tensor) -> Tensor:
-    """mask, in the order of saved."""
-    return mask if mask.stride() == saved.stride() else torch.empty_like(saved).copy_(mask)

@@ -46,21 +46,6 @@ def planned_by(planner: Planner, problem: type = GroupedProblem) -> Iterator[Non
         route_of.cache_clear()
 
 
-def split(call: LayerCall) -> Iterator[LayerCall]:
-    """The call in parts of at most MOST_LAYERS layers, in their order; the last one has the output layer."""
-    for first in range(0, len(call.inputs), MOST_LAYERS):
-        here = slice(first, first + MOST_LAYERS)
-        yield call._replace(
-            inputs=call.inputs[here],
-            saved=call.saved[here],
-            dropout_mask=call.dropout_mask[here],
-            activations=call.activations[here],
-            parameters=call.parameters[2 * first : 2 * here.stop],
-            weight_grads=call.weight_grads[here],
-            bias_grads=call.bias_grads[here],
-        )
-
-
 class Looks(NamedTuple):
     """All of a call that decides its route; plain values, cheap to hash."""
 

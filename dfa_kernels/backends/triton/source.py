@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._torch_internals import cuda_matmul_precision
 from ...feedback.spec import FeedbackSpec
+from ..layout import dense
 from ..torch_backend import shared_projection
 from .problem import DTYPES, LARGEST_FASTFOOD_ERROR, Projected
 
@@ -100,11 +101,6 @@ def projection_tensors(
     if not size:
         return dense(error), (dense(error),)
     return dense(error.float()), (dense(shared_projection(error, stored, how.feedback, size).values.float()),)
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor, its elements one after the other."""
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def mask_of(flags: Sequence[bool]) -> int:

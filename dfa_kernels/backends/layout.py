@@ -1,0 +1,36 @@
+"""Tensors as kernels read them: in an order that they know, without gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, its elements one after the other."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def ordered(saved: Tensor) -> Tensor:
+    """saved, in one of the two orders that kernels know: contiguous, or channels last."""
+    return saved if _is_channels_last(saved) else dense(saved)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Whether the channels of [b, C, …] vary fastest in memory, with nothing left out."""
+    if tensor.dim() < 3 or tensor.is_contiguous():
+        return False
+    return tensor.movedim(1, -1).is_contiguous()
+
+
+def like(mask: Tensor, saved: Tensor) -> Tensor:
+    """mask, in the order of saved."""
+    return mask if mask.stride() == saved.stride() else torch.empty_like(saved).copy_(mask)
+
+
+def dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The one dtype of what is updated in place; None if there are several, or gaps in memory."""
+    dtype = tensors[0].dtype
+    return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None
