@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import backends
 from .backward.attach import Repeated, attach, likeness, repeated, shares_one_node
 from .backward.deferred import Ledger
+from .backward.habits import Habits
 from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
 from .compilers import check_not_recorded, is_recorded, warn_of_compiled, whole
 from .feedback import Feedback
@@ -22,6 +23,7 @@ from .feedback.spec import check_integer
 from .forward.layer_outputs import HIDDEN
 from .forward.reach import bypassed, warn_of_uncovered, warn_of_unknown
 from .forward.record import Pass, Watched, recorded
+from .forward.replay import Replay
 from .forward.rows import RowDims
 from .forward.segments import FusedLayer, SegmentedPass
 from .forward.sequence import PlainSequence, plain_sequence
@@ -93,7 +95,7 @@ class DFA(nn.Module):
         self._sketch: Sketch | None = None
         self._sequence: PlainSequence | None = None
         self._repeated: Repeated | None = None
-        self._alike: tuple[list[Any], Repeated] | None = None
+        self._habits = Habits()
         self._chained: list[str] = []
         self._backprop = False
         self._optimizer: weakref.ref[FusedOptimizer] | None = None
@@ -176,7 +178,8 @@ class DFA(nn.Module):
         if "matrix" in found and own._given is not None:
             found["matrix"] = found["matrix"].to(own._given.device)
         self.feedback = Feedback.from_state_dict(found, device=own.device)
-        self._looks = self._repeated = self._alike = None
+        self._looks = self._repeated = None
+        self._habits.forget()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A checkpoint without feedback, of the plain network say, leaves the model its own."""
@@ -186,8 +189,8 @@ class DFA(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no optimizer, and has seen no pass."""
-        forgotten = ("_optimizer", "_looks", "_sketch", "_survey", "_sequence", "_repeated", "_alike")
-        return {**self.__dict__, **dict.fromkeys(forgotten)}
+        forgotten = ("_optimizer", "_looks", "_sketch", "_survey", "_sequence", "_repeated")
+        return {**self.__dict__, **dict.fromkeys(forgotten), "_habits": Habits()}
 
     def extra_repr(self) -> str:
         return f"feedback={self.feedback!r}, backend={self.backend!r}"
@@ -232,27 +235,32 @@ class DFA(nn.Module):
         return attach(seen, ledger)
 
     def _observed(self, args: tuple[Any, ...], kwargs: dict[str, Any], ledger: Ledger | None) -> Pass | Tensor:
-        """An observed pass; of one that looks like the last one its output, with its node."""
-        segmented = SegmentedPass(self._policy, self._surveyed(args, kwargs).weight_layers)
-        with segmented:
+        """An observed pass; of one that is like an earlier one its output, with its node."""
+        habits, told = self._habits, (self.feedback, self.backend)
+        watch = habits.watch(self._policy, self._surveyed(args, kwargs).weight_layers)
+        with watch:
             output = self._run(*args, **kwargs)
-        last = segmented.finish(output)
-        self._check_pass(segmented)
-        now = None if segmented.is_traced else likeness(output, segmented.segments, last, self.batch_dims)
-        if now is not None and self._alike is not None and self._alike[0] == now.looks:
-            ends = self._alike[1]
-            if ends.suits(self.feedback, self.backend, ledger):
-                return ends.attach(output.detach(), now.own, ledger)
-        watched = Watched(segmented.calls, segmented.chained())
-        told = (self.feedback, self.backend, self.batch_dims, self._row_dims)
+        if isinstance(watch, Replay):
+            ends = habits.replayed(watch, output, *told, ledger)
+            if ends is not None:
+                return ends.attach(output.detach(), watch.kept, ledger)
+            watch = watch.observer()
+        last = watch.finish(output)
+        self._check_pass(watch)
+        now = None if watch.is_traced else likeness(output, watch.segments, last, self.batch_dims)
+        ends = habits.like(now, *told, ledger)
+        if now is not None and ends is not None:
+            habits.write(watch, output, now.own, last)
+            return ends.attach(output.detach(), now.own, ledger)
+        watched = Watched(watch.calls, watch.chained())
         try:
-            seen = recorded(output, segmented.segments, last, *told, watched)
+            seen = recorded(output, watch.segments, last, *told, self.batch_dims, self._row_dims, watched)
         except ValueError:
             # The network may have changed since its survey; the next pass makes one anew.
             self._survey = None
             raise
         if now is not None and shares_one_node(seen):
-            self._alike = now.looks, repeated(seen, now.own, self.backend)
+            habits.keep(now, repeated(seen, now.own, self.backend))
         return seen
 
     def _run(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -277,7 +285,8 @@ class DFA(nn.Module):
             return self._survey
         found = survey(self.net, self._run, self._policy, self.batch_dims, args, kwargs)
         if not torch.compiler.is_compiling():
-            self._survey, self._row_dims, self._alike = found, RowDims(found.varied), None
+            self._survey, self._row_dims = found, RowDims(found.varied)
+            self._habits.forget()
         return found
 
     def _remember(self, seen: Pass) -> None:
@@ -298,7 +307,8 @@ class DFA(nn.Module):
             warn_of_unknown(seen, chained)
             self._chained = chained
         # A pass like an earlier one tells nothing, so it must be like the last that did.
-        self._looks, self._error_size, self._alike = looks, seen.error_size, None
+        self._looks, self._error_size = looks, seen.error_size
+        self._habits.forget()
         if not torch.compiler.is_compiling():
             self._sketch = sketch(seen)
 

@@ -79,7 +79,7 @@ class Repeated:
             return False
         return ledger is None or not any([*map(gradient_is_awaited, self.plan.parameters)])
 
-    def attach(self, output: Tensor, own: list[Tensor | None], ledger: Ledger | None) -> Tensor:
+    def attach(self, output: Tensor, own: Sequence[Tensor | None], ledger: Ledger | None) -> Tensor:
         """`attach` for such a pass, whose layers have these tensors of their own."""
         return _with_layers(output, self.plan, [*[own[i] for i in self.places], *self.stored], ledger)
 

@@ -112,8 +112,9 @@ class SegmentedPass(ForwardPass):
                 return segment.root, segment.tap
         if not z.requires_grad:
             return z, z
-        root, cut = self._cut(z)
-        remember_whole(cut, root)
+        root, cut = self.cut(z)
+        if not self.is_traced:
+            remember_whole(cut, root)
         layer = self._finish_chain(z, cut)
         segment = Segment(origin, cut, root, layer, self.point, self.newest)
         self.segments.append(segment)
@@ -124,7 +125,7 @@ class SegmentedPass(ForwardPass):
         self.segments = [segment for segment in self.segments if segment.point not in points]
         self._cuts = [entry for entry in self._cuts if entry[1].point not in points]
 
-    def _cut(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def cut(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z with its graph, z without). An in-place activation's caller may go on with z itself, so z is cut too.
 
         A view cannot be cut in place. Its callers are taken to go on with what the activation returned.
@@ -150,8 +151,12 @@ class SegmentedPass(ForwardPass):
     def overwritten(self, z: Tensor) -> None:
         self._overwritten = z
 
+    def call(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
+        """Makes the network's call."""
+        return func(*args, **kwargs)
+
     def weight_layer(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
-        value = func(*args, **kwargs)
+        value = self.call(func, args, kwargs)
         self._chain = chain = _start_chain(func, args, kwargs, value)
         if chain is not None:
             chain.version = self._version(value)
@@ -168,15 +173,15 @@ class SegmentedPass(ForwardPass):
         z, rest = args[0], args[1:]
         chain, row = self._chain, FUSED_CALLS.get(func)
         if chain is None or not self._ends_in(chain, z):
-            return cast(Tensor, func(*args, **kwargs))
+            return cast(Tensor, self.call(func, args, kwargs))
         if row is None or chain.activation is not None:
             self._chain = None
-            return cast(Tensor, func(*args, **kwargs))
+            return cast(Tensor, self.call(func, args, kwargs))
         chain.p, chain.q = call_parameters(row, rest, kwargs)
         keeps_output = row.keeps_output(chain.p, chain.q)
         overwrites = is_inplace(func, row, rest, kwargs)
         saved = z.clone() if overwrites and not keeps_output else z
-        h = cast(Tensor, func(*args, **kwargs))
+        h = cast(Tensor, self.call(func, args, kwargs))
         chain.activation, chain.saved = row, h if keeps_output else saved
         self._advance(chain, h)
         self._watch(chain.saved)
@@ -185,11 +190,11 @@ class SegmentedPass(ForwardPass):
     def other(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
         chain = self._chain
         if chain is None or not args or args[0] is not chain.value or func in _GETTERS:
-            return func(*args, **kwargs)
+            return self.call(func, args, kwargs)
         if func is F.dropout and self._ends_in(chain, args[0]):
             return self._dropout(chain, *args, **kwargs)
         self._chain = None
-        return func(*args, **kwargs)
+        return self.call(func, args, kwargs)
 
     def _dropout(self, chain: Chain, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         """F.dropout, from the same random numbers, with its mask saved."""

@@ -23,9 +23,8 @@ class _Whole:
 
 
 def remember_whole(cut: Tensor, whole: Tensor) -> None:
-    """Lets `side_loss` find the tensor with its graph from the one that the network goes on with."""
-    if not torch.compiler.is_compiling():
-        cut._dfa_whole = _Whole(whole)  # type: ignore[attr-defined]
+    """Lets `side_loss` find the tensor with its graph from the one that the network goes on with. Not for compilers."""
+    cut._dfa_whole = _Whole(whole)  # type: ignore[attr-defined]
 
 
 class Uncut(torch.autograd.Function):

@@ -1,0 +1,305 @@
+"""Passes that repeat the calls of the last one give what an observed pass gives, bit for bit, whatever they call."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dfa_kernels as dfa
+from dfa_kernels.backward import habits
+from dfa_kernels.forward import script
+from dfa_kernels.forward.replay import Replay
+from dfa_kernels.forward.segments import SegmentedPass
+
+PASSES = 7
+Forward = Callable[["Net", Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """Layers that `run` calls; `k` counts the passes, those of a survey not among them."""
+
+    def __init__(self, run: Forward) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(8, 3)
+        self.register_buffer("mask", (torch.rand(8) < 0.7).float())
+        self.run, self.k = run, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def plain(net: Net, x: Tensor) -> Tensor:
+    return net.out(torch.tanh(net.c(torch.tanh(net.b(torch.tanh(net.a(x)))))))
+
+
+def residual(net: Net, x: Tensor) -> Tensor:
+    h = F.relu(net.a(x.view(x.shape[0], -1)))
+    h = h + F.relu(net.b(h))
+    return net.out(h * 0.5 + torch.sigmoid(net.c(h)))
+
+
+def gelu(net: Net, x: Tensor) -> Tensor:
+    """Whose derivative needs its input."""
+    return net.out(F.gelu(net.c(F.gelu(net.b(F.gelu(net.a(x))), approximate="tanh"))))
+
+
+def returned(net: Net, x: Tensor) -> Tensor:
+    """With calls that return their argument."""
+    h = torch.tanh(net.a(x.contiguous().float()))
+    return net.out(torch.tanh(net.b(h.contiguous().to(torch.float32))).flatten(1))
+
+
+def random(net: Net, x: Tensor) -> Tensor:
+    h = F.dropout(F.relu(net.a(x)), 0.3, training=True)
+    h = h * (torch.rand(8) < 0.5)
+    return net.out(F.relu(net.b(h)) * net.mask + torch.cat([h, h], dim=1)[:, :8])
+
+
+def twice(net: Net, x: Tensor) -> Tensor:
+    """A layer and an input that come twice."""
+    h = torch.tanh(net.b(torch.tanh(net.a(x))))
+    return net.out(torch.tanh(net.b(h + torch.tanh(net.a(x)))))
+
+
+def steps(model: dfa.DFA, fused: bool, during: Callable[[int, Net], AbstractContextManager[Any]]) -> list[Any]:
+    """Losses, and the parameters after some steps of training."""
+    optimizer: Any = dfa.optim.SGD(model, lr=0.1) if fused else torch.optim.SGD(model.parameters(), lr=0.1)
+    generator, found, net = torch.Generator().manual_seed(1), [], model.net
+    assert isinstance(net, Net)
+    torch.manual_seed(2)
+    for k in range(PASSES):
+        net.k = k
+        x, y = torch.randn(5, 6, generator=generator), torch.randint(3, (5,), generator=generator)
+        optimizer.zero_grad()
+        try:
+            with during(k, net):
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            found += [loss.detach(), *[None if p.grad is None else p.grad.clone() for p in net.parameters()]]
+            optimizer.step()
+        except (RuntimeError, ValueError) as error:
+            found.append(str(error))
+    return [*found, *[p.detach().clone() for p in net.parameters()]]
+
+
+def always(k: int, net: Net) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def without_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(habits.Habits, "watch", lambda _, policy, weight_layers: SegmentedPass(policy, weight_layers))
+
+
+def both(
+    monkeypatch: pytest.MonkeyPatch,
+    run: Forward,
+    fused: bool = False,
+    during: Callable[[int, Net], AbstractContextManager[Any]] = always,
+) -> tuple[int, dfa.DFA]:
+    """How many passes of the training were replays to their end, after it was compared with one without any."""
+    ended, is_whole = [], Replay.is_whole
+    monkeypatch.setattr(Replay, "is_whole", lambda *args: ended.append(is_whole(*args)) or ended[-1])
+    model = dfa.DFA(Net(run))
+    found = steps(model, fused, during)
+    with monkeypatch.context() as patched:
+        without_replays(patched)
+        expected = steps(dfa.DFA(Net(run)), fused, during)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+    return sum(ended), model
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["torch.optim", "fused"])
+@pytest.mark.parametrize("run", [plain, residual, gelu, returned, random, twice])
+def test_equals_observed_passes(run: Forward, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    replays, _ = both(monkeypatch, run, fused)
+    # The first two are worked out and the third is written down, unless it has lists of tensors.
+    assert replays == (0 if run is random else PASSES - 3)
+
+
+def changed(func: Callable[..., Tensor], other: Callable[..., Tensor]) -> Forward:
+    """Another way to make one of the tensors, in the last passes but one."""
+
+    def run(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x))
+        g = torch.tanh(net.b(h))
+        return net.out((other if net.k in (4, 5) else func)(net, x, h, g))
+
+    return run
+
+
+def last(net: Net, x: Tensor, h: Tensor, g: Tensor) -> Tensor:
+    return torch.tanh(net.c(g)) + h
+
+
+CHANGES: dict[str, Callable[..., Tensor]] = {
+    "another function": lambda net, x, h, g: torch.sigmoid(net.c(g)) + h,
+    "no tap": lambda net, x, h, g: net.c(g) + h,
+    "another tensor": lambda net, x, h, g: torch.tanh(net.c(h)) + h,
+    "the other order": lambda net, x, h, g: h + torch.tanh(net.c(g)),
+    "another layer": lambda net, x, h, g: torch.tanh(net.b(g)) + h,
+    "a call more": lambda net, x, h, g: torch.tanh(net.c(g)) + h.abs(),
+    "a call more at the end": lambda net, x, h, g: (torch.tanh(net.c(g)) + h) * 2,
+    "a call less": lambda net, x, h, g: torch.tanh(net.c(g)),
+    "a number": lambda net, x, h, g: torch.tanh(net.c(g)) + h.mul(3),
+    "an argument by keyword": lambda net, x, h, g: torch.add(torch.tanh(net.c(g)), h, alpha=2),
+    "in place": lambda net, x, h, g: torch.tanh(net.c(g)).add_(h),
+    "an activation in place": lambda net, x, h, g: torch.tanh_(net.c(g)) + h,
+    "a gate": lambda net, x, h, g: torch.tanh(net.c(g)) * net.b(g) + h,
+    "a path around": lambda net, x, h, g: (z := net.c(g)) * torch.sigmoid(z) + h,
+    "without a graph": lambda net, x, h, g: torch.tanh(net.c(g)) + h.detach(),
+    "a list": lambda net, x, h, g: torch.stack([torch.tanh(net.c(g)), h]).sum(0),
+    "dropout": lambda net, x, h, g: torch.tanh(F.dropout(net.c(g), 0.5)) + h,
+    "a new tensor": lambda net, x, h, g: torch.tanh(net.c(g)) + torch.ones(5, 8),
+    "a mask": lambda net, x, h, g: torch.tanh(net.c(g)) + net.mask,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight layer")
+@pytest.mark.parametrize("change", CHANGES)
+def test_leaves_the_script_at_the_call_that_differs(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replays, _ = both(monkeypatch, changed(last, CHANGES[change]))
+    assert replays >= 1
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_leaves_a_script_for_the_usual_call(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, with the networks changed about: what cannot be repeated is not, what can is left as well."""
+    both(monkeypatch, changed(CHANGES[change], last))
+
+
+def frozen(k: int, net: Net) -> AbstractContextManager[Any]:
+    for p in net.b.parameters():
+        p.requires_grad_(k < 4)
+    return nullcontext()
+
+
+def half_frozen(k: int, net: Net) -> AbstractContextManager[Any]:
+    net.b.bias.requires_grad_(k < 4)
+    return nullcontext()
+
+
+def broadcast(k: int, net: Net) -> AbstractContextManager[Any]:
+    if k == 4:
+        net.b.bias.data = torch.ones(1)
+    return nullcontext()
+
+
+def autocast(k: int, net: Net) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if k in (4, 5) else nullcontext()
+
+
+def awaited(k: int, net: Net) -> AbstractContextManager[Any]:
+    if k == 4:
+        net.b.weight.register_hook(lambda gradient: gradient * 2)
+    return nullcontext()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["torch.optim", "fused"])
+@pytest.mark.parametrize("during", [frozen, half_frozen, broadcast, awaited, autocast])
+def test_notices_what_changes_between_passes(
+    during: Callable[[int, Net], AbstractContextManager[Any]], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replays, _ = both(monkeypatch, residual, fused, during)
+    assert replays >= 1
+
+
+def test_a_smaller_batch_is_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, replays = dfa.DFA(Net(residual)), []
+    is_whole = Replay.is_whole
+    monkeypatch.setattr(Replay, "is_whole", lambda *args: replays.append(is_whole(*args)) or replays[-1])
+    for rows in (5, 5, 5, 5, 3, 5, 5, 5, 5):
+        model(torch.randn(rows, 6)).sum().backward()
+    assert replays == [True, False, True]
+
+
+def test_loaded_feedback_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = dfa.DFA(Net(residual)), dfa.DFA(Net(residual), dfa.Feedback(seed=7))
+    x, y = torch.randn(5, 6), torch.randint(3, (5,))
+    for _ in range(5):
+        F.cross_entropy(model(x), y).backward()
+    model.load_state_dict(other.state_dict())
+    model.zero_grad()
+    for each in (model, other):
+        F.cross_entropy(each(x), y).backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad)
+
+
+def test_a_side_loss_reaches_the_layers_before_its_tap(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+
+    def run(net: Net, x: Tensor) -> Tensor:
+        kept[:] = [torch.tanh(net.a(x))]
+        return net.out(torch.tanh(net.b(kept[0])))
+
+    def gradients(model: dfa.DFA) -> list[Tensor | None]:
+        torch.manual_seed(3)
+        for _ in range(5):
+            model.zero_grad()
+            output = model(torch.randn(5, 6))
+            (output.sum() + dfa.side_loss(kept[0], lambda h: h.square().sum())).backward()
+        return [p.grad for p in model.parameters()]
+
+    found = gradients(dfa.DFA(Net(run)))
+    without_replays(monkeypatch)
+    for a, b in zip(found, gradients(dfa.DFA(Net(run))), strict=True):
+        assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+def test_keeps_no_tensor_of_a_pass() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    def run(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x))
+        seen.append(weakref.ref(h))
+        return net.out(torch.tanh(net.b(h)))
+
+    model = dfa.DFA(Net(run))
+    gc.disable()
+    try:
+        for _ in range(5):
+            model(torch.randn(5, 6)).sum().backward()
+        assert all(ref() is None for ref in seen)
+    finally:
+        gc.enable()
+
+
+def test_large_passes_have_no_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "LARGEST", 100)
+    replays, _ = both(monkeypatch, residual)
+    assert replays == 0
+
+
+def test_a_network_that_always_changes_gets_no_more_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+    make = script.Recording.script
+    monkeypatch.setattr(script.Recording, "script", lambda *args: written.append(make(*args)) or written[-1])
+    model = dfa.DFA(Net(lambda net, x: net.out(torch.tanh(net.b(torch.tanh(net.a(x)) * float(net.k))))))
+    for k in range(20):
+        model.net.k = k
+        model(torch.randn(5, 6)).sum().backward()
+    assert len(written) == habits.MOST_LEFT
+
+
+def test_copies_and_pickles() -> None:
+    model = dfa.DFA(Net(plain))
+    for _ in range(5):
+        model(torch.randn(5, 6)).sum().backward()
+    other = copy.deepcopy(model)
+    x = torch.randn(5, 6)
+    assert torch.equal(other(x), model(x))
+    model.zero_grad(), other.zero_grad()
+    for each in (model, other):
+        each(x).sum().backward()
+    assert other.net.a.weight.grad is not None and other.net.a.weight.grad is not model.net.a.weight.grad
+    assert torch.equal(other.net.a.weight.grad, model.net.a.weight.grad)
