@@ -208,7 +208,7 @@ class DFA(nn.Module):
         """The network, if it is plain; the last pass's, as long as that holds."""
         if kwargs or len(args) != 1 or self._policy.kind == "named" or self._output is not None:
             return None
-        if torch.compiler.is_compiling():
+        if self._habits.has_script or torch.compiler.is_compiling():
             return None
         # Not by the attribute: that of a module is slow to find.
         net, x = cast(nn.Module, self._modules["net"]), args[0]

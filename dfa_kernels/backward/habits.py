@@ -17,7 +17,7 @@ from .attach import Likeness, Repeated
 from .deferred import Ledger
 
 MOST_LEFT = 3
-"""A network that has left so many scripts without following one makes other calls every time, and gets none any more."""
+"""A network that has left so many scripts before it followed one makes other calls every time, and gets none."""
 
 
 class Habits:
@@ -27,6 +27,11 @@ class Habits:
         self._alike: tuple[list[Any], Repeated] | None = None
         self._script: tuple[Script, Repeated] | None = None
         self._left = 0
+
+    @property
+    def has_script(self) -> bool:
+        """Whether the next pass is compared with one."""
+        return self._script is not None
 
     def watch(self, policy: TapPolicy, weight_layers: int) -> SegmentedPass | Replay:
         """What the next pass runs beside. The second of two that are alike is written down, for the third."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -26,9 +25,11 @@ class Replay(TorchFunctionMode):
         super().__init__()
         self.kept: list[Tensor] = []
         """The layers' own tensors, as `script.kept_by` lists them."""
-        self._versions: list[int] = []
         self._script, self._told = script, (policy, weight_layers)
         self._values: list[Any] = [*script.constants, *script.parameters]
+        self._first = len(self._values)
+        self._versions: list[int] = []
+        """Of the values from the first on, when they came."""
         self._wholes: list[Tensor] = []
         self._done = 0
         self._observer: InformedPass | None = None
@@ -43,20 +44,20 @@ class Replay(TorchFunctionMode):
         if self._done == len(steps) or not self._fits(steps[self._done], func, args, kwargs):
             return self.observer().__torch_function__(func, types, args, kwargs)
         result = func(*args, **kwargs)
-        if not self._is_made(steps[self._done], result, args):
-            return self.observer().tell(func, args, kwargs, result, None)
         step = steps[self._done]
+        if not self._is_made(step, result):
+            return self.observer().tell(func, args, kwargs, result, None)
         self._done += 1
         if step.is_layer:
             x = args[0]
-            self._keep(x if x.dtype is step.dtype else x.to(step.dtype))
+            self.kept.append(x if x.dtype is step.dtype else x.to(step.dtype))
         elif step.is_tap:
             self._wholes.append(result)
             result = result.detach()
             remember_whole(result, self._wholes[-1])
-            self._keep(args[0].detach() if step.saves_input else result)
+            self.kept.append(args[0].detach() if step.saves_input else result)
         if step.result == len(self._values):
-            self._values.append(result)
+            self._know(result)
         return result
 
     @property
@@ -65,17 +66,23 @@ class Replay(TorchFunctionMode):
         return self._observer is not None
 
     def observer(self) -> InformedPass:
-        """An observer that knows all calls so far."""
+        """An observer that knows all calls so far, and has those to come."""
         if self._observer is None:
-            self._observer, wholes = InformedPass(*self._told), iter(self._wholes)
+            self._observer = InformedPass(*self._told, self._known_versions())
+            wholes = iter(self._wholes)
             for step in self._script.steps[: self._done]:
                 values, n = [self._values[i] for i in step.numbers], len(step.numbers) - len(step.names)
+                kwargs = dict(zip(step.names, values[n:], strict=True))
                 result = self._values[step.result]
                 result, cut = (next(wholes), result) if step.is_tap else (result, None)
-                self._observer.tell(
-                    step.func, tuple(values[:n]), dict(zip(step.names, values[n:], strict=True)), result, cut
-                )
+                self._observer.tell(step.func, (*values[:n],), kwargs, result, cut)
         return self._observer
+
+    def _known_versions(self) -> dict[int, int]:
+        """By the tensors' ids. A cut has its version in common with what it was cut from."""
+        versions = {id(x): version for x, version in zip(self._values[self._first :], self._versions, strict=True)}
+        cuts = [self._values[step.result] for step in self._script.steps[: self._done] if step.is_tap]
+        return versions | {id(x): versions[id(cut)] for x, cut in zip(self._wholes, cuts, strict=True)}
 
     def is_whole(self, output: Tensor) -> bool:
         """Whether the pass, which has ended with this output, is the script's."""
@@ -85,12 +92,12 @@ class Replay(TorchFunctionMode):
             and self._done == len(script.steps)
             and output is self._values[script.output]
             and looks(script.parameters, self.kept, output) == script.looks
-            and [x._version for x in self.kept] == self._versions
+            and [x._version for x in self._values[self._first :]] == self._versions
         )
 
     def _fits(self, step: Step, func: Call, args: Args, kwargs: Kwargs) -> bool:
         """Whether this is the step's call."""
-        if func is not step.func or not torch.is_grad_enabled():
+        if func is not step.func:
             return False
         if kwargs or step.names:
             if (*kwargs,) != step.names:
@@ -102,7 +109,7 @@ class Replay(TorchFunctionMode):
         for value, number in zip(args, step.numbers, strict=True):
             if value is not values[number] and not self._is_constant(value, number):
                 return False
-        return not step.is_tap or checkpointed_region() is None
+        return not step.is_tap or self._is_untouched(step.numbers[0])
 
     def _is_constant(self, value: Any, number: int) -> bool:
         if number >= len(self._script.constants):
@@ -111,35 +118,34 @@ class Replay(TorchFunctionMode):
         return type(value) is type(constant) and bool(value == constant)
 
     def _are_new(self, arguments: list[Any]) -> bool:
-        """Whether they are tensors without a graph that the pass has not met. From now on it has."""
+        """Whether they are tensors without a graph. From now on they have numbers."""
         for x in arguments:
-            if type(x) is not Tensor or x.requires_grad or any([x is value for value in self._values]):
+            if type(x) is not Tensor or x.requires_grad:
                 return False
-            self._values.append(x)
+            self._know(x)
         return True
 
-    def _is_made(self, step: Step, result: Any, args: Args) -> bool:
+    def _is_untouched(self, number: int) -> bool:
+        """Whether a tap may follow: a function that nobody sees may have overwritten its activation's input."""
+        version: int = self._values[number]._version
+        return version == self._versions[number - self._first] and checkpointed_region() is None
+
+    def _is_made(self, step: Step, result: Any) -> bool:
         """Whether the call gave what it gives in every such pass, as far as that tells its part in it."""
-        if type(result) is not Tensor or result.dtype is not step.dtype:
-            return False
-        if result.requires_grad is not step.requires_grad:
-            return False
-        if step.result < len(self._values):
-            return result is self._values[step.result]
-        for x in args:  # noqa: SIM110
-            if x is result:
-                return False
-        return True
+        return type(result) is Tensor and result.dtype is step.dtype and result.requires_grad is step.requires_grad
 
-    def _keep(self, x: Tensor) -> None:
-        self.kept.append(x)
-        self._versions.append(x._version)
+    def _know(self, value: Tensor) -> None:
+        self._values.append(value)
+        self._versions.append(value._version)
 
 
 class InformedPass(SegmentedPass):
-    """An observer that is told of calls that were made without it."""
+    """An observer that is told of calls that were made without it, and of the versions of their tensors then."""
 
-    _made: tuple[Any, Tensor | None] | None = None
+    def __init__(self, policy: TapPolicy, weight_layers: int, versions: dict[int, int]) -> None:
+        super().__init__(policy, weight_layers)
+        self._then = versions
+        self._made: tuple[Any, Tensor | None] | None = None
 
     def tell(self, func: Call, args: Args, kwargs: Kwargs, result: Any, cut: Tensor | None) -> Any:
         """What the network goes on with after a call that gave this result, and at a tap this cut, if it is made."""
@@ -156,3 +162,7 @@ class InformedPass(SegmentedPass):
         if self._made is None or self._made[1] is None:
             return super().cut(z)
         return z, self._made[1]
+
+    def version(self, tensor: Tensor) -> int:
+        now = super().version(tensor)
+        return now if self._made is None else self._then.get(id(tensor), now)

@@ -159,7 +159,7 @@ class SegmentedPass(ForwardPass):
         value = self.call(func, args, kwargs)
         self._chain = chain = _start_chain(func, args, kwargs, value)
         if chain is not None:
-            chain.version = self._version(value)
+            chain.version = self.version(value)
             self._watch(chain.x)
         return value
 
@@ -216,22 +216,22 @@ class SegmentedPass(ForwardPass):
         )
 
     def _advance(self, chain: Chain, value: Tensor) -> None:
-        chain.value, chain.version = value, self._version(value)
+        chain.value, chain.version = value, self.version(value)
 
     def _ends_in(self, chain: Chain, z: Tensor) -> bool:
         """Whether z is the chain's newest result, and still has the values that the chain gave it."""
-        return chain.value is z and chain.version == self._version(z)
+        return chain.value is z and chain.version == self.version(z)
 
-    def _version(self, tensor: Tensor) -> int:
+    def version(self, tensor: Tensor) -> int:
         # A compiler's graph has no version counters; an eager pass checks the same network.
         return 0 if self.is_traced else tensor._version
 
     def _watch(self, saved: Tensor) -> None:
-        self._versions.append((saved, self._version(saved)))
+        self._versions.append((saved, self.version(saved)))
 
     def _check_versions(self) -> None:
         for saved, version in self._versions:
-            if self._version(saved) != version:
+            if self.version(saved) != version:
                 raise RuntimeError(
                     f"net: a tensor of shape {tuple(saved.shape)} that a gradient needs was modified by an in-place "
                     f"operation: it is at version {saved._version}, expected {version}"
