@@ -45,20 +45,25 @@ class Replay(TorchFunctionMode):
             return self.observer().__torch_function__(func, types, args, kwargs)
         result = func(*args, **kwargs)
         step = steps[self._done]
-        if not self._is_made(step, result):
+        if type(result) is not Tensor or (result.dtype, result.requires_grad) != step.made:
             return self.observer().tell(func, args, kwargs, result, None)
         self._done += 1
         if step.is_layer:
             x = args[0]
-            self.kept.append(x if x.dtype is step.dtype else x.to(step.dtype))
+            self.kept.append(x if x.dtype is result.dtype else x.to(result.dtype))
         elif step.is_tap:
-            self._wholes.append(result)
-            result = result.detach()
-            remember_whole(result, self._wholes[-1])
-            self.kept.append(args[0].detach() if step.saves_input else result)
+            result = self._cut(result, args[0] if step.saves_input else None)
         if step.result == len(self._values):
-            self._know(result)
+            self._values.append(result)
+            self._versions.append(result._version)
         return result
+
+    def _cut(self, whole: Tensor, saved: Tensor | None) -> Tensor:
+        cut = whole.detach()
+        remember_whole(cut, whole)
+        self._wholes.append(whole)
+        self.kept.append(cut if saved is None else saved.detach())
+        return cut
 
     @property
     def has_left(self) -> bool:
@@ -122,21 +127,14 @@ class Replay(TorchFunctionMode):
         for x in arguments:
             if type(x) is not Tensor or x.requires_grad:
                 return False
-            self._know(x)
+            self._values.append(x)
+            self._versions.append(x._version)
         return True
 
     def _is_untouched(self, number: int) -> bool:
         """Whether a tap may follow: a function that nobody sees may have overwritten its activation's input."""
         version: int = self._values[number]._version
         return version == self._versions[number - self._first] and checkpointed_region() is None
-
-    def _is_made(self, step: Step, result: Any) -> bool:
-        """Whether the call gave what it gives in every such pass, as far as that tells its part in it."""
-        return type(result) is Tensor and result.dtype is step.dtype and result.requires_grad is step.requires_grad
-
-    def _know(self, value: Tensor) -> None:
-        self._values.append(value)
-        self._versions.append(value._version)
 
 
 class InformedPass(SegmentedPass):

@@ -40,9 +40,8 @@ class Step:
     """Of all arguments."""
     new: list[int]
     """The places of arguments that are tensors without a graph, met first: an input, a mask, a buffer."""
-    dtype: torch.dtype
-    requires_grad: bool
-    """Of the result, as the dtype."""
+    made: tuple[torch.dtype, bool]
+    """The result's dtype, and whether it requires grad."""
     result: int
     """The number of the result; of an argument that is returned its own."""
     is_layer: bool = False
@@ -66,10 +65,10 @@ class Script:
 
 def looks(parameters: Sequence[nn.Parameter], kept: Sequence[Tensor], output: Tensor) -> list[Any]:
     """What may differ between passes that make the same calls; kept: see `kept_by`."""
-    found: list[Any] = [output.device, output.shape, *[x.shape for x in kept]]
-    for p in parameters:
-        found += (p.requires_grad, p.dtype, p.shape)
-    return found
+    return [
+        output.device, output.shape, [x.shape for x in kept],
+        [p.requires_grad for p in parameters], [p.dtype for p in parameters], [p.shape for p in parameters],
+    ]  # fmt: skip
 
 
 def kept_by(layers: Sequence[FusedLayer]) -> list[Tensor]:
@@ -163,7 +162,7 @@ class _Writer:
         first = len(self.constants) + before
         new = [numbers.index(n) for n in range(first, first + len(self.numbers) - before)]
         number = self._number(result if cut is None else cut)
-        step = Step(func, (*kwargs,), numbers, new, result.dtype, result.requires_grad, number)
+        step = Step(func, (*kwargs,), numbers, new, (result.dtype, result.requires_grad), number)
         if func is LINEAR and len(args) > 1 and args[1] is self._next_weight():
             step.is_layer = True
             self.begun += 1
