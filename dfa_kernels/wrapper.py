@@ -77,6 +77,11 @@ class DFA(nn.Module):
         super().__init__()
         if not isinstance(net, nn.Module):
             raise TypeError(f"net: got {type(net).__name__}, expected a torch.nn.Module")
+        inner = [name or "net itself" for name, module in net.named_modules() if isinstance(module, DFA)]
+        if inner:
+            raise TypeError(
+                f"net: {inner} learns by DFA already; wrap the whole network once, with that one's net in it"
+            )
         if feedback is not None and not isinstance(feedback, Feedback):
             raise TypeError(f"feedback: got {type(feedback).__name__}, expected a dfa_kernels.Feedback")
         self.net = net

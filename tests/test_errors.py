@@ -46,6 +46,12 @@ class TestConstruction:
         with raises(TypeError, "net", type(net).__name__, "Module"):
             dfa.DFA(net)
 
+    def test_net_learns_by_dfa_already(self):
+        with raises(TypeError, "net", "net itself", "once"):
+            dfa.DFA(dfa.DFA(mlp()))
+        with raises(TypeError, "net", "'1'", "once"):
+            dfa.DFA(nn.Sequential(nn.Linear(5, 5), dfa.DFA(mlp())))
+
     @pytest.mark.parametrize("feedback", ["gaussian", torch.ones(7, 3), dfa.Feedback])
     def test_feedback_is_no_feedback(self, feedback):
         with raises(TypeError, "feedback", type(feedback).__name__, "Feedback"):
@@ -120,6 +126,10 @@ class TestNetworks:
         model = dfa.DFA(nn.Sequential(net, nn.Softmax(1)), taps=taps)
         with raises(ValueError, "net", seen, "weight layer"):
             model(X)
+
+    def test_one_sample_without_a_batch(self):
+        with raises(ValueError, "one sample", "x[None]"):
+            dfa.DFA(mlp())(X[0])
 
     def test_no_activation(self):
         model = dfa.DFA(nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)))

@@ -72,6 +72,8 @@ def _refusal(segment: Segment, k: int, rows: tuple[int, ...], fitting: list[int]
         )
     said = f"taps: a tap of shape {shape} has no dimension that is dimension {k} of the output, whose rows are "
     said += f"{list(rows)}"
+    if len(shape) == 1:
+        return f"{said}; the network got one sample, it seems: give it a batch, x[None]"
     if k > 0:
         return f"{said}; batch_dims={k} takes the output's first {k} as rows and the others as the error"
     return (
