@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -29,11 +31,10 @@ def backward_reaches(nodes: Iterable[Any]) -> list[bool]:
         ) from error
 
 
-def apply_node(node: type[torch.autograd.Function], *args: Any) -> Any:
-    """``node.apply(*args)`` where no transform of torch.func is at work, without looking for traces of one."""
-    if torch.compiler.is_compiling():
-        return node.apply(*args)
-    return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
+def eager_apply(node: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``node.apply`` where no compiler and no transform of torch.func is at work, which does not look for them."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+    return apply
 
 
 def take_saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
@@ -68,9 +69,12 @@ def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def gradient_is_awaited(parameter: Tensor) -> bool:
-    """Whether a hook waits for the parameter's gradient."""
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+_hooks, _late_hooks = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
+
+
+def any_gradient_is_awaited(parameters: Sequence[Tensor]) -> bool:
+    """Whether a hook waits for the gradient of one of the parameters."""
+    return any(map(_hooks, parameters)) or any(map(_late_hooks, parameters))
 
 
 def add_each_(tensors: Sequence[Tensor], others: Sequence[Tensor], alpha: float) -> None:
@@ -89,9 +93,8 @@ def map_tensors(change: Callable[[Any], Any], tree: Any, kind: type[Tensor] = Te
     return tree_map_only(kind, change, tree)
 
 
-def module_calls_are_observed() -> bool:
-    """Whether a hook waits for the calls of all modules."""
-    return bool(nn.modules.module._has_any_global_hook())
+module_calls_are_observed: Callable[[], Any] = nn.modules.module._has_any_global_hook
+"""Whether a hook waits for the calls of all modules."""
 
 
 def call_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -130,6 +133,27 @@ compiler_at_work: Callable[[], Any] = get_eval_frame_callback
 
 It is no function of Python, whose frame would be one of them.
 """
+
+
+any_autocast_is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for some kind of device."""
+
+BelowAutograd: Callable[[], AbstractContextManager[Any]] = torch._C._AutoDispatchBelowAutograd
+"""Within it no operator records a graph, and none looks whether it should, which torch.no_grad() leaves to each."""
+
+WithoutAutocast: Callable[[], AbstractContextManager[Any]] = torch._C._DisableAutocast
+"""Within it autocast is off on all devices."""
+
+
+class WithoutGradients:
+    """What torch.no_grad() does outside a compiler, in a third of its time."""
+
+    def __enter__(self) -> None:
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *exception: Any) -> None:
+        torch._C._set_grad_enabled(self._before)
 
 
 class ForcedEager:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
+from ._torch_internals import WithoutGradients, any_autocast_is_on
+
 # Asked once: the compilers of torch 2.10 and 2.11 cannot look into the question. Some devices, meta among them, have no
 # autocast and raise when asked for its state.
 AUTOCAST_DEVICES = frozenset(
@@ -17,6 +19,9 @@ AUTOCAST_DEVICES = frozenset(
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast makes of a product's operands there; None where it is off."""
+    # A device's type is slow to name.
+    if not any_autocast_is_on():
+        return None
     if device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
@@ -35,7 +40,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 CASTS_LACK_GRAPHS = TorchVersion(torch.__version__) < "2.13"
 
 
-class WithoutGraph(torch.no_grad):
+class WithoutGraph(WithoutGradients):
     """torch.no_grad(), after which no weight that autocast has cast inside lacks its graph."""
 
     def __exit__(self, *exception: Any) -> None:

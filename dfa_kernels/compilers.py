@@ -84,9 +84,17 @@ def warn_of_compiled(net: nn.Module) -> None:
         )
 
 
+def is_left_alone() -> bool:
+    """Whether no compiler is at work, neither on what is run here nor waiting for its parts."""
+    return not torch.compiler.is_compiling() and compiler_at_work() is None
+
+
 def is_recorded() -> bool:
-    """Whether torch.jit.trace or a transform of torch.func is at work, which cannot handle a learning pass."""
-    return not torch.compiler.is_compiling() and (is_traced() or is_under_functorch())
+    """Whether torch.jit.trace or a transform of torch.func is at work, which cannot handle a learning pass.
+
+    Not to be asked by a compiler.
+    """
+    return is_traced() or is_under_functorch()
 
 
 def check_not_recorded() -> None:

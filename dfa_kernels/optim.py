@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,15 +22,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import backends
-from ._torch_internals import is_inside_ddp, step_is_observed
-from .autocast import without_autocast
+from ._torch_internals import BelowAutograd, WithoutAutocast, is_inside_ddp, step_is_observed
 from .backends.calls import DeviceNumbers
 from .backward.deferred import DeferredCall, Ledger
 from .backward.lazy_gradient import LazyGradient
-from .compilers import whole
+from .compilers import is_left_alone, whole
 from .numbers_on_device import NumbersOnDevice, is_captured, is_on_device
 from .updates import RULES, Row
 from .wrapper import DFA
+
+_params = itemgetter("params")
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -54,11 +57,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         model._optimizer = weakref.ref(self)
         weakref.finalize(self, self._ledger.close).atexit = False  # type: ignore[misc]
 
-    def ledger_for_pass(self) -> Ledger | None:
-        """The ledger for the backward pass of a forward pass, unless it is compiled: then nothing is put off."""
+    def ledger_for_pass(self) -> Ledger:
+        """The ledger for the backward pass of a forward pass."""
         if is_inside_ddp():
             raise RuntimeError(f"model: it runs inside DistributedDataParallel; {_NO_REDUCTION}")
-        return None if torch.compiler.is_compiling() else self._ledger
+        return self._ledger
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -129,6 +132,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: if a tensor that a deferred gradient needs was modified since the backward pass.
         """
+        if closure is None and is_left_alone() and not step_is_observed(self):
+            return self._step()
         return whole(self._any_step, closure)
 
     # torch.optim wraps every step() in a profiler's record and its hooks. Between two products that fill the cache that
@@ -198,23 +203,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            self._update()
-        return loss
-
-    def _update(self) -> None:
-        on_device = self._numbers_on_device() if self.capturable else None
-        if on_device is not None:
-            on_device.copy_rates([self._numbers(group) for group in self.param_groups])
+        on_device = self._rates_on_device() if self.capturable else None
         call = self._ledger.take_whole() if self.max_norm is None else None
         if call is None:
             self._ledger.make()
-        else:
-            # The gradients' products belong to the backward pass, which autocast does not reach either.
-            with without_autocast(call.parameters[0].device):
-                done = self._update_fused(call, on_device)
-            if done:
-                return
+        if call is None or not self._update_fused(call, on_device):
+            self._update_others(on_device)
+        return loss
+
+    @torch.no_grad()
+    def _rates_on_device(self) -> NumbersOnDevice:
+        on_device = self._numbers_on_device()
+        on_device.copy_rates([self._numbers(group) for group in self.param_groups])
+        return on_device
+
+    @torch.no_grad()
+    def _update_others(self, on_device: NumbersOnDevice | None) -> None:
+        """Updates what has a gradient."""
         if self.max_norm is not None:
             torch.nn.utils.clip_grad_norm_([p for p, _, _ in self._with_gradient()], self.max_norm)
         if on_device is not None:
@@ -244,8 +249,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _update_fused(self, call: DeferredCall, on_device: NumbersOnDevice | None) -> bool:
         """Returns whether these were all parameters."""
-        parameters, known = call.parameters, [id(p) for group in self.param_groups for p in group["params"]]
-        if not set(known).issuperset(map(id, parameters)):
+        parameters, known = call.parameters, [*map(id, chain.from_iterable(map(_params, self.param_groups)))]
+        if known != [*map(id, parameters)] and not set(known).issuperset(map(id, parameters)):
             shapes = [tuple(p.shape) for p in parameters if id(p) not in known]
             raise RuntimeError(
                 f"step: the model has parameters of shape {shapes} that this optimizer does not; its parameters were "
@@ -259,7 +264,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             on_device.count(parameters)
             hyper = on_device.rows(parameters)
         update_ = backends.BACKENDS[call.plan.backend].layer_update_
-        update_(call.layers(), parameters, state, self.rule, hyper)
+        # The gradients' products belong to the backward pass, which autocast does not reach either.
+        with WithoutAutocast(), BelowAutograd():
+            update_(call.layers(), parameters, state, self.rule, hyper)
         return len(parameters) == len(known)
 
     def _state_names(self) -> tuple[str, ...]:
@@ -350,7 +357,7 @@ class SGD(FusedOptimizer):
         super().__init__(model, defaults, max_norm, capturable)
 
     def _state_names(self) -> tuple[str, ...]:
-        return RULES["momentum"].state if any(group["momentum"] for group in self.param_groups) else ()
+        return RULES["momentum"].state if any([group["momentum"] for group in self.param_groups]) else ()
 
     def _numbers(self, group: dict[str, Any]) -> list[Any]:
         return [group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]]
@@ -358,7 +365,7 @@ class SGD(FusedOptimizer):
     def _hyper_of_each(self, parameters: Sequence[Tensor]) -> list[float]:
         if len(self.param_groups) > 1:
             return super()._hyper_of_each(parameters)
-        return self._hyper(self.param_groups[0], parameters[0]) * len(parameters)
+        return [*map(float, self._numbers(self.param_groups[0]))] * len(parameters)
 
 
 class AdamW(FusedOptimizer):

@@ -151,7 +151,7 @@ RULES: dict[str, UpdateRule] = {
 
 def are_small(parameters: Sequence[Tensor]) -> bool:
     """Whether the gradients of all of them together are stored at no cost."""
-    return sum([p.numel() for p in parameters]) <= SMALL
+    return sum(map(Tensor.numel, parameters)) <= SMALL
 
 
 def update_each_(

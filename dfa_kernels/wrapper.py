@@ -6,7 +6,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -201,11 +201,15 @@ class DFA(nn.Module):
         return f"feedback={self.feedback!r}, backend={self.backend!r}"
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        check_not_recorded()
         ledger = self._ledger()
-        sequence = self._as_sequence(args, kwargs)
-        if sequence is not None:
-            return self._plain_pass(sequence, args[0], ledger)
+        if torch.compiler.is_compiling():
+            # A compiled backward pass puts nothing off.
+            ledger = None
+        else:
+            check_not_recorded()
+            sequence = self._as_sequence(args, kwargs)
+            if sequence is not None:
+                return self._plain_pass(sequence, args[0], ledger)
         seen = whole(self._observed, args, kwargs, ledger)
         return seen if isinstance(seen, Tensor) else self._end(seen, ledger)
 
@@ -213,10 +217,11 @@ class DFA(nn.Module):
         """The network, if it is plain; the last pass's, as long as that holds."""
         if kwargs or len(args) != 1 or self._policy.kind == "named" or self._output is not None:
             return None
-        if self._habits.has_script or torch.compiler.is_compiling():
+        if self._habits.has_script:
             return None
         # Not by the attribute: that of a module is slow to find.
-        net, x = cast(nn.Module, self._modules["net"]), args[0]
+        net: nn.Module = self._modules["net"]  # type: ignore[assignment]
+        x = args[0]
         if self._sequence is None or not self._sequence.holds(net, x, self.batch_dims):
             found = plain_sequence(net, x, self.batch_dims, self._policy.kind == "nonlinearity")
             # A module's attributes are slow to set.

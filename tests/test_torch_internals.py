@@ -123,13 +123,73 @@ def test_step_is_observed_by_a_profiler():
         assert _torch_internals.step_is_observed(optimizer)
 
 
-def test_gradient_is_awaited():
+def test_any_gradient_is_awaited():
     """Else a deferred gradient, which never exists, would leave the hook without a call."""
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
-        p = nn.Parameter(torch.ones(1))
-        assert not _torch_internals.gradient_is_awaited(p)
-        getattr(p, register)(nothing)
-        assert _torch_internals.gradient_is_awaited(p), register
+        parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+        assert not _torch_internals.any_gradient_is_awaited(parameters)
+        getattr(parameters[1], register)(nothing)
+        assert _torch_internals.any_gradient_is_awaited(parameters), register
+
+
+def test_any_autocast_is_on():
+    """Else a pass under autocast would be taken for one like the last."""
+    assert not _torch_internals.any_autocast_is_on()
+    with torch.autocast("cpu"):
+        assert _torch_internals.any_autocast_is_on()
+        with torch.autocast("cpu", enabled=False):
+            assert not _torch_internals.any_autocast_is_on()
+
+
+def test_without_autocast():
+    """Else the products of gradients would be rounded."""
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu"):
+        with _torch_internals.WithoutAutocast():
+            assert (x @ x).dtype == torch.float32
+            assert not torch.is_autocast_enabled("cpu")
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_below_autograd():
+    """Else an update would be refused, or seen by no graph that needs what it overwrote."""
+    p = nn.Parameter(torch.ones(2, 2))
+    with _torch_internals.BelowAutograd():
+        assert not (p @ p).requires_grad
+        p.add_(1)
+        torch._foreach_add_([p], [torch.ones(2, 2)])
+    assert p._version == 2
+    assert p.is_leaf
+    assert (p @ p).requires_grad
+
+
+def test_without_gradients():
+    """Else what runs within it would keep a graph, or what comes after it have none."""
+    p = nn.Parameter(torch.ones(2))
+    for before in (True, False):
+        with torch.set_grad_enabled(before):
+            with pytest.raises(ZeroDivisionError), _torch_internals.WithoutGradients():
+                assert not (p * 2).requires_grad
+                raise ZeroDivisionError
+            assert torch.is_grad_enabled() == before
+
+
+def test_eager_apply():
+    """Else an output would lack its node."""
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 3
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 3
+
+    x = torch.ones(2, requires_grad=True)
+    _torch_internals.eager_apply(Node)(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [3, 3]
 
 
 def test_module_calls_are_observed():

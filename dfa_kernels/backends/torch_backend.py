@@ -79,15 +79,12 @@ def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
     error, inputs, saved, numbers = call.error, call.inputs, call.saved, call.parameters
     if saved:
         # For an empty batch, whose gradients are zero, T is taken as 1.
-        rows, shapes = error.shape[0], [h.shape for h in saved]
-        sizes = [n // rows * out if rows else out for n, out in shapes]
-        shared = shared_projection(error, call.stored, call.feedback, max(sizes))
-        for i, size in enumerate(sizes):
-            p, q = numbers[2 * i], numbers[2 * i + 1]
-            yield (
-                delta_of(shared, error.dtype, size, saved[i], call.dropout_mask[i], call.activations[i], p, q),
-                inputs[i],
-            )
+        rows = error.shape[0]
+        sizes = [h.numel() // rows if rows else h.shape[1] for h in saved]
+        shared, dtype = shared_projection(error, call.stored, call.feedback, max(sizes)), error.dtype
+        taps = zip(sizes, saved, call.dropout_mask, call.activations, numbers[0::2], numbers[1::2], strict=True)
+        for x, tap in zip(inputs, taps, strict=False):
+            yield delta_of(shared, dtype, *tap), x
     for x in inputs[len(saved) :]:
         yield error if error.dtype == x.dtype else error.to(x.dtype), x
 
@@ -98,6 +95,7 @@ class SharedProjection:
     def __init__(self, values: Tensor, normalize: bool) -> None:
         self.values, self.normalize = values, normalize
         self.widest = values.shape[1]
+        self.is_traced = torch.compiler.is_compiling()
 
     def for_size(self, size: int) -> tuple[Tensor, float]:
         return self.values[:, :size], math.sqrt(self.widest / size) if self.normalize else 1.0
@@ -131,7 +129,7 @@ def delta_of(
         values = values.reshape(saved.shape)
     # δ in the order of the saved tensor, which a convolution would bring it into. Compilers choose orders themselves:
     # asked for one in a backward pass, Dynamo traces that anew and leaves out that autocast is off.
-    if not torch.compiler.is_compiling() and not saved.is_contiguous():
+    if not shared.is_traced and not saved.is_contiguous():
         values = torch.empty_like(saved, dtype=values.dtype).copy_(values)
     delta = ACTIVATIONS[activation].gradient(values, wide, p, q)
     if dropout_mask is not None:

@@ -6,7 +6,6 @@ alive before their backward passes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch_internals import apply_node, gradient_is_awaited
+from .._torch_internals import any_gradient_is_awaited, eager_apply
 from ..feedback import Feedback
 from ..forward.record import Pass
 from ..forward.segments import FusedLayer, Segment
@@ -22,6 +21,8 @@ from .deferred import Ledger
 from .layers_node import LayersNode
 from .node_plan import LayersPlan, layers_plan, meet_numbers, numbered, sharing_layers, taps_plan
 from .taps_node import TapsNode
+
+_apply_layers, _apply_taps = eager_apply(LayersNode), eager_apply(TapsNode)
 
 
 def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
@@ -40,19 +41,21 @@ def attach(seen: Pass, ledger: Ledger | None) -> Tensor:
     if others:
         # The last node is the first to run: convolutions let go of activations before linear layers get gradients.
         plan, tensors = taps_plan(seen, others)
-        output = apply_node(TapsNode, plan, output, *tensors)
+        apply = TapsNode.apply if torch.compiler.is_compiling() else _apply_taps
+        output = apply(plan, output, *tensors)
     return output
 
 
 def _is_awaited(layer: FusedLayer) -> bool:
     """Whether somebody waits for a gradient of the layer's parameters."""
-    return gradient_is_awaited(layer.weight) or (layer.bias is not None and gradient_is_awaited(layer.bias))
+    return any_gradient_is_awaited([layer.weight] if layer.bias is None else [layer.weight, layer.bias])
 
 
 def _with_layers(output: Tensor, plan: LayersPlan, kept: Sequence[Tensor | None], ledger: Ledger | None) -> Tensor:
     if not plan.parameters:
         return output
-    attached: Tensor = apply_node(LayersNode, plan, ledger, output, *kept, *plan.parameters)
+    apply = LayersNode.apply if plan.is_traced else _apply_layers
+    attached: Tensor = apply(plan, ledger, output, *kept, *plan.parameters)
     return attached
 
 
@@ -64,7 +67,6 @@ class Repeated:
     places: list[int]
     """Where the plan's tensors, but those stored, stand among the layers' own."""
     stored: list[Tensor]
-    widest: int
     error_size: int
     asked: str
     """The backend that the model was told."""
@@ -74,14 +76,14 @@ class Repeated:
         """Whether what a model was told is still the same, and nobody waits for a gradient that is to be deferred."""
         if self.asked != backend or self.plan.feedback is not feedback.spec:
             return False
-        stored = feedback.stored(self.widest, self.error_size, self.device)
-        if stored is not self.stored and (stored or self.stored):
+        # What is kept for these rows may only have grown, procedurally it is nothing.
+        if self.stored and feedback.kept(self.error_size, self.device) is not self.stored:
             return False
-        return ledger is None or not any([*map(gradient_is_awaited, self.plan.parameters)])
+        return ledger is None or not any_gradient_is_awaited(self.plan.parameters)
 
     def attach(self, output: Tensor, own: Sequence[Tensor | None], ledger: Ledger | None) -> Tensor:
         """`attach` for such a pass, whose layers have these tensors of their own."""
-        return _with_layers(output, self.plan, [*[own[i] for i in self.places], *self.stored], ledger)
+        return _with_layers(output, self.plan, [*map(own.__getitem__, self.places), *self.stored], ledger)
 
 
 def shares_one_node(seen: Pass) -> bool:
@@ -96,8 +98,7 @@ def repeated(seen: Pass, own: list[Tensor | None], backend: str) -> Repeated:
     plan, kept = layers_plan(seen, layers)
     passing = kept[: len(kept) - len(seen.stored)]
     places = [next(i for i, tensor in enumerate(own) if tensor is each) for each in passing]
-    widest = max(math.prod(segment.units) for segment in seen.segments)
-    return Repeated(plan, places, seen.stored, widest, seen.error_size, backend, seen.output.device)
+    return Repeated(plan, places, seen.stored, seen.error_size, backend, seen.output.device)
 
 
 @dataclass(slots=True)

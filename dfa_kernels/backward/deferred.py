@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from ..backends.calls import LayerCall
 from .lazy_gradient import LazyGradient
 from .node_plan import LayersPlan
 
+_grad, _version, _place = attrgetter("grad"), attrgetter("_version"), attrgetter("shape", "device")
+
 
 class DeferredCall:
     """The grouped layers of one backward pass: what a fused optimizer gets in place of their gradients.
@@ -21,33 +25,27 @@ class DeferredCall:
     the parameters; None where somebody else's gradient was.
     """
 
-    __slots__ = ("plan", "stand_ins", "tensors", "versions")
+    __slots__ = ("parameters", "plan", "stand_ins", "tensors", "versions")
 
     def __init__(self, plan: LayersPlan, tensors: tuple[Tensor, ...]) -> None:
-        self.plan = plan
+        self.plan, self.parameters = plan, plan.parameters
         self.tensors = tensors
-        self.versions = [tensor._version for tensor in tensors]
+        self.versions = [*map(_version, tensors)]
         self.stand_ins: list[LazyGradient | None] = []
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What the gradients belong to, in the order of `layer_grads`' result."""
-        return self.plan.parameters
 
     def layers(self) -> LayerCall:
         return self.plan.call(self.tensors[-1], self.tensors[:-1])
 
     def check_unchanged(self) -> None:
         """RuntimeError if since its backward pass what the call needs was overwritten, or a parameter has moved."""
-        places = [(p.shape, p.device) for p in self.parameters]
+        places = [*map(_place, self.parameters)]
         if places != self.plan.places:
             before, now = next((a, b) for a, b in zip(self.plan.places, places, strict=True) if a != b)
             raise RuntimeError(
                 f"step: a parameter is of shape {tuple(now[0])} on {now[1]}, expected {tuple(before[0])} on "
                 f"{before[1]} as in the backward pass; change parameters behind step() or zero_grad()"
             )
-        found = [tensor._version for tensor in self.tensors]
-        if found == self.versions:
+        if [*map(_version, self.tensors)] == self.versions:
             return
         for tensor, version in zip(self.tensors, self.versions, strict=True):
             if tensor._version != version:
@@ -74,7 +72,7 @@ class Ledger:
         """Enters the call of a backward pass that is running."""
         if not self._all_stand():
             self.make()
-        call.stand_ins = [self._stand_in(p) for p in call.parameters]
+        call.stand_ins = self._stand_ins_for(call.parameters)
         self.calls.append(call)
         if self._closed or any([stand_in is None for stand_in in call.stand_ins]):
             self.make()
@@ -119,28 +117,31 @@ class Ledger:
         except RuntimeError:
             self.clear()
 
-    def _stand_in(self, p: nn.Parameter) -> LazyGradient | None:
-        """What stands in ``.grad`` from now on, if it is the ledger's."""
-        held, kept = p.grad, self._stand_ins.get(id(p))
-        if held is not None:
-            return kept if held is kept else None
-        # One that somebody kept from an earlier pass must not turn into the gradient of this one.
-        if kept is not None and sys.getrefcount(kept) == _REFERENCES_BY_DICTIONARY_AND_NAME:
+    def _stand_ins_for(self, parameters: Sequence[nn.Parameter]) -> list[LazyGradient | None]:
+        """What stands in each one's ``.grad`` from now on, if it is the ledger's."""
+        stand_ins: list[LazyGradient | None] = []
+        for p in parameters:
+            held, kept = p.grad, self._stand_ins.get(id(p))
+            if held is not None:
+                stand_ins.append(kept if held is kept else None)
+                continue
+            # One that somebody kept from an earlier pass must not turn into the gradient of this one.
+            if kept is None or sys.getrefcount(kept) != _REFERENCES_BY_DICTIONARY_AND_NAME:
+                kept = self._new_stand_in(p)
             try:
                 p.grad = kept
-                return kept
             except RuntimeError:
                 # Of a parameter that has moved, or was cast.
-                pass
-        p.grad = kept = self._stand_ins[id(p)] = LazyGradient(p, self.make)
-        return kept
+                p.grad = kept = self._new_stand_in(p)
+            stand_ins.append(kept)
+        return stand_ins
+
+    def _new_stand_in(self, p: nn.Parameter) -> LazyGradient:
+        made = self._stand_ins[id(p)] = LazyGradient(p, self.make)
+        return made
 
     def _all_stand(self) -> bool:
-        for call in self.calls:
-            for p, stand_in in zip(call.parameters, call.stand_ins, strict=True):
-                if p.grad is not stand_in:
-                    return False
-        return True
+        return all([all(map(is_, map(_grad, call.parameters), call.stand_ins)) for call in self.calls])
 
     def _make(self, call: DeferredCall) -> None:
         # The products belong to the backward pass, which autocast does not reach.

@@ -5,13 +5,20 @@ With a fused optimizer no gradient does: the node enters the call in the optimiz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from .._torch_internals import backward_reaches, gradient_is_awaited, take_saved_tensors
+from .._torch_internals import (
+    BelowAutograd,
+    WithoutAutocast,
+    any_gradient_is_awaited,
+    backward_reaches,
+    take_saved_tensors,
+)
 from ..autocast import without_autocast
 from .deferred import DeferredCall, Ledger
 from .first_order import refuse_second_order
@@ -27,33 +34,43 @@ class LayersNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: LayersPlan, ledger: Ledger | None, output: Tensor, *tensors: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if plan.is_traced:
             meet_numbers(plan.feedback, [], plan.numbers)
         ctx.plan, ctx.ledger = plan, ledger
         ctx.save_for_backward(*tensors[: plan.kept])
-        return same(output)
+        return same(output, plan.is_traced)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         plan: LayersPlan = ctx.plan
-        none = [None] * plan.kept
+        error = as_error(gradient, plan.batch_dims)
+        grads: Sequence[Tensor | None]
         # A hook may have come since the forward pass.
-        if ctx.ledger is None or any([*map(gradient_is_awaited, plan.parameters)]):
-            with without_autocast(gradient.device):
-                return (None, None, gradient, *none, *_gradients(ctx, gradient))
-        _defer(ctx, gradient)
-        return (None, None, gradient, *none, *[None] * len(plan.parameters))
+        if ctx.ledger is None or any_gradient_is_awaited(plan.parameters):
+            grads = _traced_gradients(ctx, error) if torch.compiler.is_compiling() else _gradients(ctx, error)
+        else:
+            _defer(ctx, error)
+            grads = [None] * len(plan.parameters)
+        return (None, None, gradient, *[None] * plan.kept, *grads)
+
+
+def _gradients(ctx: Any, error: Tensor) -> list[Tensor]:
+    plan: LayersPlan = ctx.plan
+    call = plan.call(error, take_saved_tensors(ctx))
+    with WithoutAutocast(), BelowAutograd():
+        return backends.BACKENDS[plan.backend].layer_grads(call, plan.dtype)
 
 
 @torch.autograd.function.once_differentiable
-def _gradients(ctx: Any, gradient: Tensor) -> list[Tensor]:
+def _traced_gradients(ctx: Any, error: Tensor) -> list[Tensor]:
+    """By a compiler, which traces with gradients on and knows no other way to leave out autocast."""
     plan: LayersPlan = ctx.plan
-    call = plan.call(as_error(gradient, plan.batch_dims), take_saved_tensors(ctx))
-    return backends.BACKENDS[plan.backend].layer_grads(call, plan.dtype)
+    with without_autocast(error.device):
+        return backends.BACKENDS[plan.backend].layer_grads(plan.call(error, ctx.saved_tensors), plan.dtype)
 
 
-def _defer(ctx: Any, gradient: Tensor) -> None:
+def _defer(ctx: Any, error: Tensor) -> None:
     plan, kept = ctx.plan, ctx.saved_tensors
     if torch.compiler.is_compiling():
         # Then the compiler leaves the node as it is. That of torch 2.11 ends with an error at `next_functions`.
@@ -62,7 +79,7 @@ def _defer(ctx: Any, gradient: Tensor) -> None:
     count = len(plan.parameters)
     reached = backward_reaches([node for node, _ in ctx.next_functions[-count:]])
     if all(reached):
-        ctx.ledger.add(DeferredCall(plan, (*kept, as_error(gradient, plan.batch_dims))))
+        ctx.ledger.add(DeferredCall(plan, (*kept, error)))
     elif any(reached):
         raise RuntimeError(
             f"inputs: {sum(reached)} of {count} parameters whose gradients a fused optimizer computes together, "

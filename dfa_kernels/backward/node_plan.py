@@ -45,15 +45,17 @@ class LayersPlan:
     """Whether a parameter is more than one layer's."""
     places: list[tuple[torch.Size, torch.device]]
     """Shape and device of each parameter."""
+    is_traced: bool
+    """Whether a compiler traces the pass."""
 
     def call(self, error: Tensor, kept: Sequence[Tensor]) -> LayerCall:
-        rows = [as_rows(tensor) for tensor in kept]
+        rows = [tensor if tensor.dim() == 2 else as_rows(tensor) for tensor in kept]
         return LayerCall(
             error,
-            [kept[i] for i in self.stored],
+            [*map(kept.__getitem__, self.stored)],
             self.feedback,
-            [rows[i] for i in self.inputs],
-            [rows[i] for i in self.saved],
+            [*map(rows.__getitem__, self.inputs)],
+            [*map(rows.__getitem__, self.saved)],
             [None if i is None else rows[i] for i in self.dropout_mask],
             self.activations,
             self.numbers,
@@ -93,6 +95,7 @@ def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, l
         dtype=layers[0].weight.dtype,
         has_shared=len({id(p) for p in parameters}) < len(parameters),
         places=[(p.shape, p.device) for p in parameters],
+        is_traced=torch.compiler.is_compiling(),
     )
     return plan, table.tensors
 
@@ -172,14 +175,14 @@ def as_error(gradient: Tensor, batch_dims: int) -> Tensor:
     return gradient.reshape(math.prod(shape[:batch_dims]), math.prod(shape[batch_dims:]))
 
 
-def same(output: Tensor) -> Tensor:
+def same(output: Tensor, is_traced: bool) -> Tensor:
     """The output as a node returns it: no view, so that it can be changed in place as any other."""
-    return output.view_as(output) if torch.compiler.is_compiling() else output.detach()
+    return output.view_as(output) if is_traced else output.detach()
 
 
 def as_rows(tensor: Tensor) -> Tensor:
     """[..., features] as [n, features]."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 class TensorTable:

@@ -24,12 +24,13 @@ class TapsNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: TapsPlan, output: Tensor, *tensors: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling()
+        if is_traced:
             units, slots = [root.units for root in plan.roots], plan.convolutions
             meet_numbers(plan.feedback, units, [number for slot in slots for number in (slot.p, slot.q)])
         ctx.plan = plan
         ctx.save_for_backward(*(tensors[i] for i in plan.kept))
-        return same(output)
+        return same(output, is_traced)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

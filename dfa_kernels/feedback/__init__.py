@@ -81,7 +81,7 @@ class Feedback:
         fastfood: [signs, permutation, gaussian, scaling] by blocks; procedural: []. Growing keeps every entry.
         """
         place = self.device or torch.device(device)
-        kept = self._kept.get((error_size, place))
+        kept = self.kept(error_size, place)
         if kept is not None and type(rows) is int and 1 <= units_for(self.spec, rows, error_size) <= kept[0].shape[0]:
             return kept
         rows, error_size = self._check_shape(rows, error_size)
@@ -93,6 +93,10 @@ class Feedback:
         self._kept.pop((error_size, place), None)
         made = self._kept[error_size, place] = self._make(units_for(self.spec, rows, error_size), error_size, place)
         return made
+
+    def kept(self, error_size: int, device: torch.device) -> Parts | None:
+        """What is kept already, as `stored` hands it out; it tells nothing of how many rows that is."""
+        return self._kept.get((error_size, self.device or device))
 
     def _check_room(self, rows: int, error_size: int, device: torch.device, given_back: Parts) -> None:
         """torch.OutOfMemoryError, before anything is allocated, if that many rows of U do not fit on the device.

@@ -7,6 +7,7 @@ and an activation may overwrite its pre-activation. The result is the same as a 
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +20,7 @@ from ..autocast import WithoutGraph, autocast_dtype
 from .segments import FusedLayer, Segment
 from .survey import row_count
 
+_LOOKS = [*map(attrgetter, ("requires_grad", "shape", "dtype"))]
 _ROW_OF_MODULE: dict[type[nn.Module], Activation] = {m: row for row in ACTIVATIONS.values() for m in row.modules}
 _CODE: dict[type[nn.Module], str] = {
     nn.Linear: "L",
@@ -46,6 +48,8 @@ class PlainLayer(NamedTuple):
     activation: Activation | None
     p: float
     q: float
+    keeps_output: bool
+    """Whether the activation's derivative follows from its output."""
     dropout_behind: float
 
 
@@ -90,6 +94,8 @@ class PlainSequence:
         self._forwards = [(kind, _FORWARDS[kind]) for kind in {*map(type, everything)}]
         linears: list[dict[str, Any]] = [module._parameters for module in leaves if type(module) is nn.Linear]
         self._parameters = [(own, own["weight"], own["bias"]) for own in linears]
+        self._learning = [p for _, *both in self._parameters for p in both if p is not None]
+        self._with_options = [(each, _WITH_OPTIONS[type(each)]) for each in leaves if type(each) in _WITH_OPTIONS]
         self._looks = self._looks_now(x)
         self._first = next(i for i, module in enumerate(leaves) if type(module) is nn.Linear)
         self._late = not tap_at_activation
@@ -118,14 +124,10 @@ class PlainSequence:
     def _looks_now(self, x: Tensor) -> list[Any]:
         """What may change in place. What else may about parameters, a product refuses."""
         looks: list[Any] = [x.shape, x.dtype, x.device, autocast_dtype(x.device)]
-        for _, weight, bias in self._parameters:
-            looks += (weight.requires_grad, weight.shape, weight.dtype)
-            if bias is not None:
-                looks += (bias.requires_grad, bias.shape)
-        for module in self._leaves:
-            kind = type(module)
-            if kind in _WITH_OPTIONS:
-                looks += [getattr(module, name) for name in _WITH_OPTIONS[kind]]
+        for look in _LOOKS:
+            looks += map(look, self._learning)
+        for module, options in self._with_options:
+            looks += [getattr(module, name) for name in options]
         return looks
 
     def _plain_layers(self) -> list[PlainLayer]:
@@ -134,10 +136,10 @@ class PlainSequence:
             kind, row = type(module), _ROW_OF_MODULE.get(type(module))
             if kind is nn.Linear:
                 own = module._parameters
-                layers.append(PlainLayer(own["weight"], own["bias"], 0.0, None, 0.0, 0.0, 0.0))  # type: ignore[arg-type]
+                layers.append(PlainLayer(own["weight"], own["bias"], 0.0, None, 0.0, 0.0, True, 0.0))  # type: ignore[arg-type]
             elif row is not None:
                 p, q = module_parameters(row, module)
-                layers[-1] = layers[-1]._replace(activation=row, p=p, q=q)
+                layers[-1] = layers[-1]._replace(activation=row, p=p, q=q, keeps_output=row.keeps_output(p, q))
             else:
                 p = float(cast(nn.Dropout, module).p) if module.training else 0.0
                 last = layers[-1]
@@ -152,14 +154,14 @@ class PlainSequence:
         with WithoutGraph():
             for module in self._leaves[: self._first]:
                 x = module(x)
-            for weight, bias, dropout_before, row, p, q, dropout_behind in self.layers:
+            for weight, bias, dropout_before, row, p, q, keeps_output, dropout_behind in self.layers:
                 a, mask = F.linear(x, weight, bias), None
                 x = x if x.dtype is a.dtype else x.to(a.dtype)
                 if dropout_before:
                     mask = F.dropout(torch.ones_like(a), dropout_before)
                     a = a * mask
                 h = a if row is None else row.apply(a, p, q)
-                own += (x, h if row is None or row.keeps_output(p, q) else a)
+                own += (x, h if keeps_output else a)
                 x = h
                 if dropout_behind:
                     behind = F.dropout(torch.ones_like(h), dropout_behind)
