@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -176,3 +177,17 @@ def raw_stream(device: int) -> int:
     """The current stream of the CUDA device with this index, as its driver takes it; without the object around it."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
+
+
+Likeness = Callable[..., bool]
+
+
+def likeness_of(tensors: Sequence[Tensor]) -> Likeness | None:
+    """What tells whether so many tensors are like these, one by one: in type, dtype, device, sizes, strides and whether
+    they require grad, in one call that takes less time than to read one of these in Python. Not where they begin.
+
+    None if one of these is among them twice, which it would say no to.
+    """
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    found: Likeness = guards.check
+    return found if found(*tensors) else None

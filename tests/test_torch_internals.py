@@ -351,6 +351,36 @@ def test_cuda_matmul_precision():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_likeness_of():
+    """Else a launch would take tensors for what others were."""
+    shape, memory = (4, 8), torch.zeros(65)
+    first, second = torch.zeros(shape), torch.zeros(shape)
+    is_like = _torch_internals.likeness_of([first, second])
+    assert is_like is not None
+    with torch.no_grad():
+        assert is_like(second, torch.ones(shape))
+    assert is_like(first, memory[1:33].view(shape))
+    others = [
+        torch.zeros(8, 4),
+        torch.zeros(32),
+        torch.zeros(8, 4).t(),
+        torch.zeros(4, 16)[:, ::2],
+        torch.zeros(shape, dtype=torch.int32),
+        torch.zeros(shape, dtype=torch.float16),
+        torch.zeros(shape, device="meta"),
+        nn.Parameter(torch.zeros(shape)),
+    ]
+    for other in others:
+        assert not is_like(first, other)
+        assert not is_like(other, second)
+    first.data = torch.zeros(8, 4).t()
+    assert not is_like(first, second)
+    assert _torch_internals.likeness_of([second, second]) is None
+    empty = _torch_internals.likeness_of([torch.zeros(0, 4)])
+    assert empty is not None
+    assert not empty(torch.zeros(0, 5))
+
+
 @pytest.mark.gpu
 def test_raw_stream():
     stream = torch.cuda.Stream()

@@ -30,7 +30,7 @@ def like(mask: Tensor, saved: Tensor) -> Tensor:
     return mask if mask.stride() == saved.stride() else torch.empty_like(saved).copy_(mask)
 
 
-def dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The one dtype of what is updated in place; None if there are several, or gaps in memory."""
-    dtype = tensors[0].dtype
+def dense_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The one dtype of tensors without gaps in memory; None if there are several, or gaps."""
+    dtype = tensors[0].dtype if tensors else None
     return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
-from ..layout import dense, dtype_in_place, like, ordered
+from ..layout import dense, dense_dtype, like, ordered
 from ..parts import split, split_update
 from .arguments import MOST_LAYERS, Arguments
 from .library import library, why_not
@@ -94,7 +94,7 @@ def layer_update_(
         sets = tuple([row * hyper.table.shape[1] for row in hyper.rows])
     else:
         numbers, sets = numbers_and_sets(rule, tuple(hyper), len(weights))
-    plan = plan_layers(looks_of(call, dtype_in_place(changed), kernel_rule, sets), target_of(device))
+    plan = plan_layers(looks_of(call, dense_dtype(changed), kernel_rule, sets), target_of(device))
     if plan.reason:
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return

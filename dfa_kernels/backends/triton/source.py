@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +32,7 @@ class ErrorLooks(NamedTuple):
 
 def looks_of_error(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec) -> ErrorLooks:
     """What the projection's arguments look like. Reads no values, so meta tensors do."""
-    return ErrorLooks(*unnamed_looks(error, stored, feedback))
-
-
-def unnamed_looks(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSpec) -> tuple[Any, ...]:
-    """As `looks_of_error`, a plain tuple, which is made in a third of the time."""
-    return (
+    return ErrorLooks(
         error.shape,
         error.stride(),
         error.dtype,
