@@ -356,7 +356,6 @@ def test_likeness_of():
     shape, memory = (4, 8), torch.zeros(65)
     first, second = torch.zeros(shape), torch.zeros(shape)
     is_like = _torch_internals.likeness_of([first, second])
-    assert is_like is not None
     with torch.no_grad():
         assert is_like(second, torch.ones(shape))
     assert is_like(first, memory[1:33].view(shape))
@@ -375,10 +374,19 @@ def test_likeness_of():
         assert not is_like(other, second)
     first.data = torch.zeros(8, 4).t()
     assert not is_like(first, second)
-    assert _torch_internals.likeness_of([second, second]) is None
-    empty = _torch_internals.likeness_of([torch.zeros(0, 4)])
-    assert empty is not None
-    assert not empty(torch.zeros(0, 5))
+    assert not _torch_internals.likeness_of([torch.zeros(0, 4)])(torch.zeros(0, 5))
+    assert _torch_internals.likeness_of([])()
+
+
+def test_likeness_of_tensors_that_are_there_twice():
+    small, large = torch.zeros(2, 3), torch.zeros(4, 3)
+    is_like = _torch_internals.likeness_of([small, large, small, small, large])
+    assert is_like(small, large, small, small, large)
+    assert is_like(small, large, *[t.clone() for t in (small, small, large)])
+    for i, wrong in enumerate([large, small, large, large, small]):
+        others = [small, large, small, small, large]
+        others[i] = wrong.clone()
+        assert not is_like(*others)
 
 
 @pytest.mark.gpu

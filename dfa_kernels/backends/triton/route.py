@@ -140,7 +140,7 @@ def route_for(
     """The call's route on its device; dtype: of the gradients, for parameters that are ``changed`` say their own."""
     error, stored, feedback, inputs, saved, dropout_mask, activations, parameters, weight_grads, bias_grads = call
     noisy = tuple([mask is not None for mask in dropout_mask])
-    # A layer's output is the next one's input, and no group may have a tensor twice.
+    # A layer's output is the next one's input, and a group that has a tensor twice takes longer to compare.
     group, other = (error, *inputs, *stored, *changed), saved
     if True in noisy:
         other = [*saved, *[mask for mask in dropout_mask if mask is not None]]
@@ -170,11 +170,9 @@ def route_for(
     route = route_of(looks, target_of(error.device))
     if rule != "store" and len(changed) != route.changed:
         raise ValueError(f"weights, state: got {len(changed)} tensors in all for {rule!r}, expected {route.changed}")
-    likeness, other_likeness = likeness_of(group), likeness_of(other)
-    if likeness and other_likeness:
-        if len(_known) == MOST_KNOWN:
-            _known.clear()
-        _known[key] = [(likeness, other_likeness, route), *known[:MOST_ALIKE]]
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    _known[key] = [(likeness_of(group), likeness_of(other), route), *known[:MOST_ALIKE]]
     return route
 
 
