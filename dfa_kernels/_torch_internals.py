@@ -184,8 +184,9 @@ Likeness = Callable[..., bool]
 
 
 def likeness_of(tensors: Sequence[Tensor]) -> Likeness:
-    """What tells whether so many tensors are like these: in type, dtype, device, shape, strides and whether they require
-    grad, not in where they begin. Those that are may hear no, those that are not never hear yes.
+    """What tells whether so many tensors are like these: in type, dtype, device, shape, strides and requires_grad.
+
+    Where they begin does not count. Those that are may hear no, those that are not never hear yes.
     """
     # Torch says no where a tensor is there twice, so what comes again is compared apart.
     groups: defaultdict[int, list[int]] = defaultdict(list)
