@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._torch_internals import Likeness, cuda_matmul_precision, likeness_of
+from ..._torch_internals import cuda_matmul_precision
 from ...updates import RULES
 from ..calls import LayerCall
+from ..known import Known
 from ..layout import dense_dtype
 from .choice import plan_grouped
 from .gradient_memory import GradientMemory
-from .launch import ALIGNMENT, Picker, check_device, target_of
+from .launch import Picker, check_device, target_of
 from .launch_plan import LaunchPlan
 from .plan_taps import plan_taps
 from .problem import GroupedProblem, TapsProblem, Target
@@ -30,9 +31,6 @@ from .source import ErrorLooks, looks_of_error, mask_of, projected_for, reason_f
 
 # Which layers want what travels as bits of an int32; and twice the layers take more than twice as long to compile.
 MOST_LAYERS = 31
-
-# How many sets of all but tensors have their routes known, and for how many likenesses of tensors beside the last one.
-MOST_KNOWN, MOST_ALIKE = 512, 3
 
 # So many of a kernel's arguments are read; those behind them are changed.
 READ = 5
@@ -125,10 +123,6 @@ def looks_of(
     )
 
 
-_known: dict[tuple[Any, ...], list[tuple[Likeness, Likeness, Route]]] = {}
-"""By all of a call but its tensors: what these are like, in two groups, and the route of such calls."""
-
-
 def route_for(
     call: LayerCall,
     rule: str,
@@ -138,48 +132,35 @@ def route_for(
     numbers_in_memory: bool = False,
 ) -> Route:
     """The call's route on its device; dtype: of the gradients, for parameters that are ``changed`` say their own."""
-    error, stored, feedback, inputs, saved, dropout_mask, activations, parameters, weight_grads, bias_grads = call
-    noisy = tuple([mask is not None for mask in dropout_mask])
-    # A layer's output is the next one's input, and a group that has a tensor twice takes longer to compare.
-    group, other = (error, *inputs, *stored, *changed), saved
-    if True in noisy:
-        other = [*saved, *[mask for mask in dropout_mask if mask is not None]]
-    key = (
-        feedback,
-        error.shape,
-        error.data_ptr() % ALIGNMENT == 0,
-        cuda_matmul_precision(),
-        noisy,
-        tuple(activations),
-        tuple(parameters),
-        tuple(weight_grads),
-        tuple(bias_grads),
-        dtype,
-        rule,
-        sets,
-        numbers_in_memory,
-        len(group),
-        len(other),
-    )
-    known = _known.get(key, ())
-    for is_like, other_is_like, route in known:
-        if is_like(*group) and other_is_like(*other):
-            return route
-    check_device(error.device)
+    others = (cuda_matmul_precision(), rule, dtype, sets, numbers_in_memory)
+    return _known.value(call, changed, others, lambda: _new_route(call, rule, dtype, changed, sets, numbers_in_memory))
+
+
+_known: Known[Route] = Known()
+
+
+def _new_route(
+    call: LayerCall,
+    rule: str,
+    dtype: torch.dtype | None,
+    changed: Sequence[Tensor],
+    sets: tuple[int, ...],
+    numbers_in_memory: bool,
+) -> Route:
+    """See `route_for`; ValueError if there are other numbers of tensors than the rule takes."""
+    device = call.error.device
+    check_device(device)
     looks = looks_of(call, dense_dtype(changed) if changed else dtype, rule, sets, numbers_in_memory)
-    route = route_of(looks, target_of(error.device))
+    route = route_of(looks, target_of(device))
     if rule != "store" and len(changed) != route.changed:
         raise ValueError(f"weights, state: got {len(changed)} tensors in all for {rule!r}, expected {route.changed}")
-    if len(_known) >= MOST_KNOWN:
-        _known.clear()
-    _known[key] = [(likeness_of(group), likeness_of(other), route), *known[:MOST_ALIKE]]
     return route
 
 
 def forget_routes() -> None:
     """Makes the next calls' routes anew."""
     route_of.cache_clear()
-    _known.clear()
+    _known.forget()
 
 
 @lru_cache(maxsize=512)
