@@ -9,12 +9,10 @@ from torch import Tensor
 
 from .._torch_internals import Likeness, likeness_of
 from .calls import LayerCall
+from .layout import ALIGNMENT
 
 # How many calls are known that differ in more than their tensors, and how many that differ in these alone.
 MOST_CALLS, MOST_LIKENESSES = 512, 4
-
-# Bytes; to multiples of it fast copies go.
-ALIGNMENT = 16
 
 T = TypeVar("T")
 

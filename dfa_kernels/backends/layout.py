@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ALIGNMENT = 16
+"""Bytes to whose multiples what kernels' fast ways read and write is aligned."""
+
 
 def dense(tensor: Tensor) -> Tensor:
     """The tensor, its elements one after the other."""

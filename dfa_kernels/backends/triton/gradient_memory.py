@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Memory stays until the last gradient in it goes, so large ones have their own.
+from ..layout import ALIGNMENT
+
+# Bytes. Memory stays until the last gradient in it goes, so large ones have their own.
 LARGEST_BLOCK = 2**24
 
 
 class GradientMemory:
-    """Makes tensors of these shapes, each contiguous from a multiple of 16 bytes on."""
+    """Makes tensors of these shapes, each contiguous and aligned."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         self.shapes = shapes
@@ -48,14 +50,16 @@ class GradientMemory:
 
     def blocks(self, dtype: torch.dtype) -> list[list[int]]:
         """Which tensors have a block together: those that differ in their rows alone."""
-        bytes_of = [math.prod(shape) * dtype.itemsize for shape in self.shapes]
+        sizes = [math.prod(shape) * dtype.itemsize for shape in self.shapes]
+        ends_aligned = [size % ALIGNMENT == 0 for size in sizes]
         blocks: list[list[int]] = []
-        # Behind a tensor that ends elsewhere than at a multiple of 16 bytes no other one begins.
-        for slot in sorted(range(len(bytes_of)), key=lambda slot: (self.shapes[slot][1:], bytes_of[slot] % 16 > 0)):
-            filled = sum(bytes_of[other] for other in blocks[-1]) if blocks else 0
-            joins = blocks and self.shapes[slot][1:] == self.shapes[blocks[-1][0]][1:] and filled % 16 == 0
-            if joins and filled + bytes_of[slot] <= LARGEST_BLOCK:
-                blocks[-1].append(slot)
-            else:
-                blocks.append([slot])
+        filled = 0
+        for slot in sorted(range(len(sizes)), key=lambda slot: (self.shapes[slot][1:], not ends_aligned[slot])):
+            last = blocks[-1][-1] if blocks else slot
+            alike = self.shapes[slot][1:] == self.shapes[last][1:] and ends_aligned[last]
+            if not blocks or not alike or filled + sizes[slot] > LARGEST_BLOCK:
+                blocks.append([])
+                filled = 0
+            blocks[-1].append(slot)
+            filled += sizes[slot]
         return blocks

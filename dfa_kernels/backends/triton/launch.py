@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..layout import ALIGNMENT
 from .kernels.wide_networks import two_phase
 from .launch_plan import LaunchPlan
 from .problem import Target
@@ -20,9 +21,6 @@ from .problem import Target
 Arguments = Sequence[Tensor | tuple[Tensor, ...] | TensorDescriptor]
 Picker = Callable[[Sequence[Any]], Any]
 Hyper = tuple[tuple[float, ...] | tuple[Tensor], ...]
-
-# Kernels are compiled for addresses that are multiples of so many bytes.
-ALIGNMENT = 16
 
 INTERPRETED = type(two_phase).__name__ == "InterpretedFunction"
 """Whether TRITON_INTERPRET=1 was set when the kernels were made, so that they run on the CPU, slowly."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
-from ..layout import dense, like, ordered
+from ..layout import ALIGNMENT, dense, like, ordered
 from ..parts import split, split_update
 from .launch import check_device, counters, launch, launch_compiled, target_of
 from .launch_plan import LaunchPlan
@@ -102,7 +102,7 @@ def _launch(
 
 def _for_tma(x: Tensor) -> Tensor:
     """x, or a copy where memory that TMA can read from begins."""
-    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _delta_workspace(

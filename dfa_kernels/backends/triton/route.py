@@ -132,29 +132,19 @@ def route_for(
     numbers_in_memory: bool = False,
 ) -> Route:
     """The call's route on its device; dtype: of the gradients, for parameters that are ``changed`` say their own."""
-    others = (cuda_matmul_precision(), rule, dtype, sets, numbers_in_memory)
-    return _known.value(call, changed, others, lambda: _new_route(call, rule, dtype, changed, sets, numbers_in_memory))
+
+    def find() -> Route:
+        check_device(call.error.device)
+        looks = looks_of(call, dense_dtype(changed) if changed else dtype, rule, sets, numbers_in_memory)
+        route = route_of(looks, target_of(call.error.device))
+        if changed and len(changed) != route.changed:
+            raise ValueError(f"weights, state: got {len(changed)} tensors for {rule!r}, expected {route.changed}")
+        return route
+
+    return _known.value(call, changed, (cuda_matmul_precision(), rule, dtype, sets, numbers_in_memory), find)
 
 
 _known: Known[Route] = Known()
-
-
-def _new_route(
-    call: LayerCall,
-    rule: str,
-    dtype: torch.dtype | None,
-    changed: Sequence[Tensor],
-    sets: tuple[int, ...],
-    numbers_in_memory: bool,
-) -> Route:
-    """See `route_for`; ValueError if there are other numbers of tensors than the rule takes."""
-    device = call.error.device
-    check_device(device)
-    looks = looks_of(call, dense_dtype(changed) if changed else dtype, rule, sets, numbers_in_memory)
-    route = route_of(looks, target_of(device))
-    if rule != "store" and len(changed) != route.changed:
-        raise ValueError(f"weights, state: got {len(changed)} tensors in all for {rule!r}, expected {route.changed}")
-    return route
 
 
 def forget_routes() -> None:

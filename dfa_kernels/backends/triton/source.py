@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._torch_internals import cuda_matmul_precision
 from ...feedback.spec import FeedbackSpec
-from ..layout import dense
+from ..layout import ALIGNMENT, dense
 from ..torch_backend import shared_projection
 from .problem import DTYPES, LARGEST_FASTFOOD_ERROR, Projected
 
@@ -26,7 +26,7 @@ class ErrorLooks(NamedTuple):
     is_elsewhere: bool
     """Whether what is stored is on another device than the error."""
     is_aligned: bool
-    """Whether the error begins at a multiple of 16 bytes; without values, it does."""
+    """Whether the error is aligned; without values, it does."""
     fp32_precision: str
 
 
@@ -39,7 +39,7 @@ def looks_of_error(error: Tensor, stored: Sequence[Tensor], feedback: FeedbackSp
         feedback,
         bool(stored),
         bool(stored) and stored[0].device != error.device,
-        error.data_ptr() % 16 == 0,
+        error.data_ptr() % ALIGNMENT == 0,
         cuda_matmul_precision(),
     )
 
