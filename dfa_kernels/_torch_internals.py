@@ -84,6 +84,40 @@ def add_each_(tensors: Sequence[Tensor], others: Sequence[Tensor], alpha: float)
     torch._foreach_add_(list(tensors), list(others), alpha=alpha)
 
 
+def add_one_(tensors: Sequence[Tensor]) -> None:
+    """tensor += 1 for each of them, in one call."""
+    torch._foreach_add_(list(tensors), 1.0)
+
+
+_fused_sgd: Callable[..., None] = torch._fused_sgd_
+_fused_adamw: Callable[..., None] = torch._fused_adamw_
+_UNUSED: dict[str, Any] = dict(maximize=False, grad_scale=None, found_inf=None)
+
+
+def fused_sgd_(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], velocities: Sequence[Tensor], **numbers: Any
+) -> None:
+    """What torch.optim.SGD(fused=True) does with lr, momentum, weight_decay and nesterov, from its second step on.
+
+    On a CPU it takes one number after the other in memory, whatever the strides say.
+    """
+    lists = list(parameters), list(gradients), list(velocities)
+    _fused_sgd(*lists, dampening=0.0, is_first_step=False, **numbers, **_UNUSED)
+
+
+def fused_adamw_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    step: float,
+    **numbers: Any,
+) -> None:
+    """What torch.optim.AdamW(fused=True) does with lr, beta1, beta2, eps and weight_decay in this step; as above."""
+    lists, steps = (list(parameters), list(gradients), list(means), list(squares)), [torch.tensor(step)] * len(means)
+    _fused_adamw(*lists, [], steps, amsgrad=False, **numbers, **_UNUSED)
+
+
 def cuda_matmul_precision() -> str:
     """torch.backends.cuda.matmul.fp32_precision, for a sixth of the time."""
     precision: str = torch._C._get_fp32_precision_getter("cuda", "matmul")

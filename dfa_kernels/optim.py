@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import backends
-from ._torch_internals import BelowAutograd, WithoutAutocast, is_inside_ddp, step_is_observed
+from ._torch_internals import BelowAutograd, WithoutAutocast, add_one_, is_inside_ddp, step_is_observed
 from .backends.calls import DeviceNumbers
 from .backward.deferred import DeferredCall, Ledger
 from .backward.lazy_gradient import LazyGradient
@@ -226,7 +226,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._update_from_device(on_device)
             return
         for p, gradient, group in self._with_gradient():
-            RULES[self.rule].apply_(p, self._own_state(p), self._hyper(group, p), gradient)
+            RULES[self.rule].apply_(p, self._own_state(p), self._hyper(group, [p]), gradient)
             p.grad = None
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -288,13 +288,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The numbers that the rule unpacks, but for counts of steps. Those of torch are tensors now and then."""
         raise NotImplementedError
 
-    def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
-        """The numbers that the rule unpacks, for the update of ``p`` that is about to run."""
-        return list(map(float, self._numbers(group)))
+    def _hyper(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> list[float]:
+        """The numbers that the rule unpacks, for updates of parameters of the group that are about to run."""
+        return [*map(float, self._numbers(group))] * len(parameters)
 
     def _hyper_of_each(self, parameters: Sequence[Tensor]) -> list[float]:
+        if len(self.param_groups) == 1:
+            return self._hyper(self.param_groups[0], parameters)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        return [number for p in parameters for number in self._hyper(groups[id(p)], p)]
+        return [number for p in parameters for number in self._hyper(groups[id(p)], [p])]
 
     def _numbers_on_device(self) -> NumbersOnDevice:
         """As they are now, and the counts of steps there as well."""
@@ -374,11 +376,6 @@ class SGD(FusedOptimizer):
     def _numbers(self, group: dict[str, Any]) -> list[Any]:
         return [group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]]
 
-    def _hyper_of_each(self, parameters: Sequence[Tensor]) -> list[float]:
-        if len(self.param_groups) > 1:
-            return super()._hyper_of_each(parameters)
-        return [*map(float, self._numbers(self.param_groups[0]))] * len(parameters)
-
 
 class AdamW(FusedOptimizer):
     """`torch.optim.AdamW`, one layer's gradient at a time; the same numbers up to rounding.
@@ -411,12 +408,14 @@ class AdamW(FusedOptimizer):
     def _numbers(self, group: dict[str, Any]) -> list[Any]:
         return [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
 
-    def _hyper(self, group: dict[str, Any], p: Tensor) -> list[float]:
-        if is_captured(p.device):
+    def _hyper(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> list[float]:
+        if parameters and is_captured(parameters[0].device):
             raise RuntimeError(
                 "AdamW counts its steps on the host, and a CUDA graph would repeat one of them; use capturable=True"
             )
-        return [*super()._hyper(group, p), float(self._count_of(p).add_(1))]
+        numbers, counts = [*map(float, self._numbers(group))], [self._count_of(p) for p in parameters]
+        add_one_(counts)
+        return [number for count in counts for number in (*numbers, float(count))]
 
 
 def _check_at_least_zero(**numbers: float | Tensor) -> None:

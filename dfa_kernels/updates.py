@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ._torch_internals import add_each_
+from ._torch_internals import add_each_, fused_adamw_, fused_sgd_
 
 # CPU kernels for a product of few rows add term by term into the destination and round each time, which for an output
 # layer of 10 rows costs a factor of 20 in accuracy. A gradient this small is stored at no cost.
@@ -35,6 +35,8 @@ class UpdateRule:
 
     apply_: Callable[[Tensor, State, Hyper, Tensor], None]
     """(parameter, state, hyper, gradient): the update from a gradient."""
+    apply_each_: Callable[[Sequence[Tensor], State, Hyper, Sequence[Tensor]], None]
+    """(parameters, state, hyper of each, gradients): of several with state at once, by torch's own fused rule."""
     apply_product_: Callable[[Tensor, State, Hyper, Tensor, Tensor], None]
     """(parameter, state, hyper, delta [n, out], x [n, in]): the update from the gradient deltaᵀ x."""
     state: tuple[str, ...]
@@ -55,6 +57,9 @@ def sgd_(parameter: Tensor, state: State, hyper: Hyper, gradient: Tensor) -> Non
     lr, momentum, weight_decay, nesterov = hyper
     if gradient.dtype != parameter.dtype:
         gradient = gradient.to(parameter.dtype)
+    if momentum and _can_be_fused([parameter, gradient, *state]):
+        sgd_each_([parameter], state, hyper, [gradient])
+        return
     if weight_decay:
         gradient = gradient.add(parameter, alpha=weight_decay)
     if not momentum:
@@ -63,6 +68,13 @@ def sgd_(parameter: Tensor, state: State, hyper: Hyper, gradient: Tensor) -> Non
     (velocity,) = state
     velocity.mul_(momentum).add_(gradient)
     parameter.add_(gradient.add(velocity, alpha=momentum) if nesterov else velocity, alpha=-lr)
+
+
+def sgd_each_(parameters: Sequence[Tensor], state: State, hyper: Hyper, gradients: Sequence[Tensor]) -> None:
+    """As `adamw_each_`, with momentum."""
+    lr, momentum, weight_decay, nesterov = hyper
+    numbers = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=bool(nesterov))
+    fused_sgd_(parameters, gradients, state, **numbers)
 
 
 def sgd_product_(parameter: Tensor, state: State, hyper: Hyper, delta: Tensor, x: Tensor) -> None:
@@ -83,11 +95,21 @@ def adamw_(parameter: Tensor, state: State, hyper: Hyper, gradient: Tensor) -> N
     lr, beta1, beta2, eps, weight_decay, step = hyper
     mean, square = state
     gradient = gradient.to(parameter.dtype)
+    if _can_be_fused([parameter, gradient, mean, square]):
+        adamw_each_([parameter], state, hyper, [gradient])
+        return
     parameter.mul_(1 - lr * weight_decay)
     mean.lerp_(gradient, 1 - beta1)
     square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
     parameter.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+
+
+def adamw_each_(parameters: Sequence[Tensor], state: State, hyper: Hyper, gradients: Sequence[Tensor]) -> None:
+    """Of all of them by the same numbers, in one call that reads and writes each once."""
+    lr, beta1, beta2, eps, weight_decay, step = hyper
+    numbers = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    fused_adamw_(parameters, gradients, state[0::2], state[1::2], step, **numbers)
 
 
 def adamw_product_(parameter: Tensor, state: State, hyper: Hyper, delta: Tensor, x: Tensor) -> None:
@@ -141,10 +163,17 @@ def _adamw_numbers(lr: float, beta1: float, beta2: float, eps: float, decay: flo
 
 
 RULES: dict[str, UpdateRule] = {
-    "sgd": UpdateRule(sgd_, sgd_product_, (), _sgd_numbers, _sgd_row, sgd_row_, with_state="momentum"),
-    "momentum": UpdateRule(sgd_, sgd_product_, ("momentum_buffer",), _momentum_numbers, _sgd_row, sgd_row_),
+    "sgd": UpdateRule(sgd_, sgd_each_, sgd_product_, (), _sgd_numbers, _sgd_row, sgd_row_, with_state="momentum"),
+    "momentum": UpdateRule(sgd_, sgd_each_, sgd_product_, ("momentum_buffer",), _momentum_numbers, _sgd_row, sgd_row_),
     "adamw": UpdateRule(
-        adamw_, adamw_product_, ("exp_avg", "exp_avg_sq"), _adamw_numbers, _adamw_row, adamw_row_, counts=True
+        adamw_,
+        adamw_each_,
+        adamw_product_,
+        ("exp_avg", "exp_avg_sq"),
+        _adamw_numbers,
+        _adamw_row,
+        adamw_row_,
+        counts=True,
     ),
 }
 
@@ -157,22 +186,33 @@ def are_small(parameters: Sequence[Tensor]) -> bool:
 def update_each_(
     rule: str, parameters: Sequence[Tensor], state: State, hyper: Hyper, gradients: Sequence[Tensor]
 ) -> None:
-    """Updates every parameter from its gradient; state and hyper hold an equal share for each."""
-    if rule == "sgd" and _is_plain(hyper, len(parameters)):
-        # Between small products the calls themselves are what takes time.
-        add_each_(parameters, gradients, -hyper[0])
-        return
-    apply_ = RULES[rule].apply_
-    for p, own_state, own_hyper, gradient in zip(
-        parameters, shares(state, len(parameters)), shares(hyper, len(parameters)), gradients, strict=True
-    ):
-        apply_(p, own_state, own_hyper, gradient)
+    """Updates every parameter from its gradient; state and hyper hold an equal share for each.
+
+    Between small products the calls themselves are what takes time: where one will do, it is one.
+    """
+    n = len(parameters)
+    own = hyper[: len(hyper) // n]
+    if list(hyper) == [*own] * n:
+        if rule == "sgd" and not any(own[1:]):
+            add_each_(parameters, gradients, -own[0])
+            return
+        # Without momentum a buffer is left alone.
+        if state and own[1] and _can_be_fused([*parameters, *gradients, *state]):
+            RULES[rule].apply_each_(parameters, state, own, gradients)
+            return
+    for p, own_state, own, gradient in zip(parameters, shares(state, n), shares(hyper, n), gradients, strict=True):
+        RULES[rule].apply_(p, own_state, own, gradient)
 
 
-def _is_plain(hyper: Hyper, n: int) -> bool:
-    """Whether SGD adds nothing but each gradient times one learning rate."""
-    _, momentum, weight_decay, nesterov = hyper[:4]
-    return not (momentum or weight_decay or nesterov) and list(hyper) == [*hyper[:4]] * n
+def _can_be_fused(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch's own fused rules may update these.
+
+    On a CPU they do not look at strides, and SGD's is wrong in bfloat16; on a GPU they need numbers there.
+    """
+    dtype = tensors[0].dtype
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        return False
+    return all([x.is_cpu and x.dtype is dtype and x.is_contiguous() for x in tensors])
 
 
 def shares(values: Sequence[T], n: int) -> list[Sequence[T]]:

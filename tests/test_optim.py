@@ -80,8 +80,17 @@ def cnn():
     )  # fmt: skip
 
 
+def transposed_mlp():
+    """Its weights lie in memory column by column."""
+    net = mlp()
+    for layer in (net[0], net[2]):
+        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    return net
+
+
 NETS = {
     "mlp": (mlp, 5),
+    "transposed": (transposed_mlp, 5),
     "no bias": (lambda: mlp(bias=False), 5),
     "frozen": (frozen_mlp, 5),
     "mixed": (mixed_mlp, 5),

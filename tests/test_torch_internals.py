@@ -210,6 +210,32 @@ def test_call_hooks(kind):
     assert any(hooks)
 
 
+def test_add_one_():
+    tensors = [torch.zeros(()), torch.arange(2.0)]
+    _torch_internals.add_one_(tensors)
+    assert [x.tolist() for x in tensors] == [1.0, [1.0, 2.0]]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_fused_sgd_(nesterov: bool) -> None:
+    p, g, m = (torch.randn(37, dtype=torch.float64) for _ in range(3))
+    gradient = g + 0.1 * p
+    velocity = 0.9 * m + gradient
+    expected = p - 0.5 * (gradient + 0.9 * velocity if nesterov else velocity)
+    _torch_internals.fused_sgd_([p], [g], [m], lr=0.5, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
+    torch.testing.assert_close([p, m], [expected, velocity])
+
+
+def test_fused_adamw_() -> None:
+    p, g, m = (torch.randn(37, dtype=torch.float64) for _ in range(3))
+    v = m.square()
+    mean, square = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+    expected = p * (1 - 0.5 * 0.1) - 0.5 * mean / (1 - 0.9**3) / ((square / (1 - 0.99**3)).sqrt() + 1e-8)
+    numbers = dict(lr=0.5, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    _torch_internals.fused_adamw_([p], [g], [m], [v], 3.0, **numbers)
+    torch.testing.assert_close([p, m, v], [expected, mean, square])
+
+
 def test_add_each_():
     """Sizes, dtypes and devices of the pairs are their own, and autograd sees that the tensors have changed."""
     tensors = [torch.ones(3), torch.ones(2, 2, dtype=torch.float64), torch.ones(0)]

@@ -209,10 +209,12 @@ def test_what_the_kernels_cannot_update_goes_to_torch(name: str, i: int, change:
 def test_gaps_are_noticed(name: str, i: int) -> None:
     """The kernel gets a copy in place of the tensor."""
     training = Training()
+    kept = training.call  # So that the copy cannot get the first tensor's memory.
     with standing_in() as (straight, others):
         training.update()
         replaced(training, name, i, with_gaps)
         training.update()
+    assert kept is not training.call
     before, after, found = straight[0][name][i], arguments_of(training)[name][i], straight[1][name][i]
     assert found not in (before, after)
     assert others == []
