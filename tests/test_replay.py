@@ -299,6 +299,25 @@ def test_what_cannot_be_repeated_is_observed(change: str, monkeypatch: pytest.Mo
     both(monkeypatch, changed(*reversed(CHANGES[change])))
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("first", [0, 4])
+def test_nested_tensors_are_observed(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no shapes."""
+
+    def run(net: Net, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            mask = torch.nested.nested_tensor([net.mask[:3], net.mask[:5]]) if net.k >= first else net.mask
+        torch.nested.to_padded_tensor(mask * 2, 0.0) if net.k >= first else mask * 2
+        return plain(net, x)
+
+    both(monkeypatch, run)
+
+
+def test_getters_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    replays, _ = both(monkeypatch, lambda net, x: net.out(torch.tanh(net.b(torch.tanh(net.a(x)).T.T))))
+    assert replays == PASSES - 3
+
+
 def test_dropout_of_what_is_not_taught_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def beside(net: Net) -> Tensor:
         return F.dropout(net.b(net.given), 0.5).detach()

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch_internals import checkpointed_region
 from .arguments import Args, Call, Kwargs
-from .script import Script, Step, looks
+from .script import Script, Step, is_plain, looks
 from .segments import SegmentedPass
 from .side_loss import remember_whole
 from .taps import SIZES, TapPolicy
@@ -46,10 +46,13 @@ class Replay(TorchFunctionMode):
             return self.observer().__torch_function__(func, types, args, kwargs)
         result = func(*args, **kwargs)
         step = steps[self._done]
-        if type(result) is not Tensor or (result.dtype, result.requires_grad) != step.made:
-            return self.observer().tell(func, args, kwargs, result, None)
-        if step.result < len(self._values) and result is not self._values[step.result]:
-            # Its argument, last time.
+        is_new = step.result == len(self._values)
+        if (
+            type(result) is not Tensor
+            or (result.dtype, result.requires_grad) != step.made
+            # The script's call returned an argument.
+            or not (is_new or result is self._values[step.result])
+        ):
             return self.observer().tell(func, args, kwargs, result, None)
         self._done += 1
         if step.is_layer:
@@ -57,7 +60,7 @@ class Replay(TorchFunctionMode):
             self.kept.append(x if x.dtype is result.dtype else x.to(result.dtype))
         elif step.is_tap:
             result = self._cut(result, args[0] if step.saves_input else None)
-        if step.result == len(self._values):
+        if is_new:
             self._values.append(result)
             self._versions.append(result._version)
         return result
@@ -108,7 +111,8 @@ class Replay(TorchFunctionMode):
 
     def _fits(self, step: Step, func: Call, args: Args, kwargs: Kwargs) -> bool:
         """Whether this is the step's call."""
-        if func is not step.func or not torch.is_grad_enabled():
+        # A property's getter is made anew for every call.
+        if (func is not step.func and func != step.func) or not torch.is_grad_enabled():
             return False
         if kwargs or step.names:
             if (*kwargs,) != step.names:
@@ -136,9 +140,9 @@ class Replay(TorchFunctionMode):
 
     def _is_new(self, x: Any, shape: torch.Size) -> bool:
         """Whether it is a tensor without a graph, met first. From now on it has a number."""
-        if type(x) is not Tensor or x.requires_grad or x.is_inference() or x.shape != shape:
+        if type(x) is not Tensor or x.requires_grad or not is_plain(x) or x.shape != shape:
             return False
-        if any([x is value for value in self._values]):
+        if any([x is value for value in self._values[self._first :]]):
             return False
         self._values.append(x)
         self._versions.append(x._version)

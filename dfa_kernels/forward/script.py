@@ -72,6 +72,11 @@ def looks(parameters: Sequence[nn.Parameter], kept: Sequence[Tensor], output: Te
     ]  # fmt: skip
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether it has a version, as tensors made in inference mode do not, and a shape, as nested ones do not."""
+    return not (x.is_inference() or x.is_nested)
+
+
 def kept_by(layers: Sequence[FusedLayer]) -> list[Tensor]:
     """What the layers of a pass keep, the output's the last, in the order in which a pass makes it."""
     *hidden, last = layers
@@ -92,13 +97,17 @@ class Recording(SegmentedPass):
         if not self._can_be_repeated or func in SIZES:
             return super().__torch_function__(func, types, args, kwargs)
         operands = [x for value in (*args, *kwargs.values()) for x in tensors_of(value)]
-        if not torch.is_grad_enabled() or any([x.is_inference() for x in operands]):
+        if not torch.is_grad_enabled() or not all([is_plain(x) for x in operands]):
             self._cannot_be_repeated()
             return super().__torch_function__(func, types, args, kwargs)
         versions, taps = [x._version for x in operands], self.points_seen
         returned = super().__torch_function__(func, types, args, kwargs)
-        self._bytes += sum([x.nbytes for x in tensors_of(returned)])
-        if self._bytes > LARGEST or [x._version for x in operands] != versions or checkpointed_region():
+        results = tensors_of(returned)
+        if not all([is_plain(x) for x in results]) or checkpointed_region():
+            self._cannot_be_repeated()
+            return returned
+        self._bytes += sum([x.nbytes for x in results])
+        if self._bytes > LARGEST or [x._version for x in operands] != versions:
             self._cannot_be_repeated()
         elif self.points_seen == taps:
             self._log.append((func, args, kwargs, returned, None))
