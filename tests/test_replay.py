@@ -274,6 +274,9 @@ CHANGES: dict[str, tuple[End, End]] = {
     ),
     "a product beside": (usual, layer_twice),
     "an activation by keyword": (usual, lambda n, x, h, g: n.out(torch.tanh(input=n.c(g)) + h)),
+    "a layer by keyword": (
+        usual, lambda n, x, h, g: n.out(torch.tanh(F.linear(g, bias=None, weight=n.c.weight)) + h)
+    ),
     "an activation for a buffer": (
         lambda n, x, h, g: looked_at(n, x, g, n.given), lambda n, x, h, g: looked_at(n, x, g)
     ),
@@ -305,7 +308,7 @@ def test_nested_tensors_are_observed(first: int, monkeypatch: pytest.MonkeyPatch
     """They have no shapes."""
 
     def run(net: Net, x: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction() if first else nullcontext():
             mask = torch.nested.nested_tensor([net.mask[:3], net.mask[:5]]) if net.k >= first else net.mask
         torch.nested.to_padded_tensor(mask * 2, 0.0) if net.k >= first else mask * 2
         return plain(net, x)
@@ -345,6 +348,12 @@ def test_takes_inputs_made_in_inference_mode(first: int, monkeypatch: pytest.Mon
 
 def always_autocast(k: int, net: Net) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_leaves_in_inference_mode_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a layer's input, cast for its gradient, would be a tensor that nothing can save."""
+    usual_end, other_end = CHANGES["a call in inference mode"]
+    both(monkeypatch, changed(usual_end, other_end), during=always_autocast)
 
 
 def frozen(k: int, net: Net) -> AbstractContextManager[Any]:
@@ -445,7 +454,8 @@ def test_keeps_no_tensor_of_a_pass() -> None:
 
 
 def test_large_passes_have_no_script_and_keep_nothing_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "LARGEST", 100)
+    # Of the results of `looks_back`, each of 160 bytes, three.
+    monkeypatch.setattr(script, "LARGEST", 500)
     replays, _ = both(monkeypatch, residual)
     assert replays == 0
     model = dfa.DFA(Net(looks_back))
@@ -457,10 +467,17 @@ def test_a_larger_batch_is_not_kept() -> None:
     assert [alive_at_the_end(model, rows) for rows in (1, 1, 1, 1, 50)] == [False, False, True, True, False]
 
 
+def test_a_pass_that_leaves_keeps_no_results_any_more() -> None:
+    model, alive = dfa.DFA(Net(looks_back)), []
+    for model.net.k in range(5):
+        alive.append(alive_at_the_end(model, 5))
+    assert alive == [False, False, True, True, False]
+
+
 def looks_back(net: Net, x: Tensor) -> Tensor:
     h = torch.tanh(net.a(x))
     ref = weakref.ref(h * 2)
-    g = torch.tanh(net.b(h))
+    g = torch.tanh(net.b(h * 3 if net.k == 4 else h))
     net.was_alive = ref() is not None
     return net.out(g)
 
