@@ -127,10 +127,13 @@ class Replay(TorchFunctionMode):
         for value, number in zip(args, step.numbers, strict=True):
             if value is not values[number] and not self._is_constant(value, number):
                 return False
-        if step.is_layer:
-            # Of tensors on two devices an observer says which.
-            return args[0].device == args[1].device and self._is_untouched(step.numbers[0])
-        return not step.is_tap or (self._is_untouched(step.numbers[0]) and checkpointed_region() is None)
+        if not (step.is_layer or step.is_tap):
+            return True
+        # A function that nobody sees may have overwritten the input since it came.
+        at = step.numbers[0] - self._first
+        if at >= 0 and args[0]._version != self._versions[at]:
+            return False
+        return step.is_layer or checkpointed_region() is None
 
     def _is_constant(self, value: Any, number: int) -> bool:
         if number >= len(self.script.constants):
@@ -142,16 +145,12 @@ class Replay(TorchFunctionMode):
         """Whether it is a tensor without a graph, met first. From now on it has a number."""
         if type(x) is not Tensor or x.requires_grad or not is_plain(x) or x.shape != shape:
             return False
-        if any([x is value for value in self._values[self._first :]]):
+        # Of tensors on two devices an observer says which.
+        if x.device != self.script.parameters[0].device or any([x is y for y in self._values[self._first :]]):
             return False
         self._values.append(x)
         self._versions.append(x._version)
         return True
-
-    def _is_untouched(self, number: int) -> bool:
-        """Whether no function that nobody sees has overwritten a value since it came."""
-        at = number - self._first
-        return at < 0 or self._values[number]._version == self._versions[at]
 
 
 class InformedPass(SegmentedPass):
