@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -200,3 +202,26 @@ def raw_stream(device: int) -> int:
     """The current stream of the CUDA device with this index, as its driver takes it; without the object around it."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
+
+
+Likeness = Callable[..., bool]
+
+
+def likeness_of(tensors: Sequence[Tensor]) -> Likeness:
+    """What tells whether so many tensors are like these: in type, dtype, device, shape, strides and requires_grad.
+
+    Where they begin does not count. Those that are may hear no, those that are not never hear yes.
+    """
+    # Torch says no where a tensor is there twice, so what comes again is compared apart.
+    groups: defaultdict[int, list[int]] = defaultdict(list)
+    times: Counter[int] = Counter()
+    for place, tensor in enumerate(tensors):
+        groups[times[id(tensor)]].append(place)
+        times[id(tensor)] += 1
+    checks: list[tuple[Likeness, list[int]]] = [
+        (TensorGuards(*[tensors[i] for i in places], dynamic_dims_sizes=None, dynamic_dims_strides=None).check, places)
+        for places in groups.values()
+    ]
+    if len(checks) == 1:
+        return checks[0][0]
+    return lambda *others: all([check(*[others[i] for i in places]) for check, places in checks])

@@ -98,15 +98,14 @@ def is_recorded() -> bool:
 
 
 def check_not_recorded() -> None:
-    """RuntimeError where a learning pass would be recorded or transformed."""
-    if not is_recorded():
-        return
+    """RuntimeError where a learning pass would be recorded or transformed. Not to be asked by a compiler."""
     if is_traced():
         raise RuntimeError(
             "torch.jit.trace cannot record a pass that learns by DFA; trace model.net, or the model under "
             "torch.no_grad()"
         )
-    raise RuntimeError(
-        "torch.func (grad, vmap, jacrev, …) cannot transform a pass that learns by DFA; for exact gradients call the "
-        "model within `with model.backprop():`, or transform model.net; for DFA's own use loss.backward()"
-    )
+    if is_under_functorch():
+        raise RuntimeError(
+            "torch.func (grad, vmap, jacrev, …) cannot transform a pass that learns by DFA; for exact gradients call "
+            "the model within `with model.backprop():`, or transform model.net; for DFA's own use loss.backward()"
+        )

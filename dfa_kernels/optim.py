@@ -236,9 +236,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 gradient = p.grad
-                if gradient is not None and type(gradient) is not LazyGradient:
+                if type(gradient) is LazyGradient:
+                    self._check_is_the_models()
+                elif gradient is not None:
                     _refuse_sparse(gradient)
                     yield p, gradient, group
+
+    def _check_is_the_models(self) -> None:
+        """RuntimeError if the model defers its gradients to another optimizer by now."""
+        model = self._model()
+        reference = None if model is None else model._optimizer
+        if reference is not None and reference() is not self:
+            raise RuntimeError(
+                "step: the model's gradients are deferred to another fused optimizer, which was made later; step that "
+                "one, and make one for all parameters"
+            )
 
     def _update_from_device(self, on_device: NumbersOnDevice) -> None:
         with_gradient = [(p, gradient) for p, gradient, _ in self._with_gradient()]

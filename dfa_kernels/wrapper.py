@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .backward.attach import Repeated, attach, likeness, repeated, shares_one_node
+from .backward.attach import Repeated, attach, looks_of, repeated, shares_one_node
 from .backward.deferred import Ledger
 from .backward.habits import Habits
 from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
@@ -257,7 +257,7 @@ class DFA(nn.Module):
             watch = watch.observer()
         last = watch.finish(output)
         self._check_pass(watch)
-        now = None if watch.is_traced else likeness(output, watch.segments, last, self.batch_dims)
+        now = None if watch.is_traced else looks_of(output, watch.segments, last, self.batch_dims)
         ends = habits.like(now, *told, ledger)
         if now is not None and ends is not None:
             habits.write(watch, output, now.own, last, ends)

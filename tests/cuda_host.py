@@ -69,9 +69,7 @@ def on_host(task: str = "", backwards: bool = False, multiprocessors: int = 4) -
     shared = {"wide": 0, "strip": 2**30}.get(task, operators.EMULATED.shared)
     target = operators.EMULATED._replace(multiprocessors=multiprocessors, shared=shared)
     largest = plan.LARGEST_STRIP_ERROR if task != "strip" else 2**30
-    clear = (plan.plan_layers.cache_clear, plan.plan_taps.cache_clear)
-    for forget in clear:
-        forget()
+    operators.forget_plans()
     raw.test_order(backwards)
     with (
         mock.patch.object(library, "installed", lambda: replace(found, _run=run)),
@@ -80,8 +78,7 @@ def on_host(task: str = "", backwards: bool = False, multiprocessors: int = 4) -
     ):
         yield ran
     raw.test_order(False)
-    for forget in clear:
-        forget()
+    operators.forget_plans()
 
 
 def floats(tensor: Tensor) -> Any:

@@ -43,14 +43,14 @@ def running(task: str) -> Iterator[None]:
     """Layers' calls go by this task, from poisoned memory."""
     target = operators.target_of(DEVICE)._replace(shared=0 if task == "wide" else 2**20)
     largest = plan.LARGEST_STRIP_ERROR if task == "wide" else 2**30
-    plan.plan_layers.cache_clear()
+    operators.forget_plans()
     with (
         mock.patch.object(operators, "target_of", lambda device: target),
         mock.patch.object(plan, "LARGEST_STRIP_ERROR", largest),
     ):
         poison()
         yield
-    plan.plan_layers.cache_clear()
+    operators.forget_plans()
 
 
 def grads(call: Call, task: str) -> list[Tensor]:

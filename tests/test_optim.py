@@ -830,7 +830,8 @@ def test_a_second_optimizer_takes_over():
     second = dfa.optim.SGD(model, 0.1)
     backward(model)
     before = copy.deepcopy(model)
-    first.step()
+    with pytest.raises(RuntimeError, match="another fused optimizer, which was made later"):
+        first.step()
     assert_equal(model, before)
     second.step()
     assert_equal(model, train(mlp(), fused("sgd", {"lr": 0.1}), steps=1))

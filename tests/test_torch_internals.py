@@ -411,6 +411,44 @@ def test_cuda_matmul_precision():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_likeness_of():
+    """Else a launch would take tensors for what others were."""
+    shape, memory = (4, 8), torch.zeros(65)
+    first, second = torch.zeros(shape), torch.zeros(shape)
+    is_like = _torch_internals.likeness_of([first, second])
+    with torch.no_grad():
+        assert is_like(second, torch.ones(shape))
+    assert is_like(first, memory[1:33].view(shape))
+    others = [
+        torch.zeros(8, 4),
+        torch.zeros(32),
+        torch.zeros(8, 4).t(),
+        torch.zeros(4, 16)[:, ::2],
+        torch.zeros(shape, dtype=torch.int32),
+        torch.zeros(shape, dtype=torch.float16),
+        torch.zeros(shape, device="meta"),
+        nn.Parameter(torch.zeros(shape)),
+    ]
+    for other in others:
+        assert not is_like(first, other)
+        assert not is_like(other, second)
+    first.data = torch.zeros(8, 4).t()
+    assert not is_like(first, second)
+    assert not _torch_internals.likeness_of([torch.zeros(0, 4)])(torch.zeros(0, 5))
+    assert _torch_internals.likeness_of([])()
+
+
+def test_likeness_of_tensors_that_are_there_twice():
+    small, large = torch.zeros(2, 3), torch.zeros(4, 3)
+    is_like = _torch_internals.likeness_of([small, large, small, small, large])
+    assert is_like(small, large, small, small, large)
+    assert is_like(small, large, *[t.clone() for t in (small, small, large)])
+    for i, wrong in enumerate([large, small, large, large, small]):
+        others = [small, large, small, small, large]
+        others[i] = wrong.clone()
+        assert not is_like(*others)
+
+
 @pytest.mark.gpu
 def test_raw_stream():
     stream = torch.cuda.Stream()

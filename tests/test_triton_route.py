@@ -11,6 +11,7 @@ from triton_cases import DEVICE, forced, watched
 import dfa_kernels as dfa
 from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton import operators
+from dfa_kernels.backends.triton.gradient_memory import LARGEST_BLOCK, GradientMemory
 from dfa_kernels.backends.triton.route import MOST_LAYERS, looks_of, route_of
 
 
@@ -80,7 +81,7 @@ def test_dtypes_that_the_kernels_lack_go_to_torch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [8, 9])
-def test_gradients_of_one_shape_come_from_one_block(width, dtype):
+def test_gradients_of_one_width_come_from_one_block(width, dtype):
     """Each of them by itself, where a kernel's fast way may begin: at a multiple of 16 bytes."""
     net = [meta(4, width, dtype=dtype) for _ in range(4)]
     spec = dfa.Feedback(storage="procedural").spec
@@ -90,7 +91,7 @@ def test_gradients_of_one_shape_come_from_one_block(width, dtype):
     )
     route = route_of(looks_of(call, dtype, "store"), H200)
     for _ in range(2):
-        grads = route.allocate(DEVICE, dtype)
+        grads = route.memory.allocate(DEVICE, dtype)
         shapes = [shape for out in (width, width, width, 3) for shape in ((out, width), (out,))]
         assert [tuple(grad.shape) for grad in grads] == shapes
         for i, grad in enumerate(grads):
@@ -100,7 +101,19 @@ def test_gradients_of_one_shape_come_from_one_block(width, dtype):
             assert grad.dtype == dtype
             assert (grad == i).all()
             assert grad.data_ptr() % 16 == 0
-    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == (4 if width == 8 else 8)
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == (2 if width == 8 else 8)
+    versions = [grad._version for grad in grads]
+    grads[0].zero_()
+    assert [grad._version for grad in grads] == [versions[0] + 1, *versions[1:]]
+
+
+def test_large_gradients_go_one_by_one():
+    """Else the last one of them would keep the memory of all."""
+    rows = LARGEST_BLOCK // (64 * 4)
+    memory = GradientMemory([(rows, 64), (rows,), (4, 64), (8,), (rows - 4, 64)])
+    assert memory.blocks(torch.float32) == [[1, 3], [0], [2, 4]]
+    grads = memory.allocate(torch.device("meta"), torch.float32)
+    assert [tuple(grad.shape) for grad in grads] == memory.shapes
 
 
 def test_every_optimizer_of_torch_takes_such_gradients():

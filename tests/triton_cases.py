@@ -250,13 +250,20 @@ def in_64_bits() -> Iterator[None]:
 def watched() -> Iterator[Launches]:
     """Fresh memory is poisoned, launches are counted and stay in bounds; afterwards every counter is zero again."""
     seen = Launches()
-    start, run = launch.launch, interpreter.GridExecutor.__call__
+    start, start_compiled, run = launch.launch, launch.launch_compiled, interpreter.GridExecutor.__call__
 
     def counting_launch(plan: LaunchPlan, *args: Any) -> None:
         seen.plans.append(plan)
         if not launch.INTERPRETED:
             seen.kernels.append(plan.name)
         start(plan, *args)
+
+    def counting_launch_compiled(plan: LaunchPlan, *args: Any) -> bool:
+        started = start_compiled(plan, *args)
+        if started:
+            seen.plans.append(plan)
+            seen.kernels.append(plan.name)
+        return started
 
     def counting_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen.kernels.append(self.fn.__name__)
@@ -271,6 +278,7 @@ def watched() -> Iterator[Launches]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(operators, "launch", counting_launch))
+        stack.enter_context(mock.patch.object(operators, "launch_compiled", counting_launch_compiled))
         stack.enter_context(mock.patch.object(operators, "counters", counters))
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", counting_run))
         poison = stack.enter_context(Poison())

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import dfa_kernels as dfa
 from dfa_kernels.backends.calls import LayerCall
-from dfa_kernels.backends.triton import launch, operators
+from dfa_kernels.backends.triton import launch, operators, route
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
-from dfa_kernels.backends.triton.route import route_for, route_of
+from dfa_kernels.backends.triton.route import forget_routes, route_for
 
 WIDTH, CLASSES, BATCH = 64, 10, 128
 DEPTHS = (4, 12)
@@ -52,15 +52,15 @@ def standing_in(run: Callable[..., None]) -> Iterator[None]:
         make(plan)
         plan.compiled = {None: run}  # type: ignore[dict-item]
 
-    route_of.cache_clear()
+    forget_routes()
     with (
         patch.object(LaunchPlan, "__post_init__", made),
         patch.object(launch, "INTERPRETED", False),
-        patch.object(operators, "check_device", lambda device: None),
+        patch.object(route, "check_device", lambda device: None),
         patch.object(torch.cuda, "current_device", lambda: None),
     ):
         yield
-    route_of.cache_clear()
+    forget_routes()
 
 
 def works(depth: int) -> dict[str, Work]:
@@ -107,8 +107,8 @@ def main() -> None:
     with standing_in(lambda *arguments: None):
         found = {depth: {name: microseconds(work, rounds) for name, work in works(depth).items()} for depth in DEPTHS}
         call, _ = layers(DEPTHS[0])
-        route = route_for(call, torch.float32, "store")
-        allocated = microseconds(lambda: route.allocate(call.error.device, torch.float32), rounds)
+        memory = route_for(call, "store", torch.float32).memory
+        allocated = microseconds(lambda: memory.allocate(call.error.device, torch.float32), rounds)
     few, many = DEPTHS
     for name, each in found[few].items():
         slope = (found[many][name] - each) / (many - few)

@@ -19,10 +19,9 @@ import torch
 
 import dfa_kernels as dfa
 from dfa_kernels.backends.calls import LayerCall
-from dfa_kernels.backends.cuda import library, operators, plan
+from dfa_kernels.backends.cuda import library, operators
 from dfa_kernels.backends.cuda.arguments import Arguments
 from dfa_kernels.backends.cuda.library import HOST, Library
-from dfa_kernels.backends.cuda.looks import looks_of
 
 WIDTHS, BATCH = (3072, 800, 800, 800, 10), 128
 CALLS, ROUNDS = 2000, 15
@@ -58,14 +57,12 @@ def main() -> None:
     hyper = [0.1, 0.0, 0.0, 0.0] * len(parameters)
     made = stand_in()
     with mock.patch.object(library, "installed", lambda: made):
-        found = plan.plan_layers(looks_of(call, torch.float32, "store"), operators.EMULATED)
+        found = operators.plan_for(call, "store", torch.float32)
         rows = {
             "pack the arguments of 4 layers, and call": lambda: operators._run_layers(
                 found, call, parameters, (), None
             ),
-            "look at the call, and find its plan": lambda: plan.plan_layers(
-                looks_of(call, torch.float32, "store"), operators.EMULATED
-            ),
+            "look at the call, and find its plan": lambda: operators.plan_for(call, "store", torch.float32),
             "layer_update_, SGD, all of it": lambda: operators.layer_update_(call, parameters, [], "sgd", hyper),
         }
         for name, work in rows.items():

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ALIGNMENT = 16
+"""Bytes to whose multiples what kernels' fast ways read and write is aligned."""
+
 
 def dense(tensor: Tensor) -> Tensor:
     """The tensor, its elements one after the other."""
@@ -30,7 +33,7 @@ def like(mask: Tensor, saved: Tensor) -> Tensor:
     return mask if mask.stride() == saved.stride() else torch.empty_like(saved).copy_(mask)
 
 
-def dtype_in_place(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The one dtype of what is updated in place; None if there are several, or gaps in memory."""
-    dtype = tensors[0].dtype
+def dense_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The one dtype of tensors without gaps in memory; None if there are several, or gaps."""
+    dtype = tensors[0].dtype if tensors else None
     return dtype if all([t.dtype is dtype and t.is_contiguous() for t in tensors]) else None

@@ -95,7 +95,6 @@ class SharedProjection:
     def __init__(self, values: Tensor, normalize: bool) -> None:
         self.values, self.normalize = values, normalize
         self.widest = values.shape[1]
-        self.is_traced = torch.compiler.is_compiling()
 
     def for_size(self, size: int) -> tuple[Tensor, float]:
         return self.values[:, :size], math.sqrt(self.widest / size) if self.normalize else 1.0
@@ -127,10 +126,10 @@ def delta_of(
     wide = saved if saved.dtype == values.dtype else saved.to(values.dtype)
     if saved.dim() != 2 or saved.shape[1] != size:
         values = values.reshape(saved.shape)
-    # δ in the order of the saved tensor, which a convolution would bring it into. Compilers choose orders themselves:
-    # asked for one in a backward pass, Dynamo traces that anew and leaves out that autocast is off.
-    if not shared.is_traced and not saved.is_contiguous():
-        values = torch.empty_like(saved, dtype=values.dtype).copy_(values)
+        # δ in the order of the saved tensor, which a convolution would bring it into. Compilers choose orders
+        # themselves: asked for one in a backward pass, Dynamo traces that anew and leaves out that autocast is off.
+        if not torch.compiler.is_compiling() and not saved.is_contiguous():
+            values = torch.empty_like(saved, dtype=values.dtype).copy_(values)
     delta = ACTIVATIONS[activation].gradient(values, wide, p, q)
     if dropout_mask is not None:
         delta = delta * dropout_mask

@@ -102,7 +102,7 @@ def repeated(seen: Pass, own: list[Tensor | None], backend: str) -> Repeated:
 
 
 @dataclass(slots=True)
-class Likeness:
+class Looks:
     """What the end of an observed pass depends on: passes with equal looks end by the same `Repeated`."""
 
     looks: list[Any]
@@ -110,9 +110,9 @@ class Likeness:
     """The layers' own tensors, none twice."""
 
 
-def likeness(
+def looks_of(
     output: Tensor, segments: Sequence[Segment], last: FusedLayer | None, batch_dims: int | None
-) -> Likeness | None:
+) -> Looks | None:
     """Of a pass of linear layers that all learn, the output layer among them; of others None."""
     if last is None or not segments:
         return None
@@ -131,4 +131,4 @@ def likeness(
         # Tensors are equal element by element, so they are compared by their ids: a plan keeps those that learn alive.
         looks += (id(weight), id(bias), weight.dtype, layer.x.dtype, layer.activation, layer.p, layer.q)
     table, *wiring = numbered(layers, hidden)
-    return Likeness([*looks, *wiring], [*table.tensors])
+    return Looks([*looks, *wiring], [*table.tensors])

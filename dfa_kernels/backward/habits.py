@@ -13,7 +13,7 @@ from ..forward.replay import Replay
 from ..forward.script import Recording, Script, kept_by
 from ..forward.segments import FusedLayer, SegmentedPass
 from ..forward.taps import TapPolicy
-from .attach import Likeness, Repeated
+from .attach import Looks, Repeated
 from .deferred import Ledger
 
 MOST_LEFT = 3
@@ -57,14 +57,14 @@ class Habits:
         self._script, self._left = None, self._left + 1
         return None
 
-    def like(self, now: Likeness | None, feedback: Feedback, backend: str, ledger: Ledger | None) -> Repeated | None:
+    def like(self, now: Looks | None, feedback: Feedback, backend: str, ledger: Ledger | None) -> Repeated | None:
         """How the pass ends, if it looks like the last one that was worked out."""
         looks, ends = self._alike or (None, None)
         if now is None or ends is None:
             return None
         return ends if looks == now.looks and ends.suits(feedback, backend, ledger) else None
 
-    def keep(self, now: Likeness, ends: Repeated) -> None:
+    def keep(self, now: Looks, ends: Repeated) -> None:
         """For passes that look so."""
         self._alike = now.looks, ends
 

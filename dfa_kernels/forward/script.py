@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._torch_internals import checkpointed_region
+from .._torch_internals import Likeness, checkpointed_region, likeness_of
 from .arguments import Args, Call, Kwargs, tensors_of
 from .segments import FusedLayer, SegmentedPass
 from .taps import SIZES, TapPolicy
@@ -54,22 +54,18 @@ class Step:
 
 @dataclass(slots=True)
 class Script:
-    """All calls of a pass, in which number the output is, and how everything looks that may change."""
+    """All calls of a pass."""
 
     steps: list[Step]
     constants: list[Any]
     """The arguments that are no tensors, which have to be equal in every pass."""
     parameters: list[nn.Parameter]
     output: int
-    looks: list[Any]
-
-
-def looks(parameters: Sequence[nn.Parameter], kept: Sequence[Tensor], output: Tensor) -> list[Any]:
-    """What may differ between passes that make the same calls; kept: see `kept_by`."""
-    return [
-        output.device, output.shape, [x.shape for x in kept],
-        [p.requires_grad for p in parameters], [p.dtype for p in parameters], [p.shape for p in parameters],
-    ]  # fmt: skip
+    """The output's number."""
+    distinct: list[int]
+    """Which of the tensors that layers keep come for the first time."""
+    is_alike: Likeness
+    """Whether the parameters, those tensors and the output have the shapes, dtypes and devices of this pass."""
 
 
 def is_plain(x: Tensor) -> bool:
@@ -171,8 +167,10 @@ class _Writer:
         if self.taps != len(self.layers) - 1 or self.product is None or id(output) not in self.numbers:
             return None
         self.product.is_layer = True
-        now = looks(self.parameters, kept_by(self.layers), output)
-        return Script(steps, self.constants, self.parameters, self.numbers[id(output)], now)
+        kept = kept_by(self.layers)
+        distinct = [i for i, x in enumerate(kept) if not any([x is other for other in kept[:i]])]
+        is_alike = likeness_of([*self.parameters, *[kept[i] for i in distinct], output])
+        return Script(steps, self.constants, self.parameters, self.numbers[id(output)], distinct, is_alike)
 
     def _step(self, entry: Logged) -> Step:
         func, args, kwargs, result, cut = entry

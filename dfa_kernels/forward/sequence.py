@@ -20,7 +20,7 @@ from ..autocast import WithoutGraph, autocast_dtype
 from .segments import FusedLayer, Segment
 from .survey import row_count
 
-_LOOKS = [*map(attrgetter, ("requires_grad", "shape", "dtype"))]
+_forward, *_LOOKS = map(attrgetter, ("forward", "requires_grad", "shape", "dtype"))
 _ROW_OF_MODULE: dict[type[nn.Module], Activation] = {m: row for row in ACTIVATIONS.values() for m in row.modules}
 _CODE: dict[type[nn.Module], str] = {
     nn.Linear: "L",
@@ -90,8 +90,7 @@ class PlainSequence:
         everything = self._everything
         self._kinds = [*map(type, everything)]
         self._hooks = [hooks for module in everything for hooks in call_hooks(module)]
-        self._attributes = [module.__dict__ for module in everything]
-        self._forwards = [(kind, _FORWARDS[kind]) for kind in {*map(type, everything)}]
+        self._forwards = [*map(_forward, everything)]
         linears: list[dict[str, Any]] = [module._parameters for module in leaves if type(module) is nn.Linear]
         self._parameters = [(own, own["weight"], own["bias"]) for own in linears]
         self._learning = [p for _, *both in self._parameters for p in both if p is not None]
@@ -110,12 +109,8 @@ class PlainSequence:
                 return False
         if any(self._hooks) or module_calls_are_observed() or [*map(type, self._everything)] != self._kinds:
             return False
-        for kind, forward in self._forwards:
-            if kind.forward is not forward:  # type: ignore[attr-defined]
-                return False
-        for own in self._attributes:
-            if "forward" in own:
-                return False
+        if [*map(_forward, self._everything)] != self._forwards:
+            return False
         for parameters, weight, bias in self._parameters:
             if parameters.get("weight") is not weight or parameters.get("bias") is not bias:
                 return False

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
-from ..layout import dense, dtype_in_place, like, ordered
+from ..known import Known
+from ..layout import dense, dense_dtype, like, ordered
 from ..parts import split, split_update
 from .arguments import MOST_LAYERS, Arguments
 from .library import library, why_not
@@ -60,7 +61,7 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
     check_device(device)
     if len(call.inputs) > MOST_LAYERS:
         return [gradient for part in split(call, MOST_LAYERS) for gradient in layer_grads(part, dtype)]
-    plan = plan_layers(looks_of(call, dtype, "store"), target_of(device))
+    plan = plan_for(call, "store", dtype)
     if plan.reason:
         return torch_backend.layer_grads(call, dtype)
     gradients = [torch.empty(shape, dtype=dtype, device=device) for shape in plan.shapes]
@@ -94,7 +95,7 @@ def layer_update_(
         sets = tuple([row * hyper.table.shape[1] for row in hyper.rows])
     else:
         numbers, sets = numbers_and_sets(rule, tuple(hyper), len(weights))
-    plan = plan_layers(looks_of(call, dtype_in_place(changed), kernel_rule, sets), target_of(device))
+    plan = plan_for(call, kernel_rule, None, changed, sets)
     if plan.reason:
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
@@ -102,6 +103,31 @@ def layer_update_(
     table = hyper.table.float() if isinstance(hyper, DeviceNumbers) else on_device(numbers, device)
     _run_layers(plan, call, weights, state, table)
     torch.autograd.graph.increment_version(changed)
+
+
+def plan_for(
+    call: LayerCall,
+    rule: str,
+    dtype: torch.dtype | None = None,
+    changed: Sequence[Tensor] = (),
+    sets: tuple[int, ...] = (),
+) -> Plan:
+    """The call's plan on its device; dtype: of the gradients, for parameters that are ``changed`` say their own."""
+
+    def find() -> Plan:
+        looks = looks_of(call, dense_dtype(changed) if changed else dtype, rule, sets)
+        return plan_layers(looks, target_of(call.error.device))
+
+    return _known.value(call, changed, (rule, dtype, sets), find)
+
+
+_known: Known[Plan] = Known()
+
+
+def forget_plans() -> None:
+    """Makes the next calls' plans anew."""
+    for forget in (plan_layers.cache_clear, plan_taps.cache_clear, _known.forget):
+        forget()
 
 
 def _run_layers(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, reduce
-from operator import or_
+from functools import cache
+from math import gcd
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..layout import ALIGNMENT
 from .kernels.wide_networks import two_phase
 from .launch_plan import LaunchPlan
 from .problem import Target
 
 Arguments = Sequence[Tensor | tuple[Tensor, ...] | TensorDescriptor]
+Picker = Callable[[Sequence[Any]], Any]
 Hyper = tuple[tuple[float, ...] | tuple[Tensor], ...]
 
 INTERPRETED = type(two_phase).__name__ == "InterpretedFunction"
@@ -44,6 +46,28 @@ def launch(plan: LaunchPlan, device: torch.device, tensors: Arguments, hyper: Hy
             _launch(plan, device.index, tensors, hyper)
 
 
+def launch_compiled(
+    plan: LaunchPlan,
+    device: torch.device,
+    tensors: tuple[Tensor, ...],
+    pickers: Sequence[Picker],
+    numbers: tuple[float, ...] | tuple[Tensor],
+) -> bool:
+    """Whether the kernel is compiled and takes these tensors as they are; then it has started.
+
+    pickers: make each argument of the tensors one after the other.
+    """
+    run = plan.compiled.get(device.index)
+    if run is None or device.index != torch.cuda.current_device():
+        return False
+    addresses = tuple(map(_ADDRESS, tensors))
+    in_memory = (numbers[0].data_ptr(),) if isinstance(numbers[0], Tensor) else ()
+    if gcd(ALIGNMENT, *addresses, *in_memory) != ALIGNMENT:
+        return False
+    run(*[pick(addresses) for pick in pickers], *plan.numbers, in_memory or numbers, *plan.constants)
+    return True
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Within it kernels start on this device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -64,7 +88,7 @@ def _launch(plan: LaunchPlan, device: int, tensors: Arguments, hyper: Hyper) -> 
     Tensors at other than multiples of 16 always go through it: what it makes depends on which of them do not.
     """
     addresses: list[Any] = []
-    bits = 0
+    common = ALIGNMENT
     before: Any = None
     address: Any = None
     for argument in tensors:
@@ -72,10 +96,10 @@ def _launch(plan: LaunchPlan, device: int, tensors: Arguments, hyper: Hyper) -> 
             before = argument
             if isinstance(argument, tuple):
                 address = tuple(map(_ADDRESS, argument))
-                bits = reduce(or_, address, bits)
+                common = gcd(common, *address)
             elif isinstance(argument, Tensor):
                 address = argument.data_ptr()
-                bits |= address
+                common = gcd(common, address)
             else:
                 # What the copy engine takes is made of a descriptor by the compiled kernel. It begins at a multiple of
                 # 16 bytes.
@@ -84,12 +108,12 @@ def _launch(plan: LaunchPlan, device: int, tensors: Arguments, hyper: Hyper) -> 
     numbers: Any = hyper
     if hyper and isinstance(hyper[0][0], Tensor):
         address = hyper[0][0].data_ptr()
-        bits |= address
+        common = gcd(common, address)
         numbers = ((address,),)
     if plan.uses_tma:
         # The allocator is a context variable, so it is set here, on whichever thread autograd runs.
         triton.set_allocator(_scratch)
-    aligned = bits % 16 == 0
+    aligned = common == ALIGNMENT
     if aligned and (run := plan.compiled.get(device)):
         run(*addresses, *plan.numbers, *numbers, *plan.constants)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,12 @@ from torch import Tensor
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
-from ..layout import dense, dtype_in_place, like, ordered
+from ..layout import ALIGNMENT, dense, like, ordered
 from ..parts import split, split_update
-from .launch import Arguments, check_device, counters, launch, target_of
+from .launch import check_device, counters, launch, launch_compiled, target_of
 from .launch_plan import LaunchPlan
 from .problem import TapsProblem, Target
-from .route import MOST_LAYERS, Route, planners, route_for
+from .route import MOST_LAYERS, READ, Route, planners, route_for
 from .source import looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
 from .wide_tensors import tensors_of_both
 
@@ -26,14 +27,13 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
         grads: list[Tensor] = torch.ops.dfa_kernels.layer_grads(*encoded(call), dtype)
         return grads
     device = call.error.device
-    check_device(device)
     if len(call.inputs) > MOST_LAYERS:
         return [gradient for part in split(call, MOST_LAYERS) for gradient in layer_grads(part, dtype)]
-    route = route_for(call, dtype, "store")
+    route = route_for(call, "store", dtype)
     if route.reason:
         return torch_backend.layer_grads(call, dtype)
-    gradients = route.allocate(device, dtype)
-    _launch(route, call, gradients, (), _NO_NUMBERS)
+    gradients = route.memory.allocate(device, dtype)
+    _launch(route, call, gradients, _NO_NUMBERS)
     return gradients
 
 
@@ -53,7 +53,6 @@ def layer_update_(
     """
     if not weights:
         return
-    check_device(call.error.device)
     if len(call.inputs) > MOST_LAYERS:
         for part in split_update(call, weights, state, hyper, MOST_LAYERS):
             layer_update_(*part[:3], rule, part[3])
@@ -61,69 +60,53 @@ def layer_update_(
     changed = [*weights, *state]
     kernel_rule = (state and RULES[rule].with_state) or rule
     numbers, sets = _numbers_and_sets(kernel_rule, hyper, len(weights))
-    route = route_for(call, dtype_in_place(changed), kernel_rule, sets, isinstance(hyper, DeviceNumbers))
+    route = route_for(call, kernel_rule, None, changed, sets, isinstance(hyper, DeviceNumbers))
     if route.reason or (isinstance(hyper, DeviceNumbers) and hyper.table.dtype != torch.float32):
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
-    _launch(route, call, weights, state, numbers)
+    _launch(route, call, changed, numbers)
     torch.autograd.graph.increment_version(changed)
 
 
 def _launch(
-    route: Route,
-    call: LayerCall,
-    destinations: Sequence[Tensor],
-    state: Sequence[Tensor],
-    numbers: tuple[float, ...] | tuple[Tensor],
+    route: Route, call: LayerCall, changed: Sequence[Tensor], numbers: tuple[float, ...] | tuple[Tensor]
 ) -> None:
-    """destinations: of the gradients, in the operators' order; state: an equal number of tensors for each of them."""
+    """changed: what gradients go to, in the operators' order, and all of its state."""
     plan = route.plan
     if plan is None:
         return
-    error, stored = call.error, tuple(call.stored)
+    error, stored, inputs, saved = call.error, call.stored, call.inputs, call.saved
+    masks: Sequence[Tensor] = ()
     if route.reads_projection:
         error, stored = projection_tensors(plan.problem.projected, error, stored, plan.problem.widest)
-    inputs, saved = _all_dense(call.inputs), _all_dense(call.saved)
-    if plan.uses_tma:
-        inputs = tuple([_for_tma(x) for x in inputs])
-    # A kernel's tuple is never empty: any tensor stands in where there is none.
-    anything: tuple[Tensor, ...] = (inputs[0],)
-    masks = anything
     if plan.problem.dropout_mask:
-        masks = _all_dense([inputs[0] if mask is None else mask for mask in call.dropout_mask])
-    tensors: Arguments = (error, stored or (error,), inputs, saved or anything, masks)
-    if plan.counters:
-        sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
-        tensors = (counters(plan.counters, error.device), *tensors, _delta_workspace(plan, error, inputs, saved), sums)
+        masks = [inputs[0] if mask is None else mask for mask in call.dropout_mask]
+    if route.has_gaps:
+        inputs, saved, masks = ([dense(tensor) for tensor in group] for group in (inputs, saved, masks))
+    if plan.uses_tma:
+        inputs = [_for_tma(x) for x in inputs]
+    tensors = (error, *inputs, *saved, *masks, *changed, *(stored or (error,)))
+    if route.is_alone and launch_compiled(plan, error.device, tensors, route.pickers, numbers):
+        return
+    arguments: list[Any] = [pick(tensors) for pick in route.pickers]
     if plan.name.startswith("grouped_gemm"):
-        firsts, tensors = tensors_of_both(plan, error, stored, inputs, saved or anything, masks)
+        firsts, arguments[:READ] = tensors_of_both(plan, *arguments[:READ])
         if plan.first:
             launch(plan.first, error.device, firsts)
-    weights, biases, each = route.weights, route.biases, len(state) // len(destinations)
-    results = (weights(destinations), biases(destinations))
-    if each == 0:
-        of_state = (anything, anything, anything, anything)
-    else:
-        state0, state1 = state[::each], state[1::each]
-        rest = (weights(state1), biases(state1)) if each > 1 else (anything, anything)
-        of_state = (weights(state0), rest[0], biases(state0), rest[1])
-    launch(plan, error.device, (*tensors, *results, *of_state), (numbers,))
-
-
-def _all_dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(tensors) if all(map(_IS_DENSE, tensors)) else tuple([dense(tensor) for tensor in tensors])
-
-
-_IS_DENSE = Tensor.is_contiguous
+    elif plan.counters:
+        sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
+        arguments[READ:READ] = _delta_workspace(plan, error, inputs, saved), sums
+        arguments.insert(0, counters(plan.counters, error.device))
+    launch(plan, error.device, arguments, (numbers,))
 
 
 def _for_tma(x: Tensor) -> Tensor:
     """x, or a copy where memory that TMA can read from begins."""
-    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _delta_workspace(
-    plan: LaunchPlan, error: Tensor, inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...]
+    plan: LaunchPlan, error: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Workspace for δ of every layer; the output layer's is the error itself, or a copy's."""
     workspace = tuple([torch.empty_like(h) for h in saved])
