@@ -27,7 +27,7 @@ from .forward.replay import Replay
 from .forward.rows import RowDims
 from .forward.segments import FusedLayer, SegmentedPass
 from .forward.sequence import PlainSequence, plain_sequence
-from .forward.survey import Survey, survey
+from .forward.survey import Survey, row_count, survey
 from .forward.taps import OutputTap, Tap, TapInfo, TapPolicy, tap_names
 from .forward.weight_layers import WeightCall
 
@@ -251,7 +251,7 @@ class DFA(nn.Module):
         with watch:
             output = self._run(*args, **kwargs)
         if isinstance(watch, Replay):
-            ends = habits.replayed(watch, output, *told, ledger)
+            ends = habits.replayed(watch, output, row_count(output.dim(), self.batch_dims), *told, ledger)
             if ends is not None:
                 return ends.attach(output.detach(), watch.kept, ledger)
             watch = watch.observer()
@@ -260,7 +260,7 @@ class DFA(nn.Module):
         now = None if watch.is_traced else looks_of(output, watch.segments, last, self.batch_dims)
         ends = habits.like(now, *told, ledger)
         if now is not None and ends is not None:
-            habits.write(watch, output, now.own, last)
+            habits.write(watch, output, now.own, last, ends)
             return ends.attach(output.detach(), now.own, ledger)
         watched = Watched(watch.calls, watch.chained())
         try:

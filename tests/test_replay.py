@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -182,6 +183,30 @@ def first_of_two(net: Net, x: Tensor, h: Tensor, g: Tensor) -> Tensor:
     return found
 
 
+def copied(x: Tensor, transposed: bool) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return x.t().clone(memory_format=torch.contiguous_format).t() if transposed else x.clone()
+
+
+def layer_twice(net: Net, x: Tensor, h: Tensor, g: Tensor) -> Tensor:
+    """A layer of whose two products only the second is taught."""
+    net.c(net.given)
+    return net.out(torch.tanh(net.c(g * 0.5)))
+
+
+def looked_at(net: Net, x: Tensor, h: Tensor, other: Tensor | None = None) -> Tensor:
+    z = net.c(h)
+    r = torch.tanh(z)
+    (z * (r if other is None else other)).detach()
+    return net.out(r)
+
+
+def beside(net: Net, x: Tensor, g: Tensor) -> Tensor:
+    z = net.c(g)
+    torch.relu((x * net.p).contiguous()).detach()
+    return net.out(torch.tanh(z))
+
+
 End = Callable[[Net, Tensor, Tensor, Tensor], Tensor]
 CHANGES: dict[str, tuple[End, End]] = {
     "another function": (usual, lambda n, x, h, g: n.out(torch.sigmoid(n.c(g)) + h)),
@@ -232,6 +257,32 @@ CHANGES: dict[str, tuple[End, End]] = {
     "an overwritten tensor": (usual, lambda n, x, h, g: n.out(torch.tanh(n.c(g)) + overwritten(h))),
     "an overwritten product": (usual, lambda n, x, h, g: n.out(torch.tanh(overwritten(n.c(g))) + h)),
     "an overwritten output": (usual, lambda n, x, h, g: overwritten(n.out(torch.tanh(n.c(g)) + h))),
+    "an overwritten input": (
+        lambda n, x, h, g: n.out(F.gelu(n.c(F.gelu(n.b(g))))),
+        lambda n, x, h, g: n.out(F.gelu(n.c(overwritten(F.gelu(n.b(g)))))),
+    ),
+    "a checkpoint from tap to tap": (
+        lambda n, x, h, g: n.out(torch.tanh(n.c(g))),
+        lambda n, x, h, g: n.out(checkpoint(lambda g: torch.tanh(n.c(g)), g, use_reentrant=False)),
+    ),
+    "a call in inference mode": (
+        lambda n, x, h, g: n.out(g), lambda n, x, h, g: (within(torch.inference_mode, g.mean), n.out(g))[1]
+    ),
+    "the same call in inference mode": (
+        lambda n, x, h, g: n.out(torch.tanh(n.c(g)) + h * 2),
+        lambda n, x, h, g: n.out(torch.tanh(n.c(g)) + within(torch.inference_mode, lambda: h * 2)),
+    ),
+    "a product beside": (usual, layer_twice),
+    "an activation by keyword": (usual, lambda n, x, h, g: n.out(torch.tanh(input=n.c(g)) + h)),
+    "a layer by keyword": (
+        usual, lambda n, x, h, g: n.out(torch.tanh(F.linear(g, bias=None, weight=n.c.weight)) + h)
+    ),
+    "an activation for a buffer": (
+        lambda n, x, h, g: looked_at(n, x, g, n.given), lambda n, x, h, g: looked_at(n, x, g)
+    ),
+    "a copy that was none": (
+        lambda n, x, h, g: beside(n, copied(x, False), g), lambda n, x, h, g: beside(n, copied(x, True), g)
+    ),
     "another output": (last_of_two, first_of_two),
     "an earlier end": (last_of_two, last_of_two),
 }  # fmt: skip
@@ -251,8 +302,60 @@ def test_what_cannot_be_repeated_is_observed(change: str, monkeypatch: pytest.Mo
     both(monkeypatch, changed(*reversed(CHANGES[change])))
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("first", [0, 4])
+def test_nested_tensors_are_observed(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no shapes."""
+
+    def run(net: Net, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction() if first else nullcontext():
+            given = net.given[None]
+            if net.k >= first:
+                given = torch._nested_tensor_from_mask(given, torch.ones(1, 5, dtype=torch.bool))
+        torch.tanh(given)
+        return plain(net, x)
+
+    both(monkeypatch, run)
+
+
+def test_getters_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    replays, _ = both(monkeypatch, lambda net, x: net.out(torch.tanh(net.b(torch.tanh(net.a(x)).T.T))))
+    assert replays == PASSES - 3
+
+
+def test_dropout_of_what_is_not_taught_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def beside(net: Net) -> Tensor:
+        return F.dropout(net.b(net.given), 0.5).detach()
+
+    both(
+        monkeypatch,
+        changed(
+            lambda n, x, h, g: n.out(torch.tanh(n.c(g)) + beside(n)),
+            lambda n, x, h, g: n.out(torch.tanh(n.c(g)) + beside(n) + torch.rand(8)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_takes_inputs_made_in_inference_mode(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no versions."""
+
+    def run(net: Net, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            x = within(torch.inference_mode, x.clone) if net.k >= first else x
+        return plain(net, x * 2)
+
+    both(monkeypatch, run)
+
+
 def always_autocast(k: int, net: Net) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_leaves_in_inference_mode_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a layer's input, cast for its gradient, would be a tensor that nothing can save."""
+    usual_end, other_end = CHANGES["a call in inference mode"]
+    both(monkeypatch, changed(usual_end, other_end), during=always_autocast)
 
 
 def frozen(k: int, net: Net) -> AbstractContextManager[Any]:
@@ -352,10 +455,102 @@ def test_keeps_no_tensor_of_a_pass() -> None:
         gc.enable()
 
 
-def test_large_passes_have_no_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "LARGEST", 100)
+def test_large_passes_have_no_script_and_keep_nothing_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the results of `looks_back`, each of 160 bytes, three.
+    monkeypatch.setattr(script, "LARGEST", 500)
     replays, _ = both(monkeypatch, residual)
     assert replays == 0
+    model = dfa.DFA(Net(looks_back))
+    assert not any(alive_at_the_end(model, 5) for _ in range(5))
+
+
+def test_a_larger_batch_is_not_kept() -> None:
+    model = dfa.DFA(Net(looks_back))
+    assert [alive_at_the_end(model, rows) for rows in (1, 1, 1, 1, 50)] == [False, False, True, True, False]
+
+
+def test_a_pass_that_leaves_keeps_no_results_any_more() -> None:
+    model, alive = dfa.DFA(Net(looks_back)), []
+    for model.net.k in range(5):
+        alive.append(alive_at_the_end(model, 5))
+    assert alive == [False, False, True, True, False]
+
+
+def looks_back(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    ref = weakref.ref(h * 2)
+    g = torch.tanh(net.b(h * 3 if net.k == 4 else h))
+    net.was_alive = ref() is not None
+    return net.out(g)
+
+
+def alive_at_the_end(model: dfa.DFA, rows: int) -> bool:
+    """Whether a tensor that the network lets go of in a pass over so many rows is kept to the end."""
+    model(torch.randn(rows, 6)).sum().backward()
+    return bool(model.net.was_alive)
+
+
+def test_other_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients() -> list[Tensor]:
+        model, found = dfa.DFA(Net(plain)), []
+        torch.manual_seed(4)
+        for k in range(6):
+            model.batch_dims = 1 if k >= 4 else None
+            model.zero_grad()
+            model(torch.randn(5, 4, 6)).square().sum().backward()
+            found += [p.grad.clone() for name, p in model.named_parameters() if not name.endswith("p")]
+        return found
+
+    found = gradients()
+    without_replays(monkeypatch)
+    for a, b in zip(found, gradients(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_input_on_another_device_is_refused_as_by_an_observer() -> None:
+    model = dfa.DFA(Net(plain))
+    for _ in range(5):
+        model(torch.randn(5, 6)).sum().backward()
+    with pytest.raises(ValueError, match="a weight layer on cpu got an input on meta"):
+        model(torch.randn(5, 6, device="meta"))
+
+
+def test_a_script_may_be_dropped_within_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(net: Net, x: Tensor) -> Tensor:
+        if net.k == 5:
+            model.load_state_dict(other.state_dict())
+        return plain(net, x)
+
+    model, other, gradients = dfa.DFA(Net(run)), dfa.DFA(Net(plain), dfa.Feedback(seed=7)), []
+    x = torch.randn(5, 6)
+    for k in range(7):
+        model.net.k = k
+        model(x).sum().backward()
+        gradients.append(model.net.a.weight.grad)
+        model.zero_grad()
+    other(x).sum().backward()
+    assert torch.equal(gradients[5], gradients[0])
+    assert torch.equal(gradients[6], other.net.a.weight.grad)
+
+
+def test_another_thread_may_write_a_script_meanwhile() -> None:
+    def run(net: Net, x: Tensor) -> Tensor:
+        activation = net.activation
+        if net.k == 5:
+            net.k, net.activation = 6, torch.relu
+            thread = Thread(target=lambda: [model(x).sum().backward() for _ in range(4)])
+            thread.start(), thread.join()
+        return net.out(activation(net.b(activation(net.a(x)))))
+
+    model, gradients = dfa.DFA(Net(run)), []
+    model.net.activation, x = torch.tanh, torch.randn(5, 6)
+    for k in range(6):
+        model.net.k = k
+        output = model(x)
+        model.zero_grad()
+        output.sum().backward()
+        gradients.append(model.net.a.weight.grad)
+    assert torch.equal(gradients[-1], gradients[0])
 
 
 def test_a_network_that_always_changes_gets_no_more_scripts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,29 +36,32 @@ class Habits:
     def watch(self, policy: TapPolicy, weight_layers: int) -> SegmentedPass | Replay:
         """What the next pass runs beside. The second of two that are alike is written down, for the third."""
         if not torch.compiler.is_compiling():
-            if self._script is not None:
-                return Replay(self._script[0], policy, weight_layers)
+            written = self._script
+            if written is not None:
+                return Replay(written[0], policy, weight_layers)
             if self._alike is not None and self._left < MOST_LEFT:
                 return Recording(policy, weight_layers)
         return SegmentedPass(policy, weight_layers)
 
     def replayed(
-        self, replay: Replay, output: Tensor, feedback: Feedback, backend: str, ledger: Ledger | None
+        self, replay: Replay, output: Tensor, rows: int, feedback: Feedback, backend: str, ledger: Ledger | None
     ) -> Repeated | None:
-        """How the pass ends, if it was the script's."""
-        assert self._script is not None
-        _, ends = self._script
-        if replay.is_whole(output) and ends.suits(feedback, backend, ledger):
+        """How the pass ends, if it was the script's; rows: how many of the output's dimensions are."""
+        # Another pass, in another thread or within this one, may have written or dropped one since.
+        script, ends = self._script or (None, None)
+        if script is not replay.script or ends is None:
+            return None
+        if replay.is_whole(output) and rows == ends.plan.batch_dims and ends.suits(feedback, backend, ledger):
             self._left = 0
             return ends
-        self._script, self._left = None, self._left + replay.has_left
+        self._script, self._left = None, self._left + 1
         return None
 
     def like(self, now: Looks | None, feedback: Feedback, backend: str, ledger: Ledger | None) -> Repeated | None:
         """How the pass ends, if it looks like the last one that was worked out."""
-        if now is None or self._alike is None:
+        looks, ends = self._alike or (None, None)
+        if now is None or ends is None:
             return None
-        looks, ends = self._alike
         return ends if looks == now.looks and ends.suits(feedback, backend, ledger) else None
 
     def keep(self, now: Looks, ends: Repeated) -> None:
@@ -69,15 +72,17 @@ class Habits:
         """The next pass is worked out."""
         self._alike = self._script = None
 
-    def write(self, observer: SegmentedPass, output: Tensor, own: list[Tensor | None], last: FusedLayer | None) -> None:
-        """Makes the script of a pass that was like the one before, if it was recorded."""
-        if not isinstance(observer, Recording) or self._alike is None:
+    def write(
+        self, observer: SegmentedPass, output: Tensor, own: list[Tensor | None], last: FusedLayer | None, ends: Repeated
+    ) -> None:
+        """Makes the script of a pass that was like the one before and ends so, if it was recorded."""
+        if not isinstance(observer, Recording):
             return
         layers = [layer for layer in (*[segment.layer for segment in observer.segments], last) if layer is not None]
         script = observer.script(output, layers)
         if script is None:
             self._left += 1
             return
-        kept, (_, ends) = kept_by(layers), self._alike
+        kept = kept_by(layers)
         places = [next(i for i, x in enumerate(kept) if x is own[place]) for place in ends.places]
         self._script = script, replace(ends, places=places)

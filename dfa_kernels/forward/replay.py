@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._torch_internals import checkpointed_region
 from .arguments import Args, Call, Kwargs
-from .script import Script, Step
+from .script import Script, Step, is_plain
 from .segments import SegmentedPass
 from .side_loss import remember_whole
 from .taps import SIZES, TapPolicy
@@ -25,7 +26,7 @@ class Replay(TorchFunctionMode):
         super().__init__()
         self.kept: list[Tensor] = []
         """The layers' own tensors, as `script.kept_by` lists them."""
-        self._script, self._told = script, (policy, weight_layers)
+        self.script, self._told = script, (policy, weight_layers)
         self._values: list[Any] = [*script.constants, *script.parameters]
         self._first = len(self._values)
         self._versions: list[int] = []
@@ -40,12 +41,18 @@ class Replay(TorchFunctionMode):
             return self._observer.__torch_function__(func, types, args, kwargs)
         if func in SIZES:
             return func(*args, **kwargs)
-        steps = self._script.steps
+        steps = self.script.steps
         if self._done == len(steps) or not self._fits(steps[self._done], func, args, kwargs):
             return self.observer().__torch_function__(func, types, args, kwargs)
         result = func(*args, **kwargs)
         step = steps[self._done]
-        if type(result) is not Tensor or (result.dtype, result.requires_grad) != step.made:
+        is_new = step.result == len(self._values)
+        if (
+            type(result) is not Tensor
+            or (result.dtype, result.requires_grad) != step.made
+            # The script's call returned an argument.
+            or not (is_new or result is self._values[step.result])
+        ):
             return self.observer().tell(func, args, kwargs, result, None)
         self._done += 1
         if step.is_layer:
@@ -53,7 +60,7 @@ class Replay(TorchFunctionMode):
             self.kept.append(x if x.dtype is result.dtype else x.to(result.dtype))
         elif step.is_tap:
             result = self._cut(result, args[0] if step.saves_input else None)
-        if step.result == len(self._values):
+        if is_new:
             self._values.append(result)
             self._versions.append(result._version)
         return result
@@ -65,33 +72,35 @@ class Replay(TorchFunctionMode):
         self.kept.append(cut if saved is None else saved.detach())
         return cut
 
-    @property
-    def has_left(self) -> bool:
-        """Whether a call differed."""
-        return self._observer is not None
-
     def observer(self) -> InformedPass:
         """An observer that knows all calls so far, and has those to come."""
         if self._observer is None:
             self._observer = InformedPass(*self._told, self._known_versions())
-            wholes = iter(self._wholes)
-            for step in self._script.steps[: self._done]:
-                values, n = [self._values[i] for i in step.numbers], len(step.numbers) - len(step.names)
-                kwargs = dict(zip(step.names, values[n:], strict=True))
-                result = self._values[step.result]
-                result, cut = (next(wholes), result) if step.is_tap else (result, None)
-                self._observer.tell(step.func, (*values[:n],), kwargs, result, cut)
+            # As they were made, whatever the call is inside of that differs.
+            with torch.inference_mode(False), torch.enable_grad():
+                self._tell(self._observer)
+            # From now on nothing is compared.
+            self._values, self._wholes, self.kept = [], [], []
         return self._observer
+
+    def _tell(self, observer: InformedPass) -> None:
+        wholes = iter(self._wholes)
+        for step in self.script.steps[: self._done]:
+            values, n = [self._values[i] for i in step.numbers], len(step.numbers) - len(step.names)
+            kwargs = dict(zip(step.names, values[n:], strict=True))
+            result = self._values[step.result]
+            result, cut = (next(wholes), result) if step.is_tap else (result, None)
+            observer.tell(step.func, (*values[:n],), kwargs, result, cut)
 
     def _known_versions(self) -> dict[int, int]:
         """By the tensors' ids. A cut has its version in common with what it was cut from."""
         versions = {id(x): version for x, version in zip(self._values[self._first :], self._versions, strict=True)}
-        cuts = [self._values[step.result] for step in self._script.steps[: self._done] if step.is_tap]
+        cuts = [self._values[step.result] for step in self.script.steps[: self._done] if step.is_tap]
         return versions | {id(x): versions[id(cut)] for x, cut in zip(self._wholes, cuts, strict=True)}
 
     def is_whole(self, output: Tensor) -> bool:
         """Whether the pass, which has ended with this output, is the script's."""
-        script = self._script
+        script = self.script
         return (
             self._observer is None
             and self._done == len(script.steps)
@@ -102,39 +111,46 @@ class Replay(TorchFunctionMode):
 
     def _fits(self, step: Step, func: Call, args: Args, kwargs: Kwargs) -> bool:
         """Whether this is the step's call."""
-        if func is not step.func:
+        # A property's getter is made anew for every call.
+        if (func is not step.func and func != step.func) or not torch.is_grad_enabled():
             return False
         if kwargs or step.names:
             if (*kwargs,) != step.names:
                 return False
             args = (*args, *kwargs.values())
-        if len(args) != len(step.numbers) or (step.new and not self._are_new([args[i] for i in step.new])):
+        if len(args) != len(step.numbers):
             return False
+        for place, shape in step.new:
+            if not self._is_new(args[place], shape):
+                return False
         values = self._values
         for value, number in zip(args, step.numbers, strict=True):
             if value is not values[number] and not self._is_constant(value, number):
                 return False
-        return not step.is_tap or self._is_untouched(step.numbers[0])
+        if not (step.is_layer or step.is_tap):
+            return True
+        # A function that nobody sees may have overwritten the input since it came.
+        at = step.numbers[0] - self._first
+        if at >= 0 and args[0]._version != self._versions[at]:
+            return False
+        return step.is_layer or checkpointed_region() is None
 
     def _is_constant(self, value: Any, number: int) -> bool:
-        if number >= len(self._script.constants):
+        if number >= len(self.script.constants):
             return False
         constant = self._values[number]
         return type(value) is type(constant) and bool(value == constant)
 
-    def _are_new(self, arguments: list[Any]) -> bool:
-        """Whether they are tensors without a graph. From now on they have numbers."""
-        for x in arguments:
-            if type(x) is not Tensor or x.requires_grad:
-                return False
-            self._values.append(x)
-            self._versions.append(x._version)
+    def _is_new(self, x: Any, shape: torch.Size) -> bool:
+        """Whether it is a tensor without a graph, met first. From now on it has a number."""
+        if type(x) is not Tensor or x.requires_grad or not is_plain(x) or x.shape != shape:
+            return False
+        # Of tensors on two devices an observer says which.
+        if x.device != self.script.parameters[0].device or any([x is y for y in self._values[self._first :]]):
+            return False
+        self._values.append(x)
+        self._versions.append(x._version)
         return True
-
-    def _is_untouched(self, number: int) -> bool:
-        """Whether a tap may follow: a function that nobody sees may have overwritten its activation's input."""
-        version: int = self._values[number]._version
-        return version == self._versions[number - self._first] and checkpointed_region() is None
 
 
 class InformedPass(SegmentedPass):
@@ -152,6 +168,9 @@ class InformedPass(SegmentedPass):
             return self.__torch_function__(func, (), args, kwargs)
         finally:
             self._made = None
+            if cut is not None:
+                # A tap that was made is in no checkpoint, though the call may be that differs.
+                self._tapped_region = None
 
     def call(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
         return super().call(func, args, kwargs) if self._made is None else self._made[0]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._torch_internals import Likeness, checkpointed_region, likeness_of
@@ -38,8 +39,8 @@ class Step:
     """Of the arguments by keyword, which come after the others."""
     numbers: list[int]
     """Of all arguments."""
-    new: list[int]
-    """The places of arguments that are tensors without a graph, met first: an input, a mask, a buffer."""
+    new: list[tuple[int, torch.Size]]
+    """Place and shape of arguments that are tensors without a graph, met first: an input, a mask, a buffer."""
     made: tuple[torch.dtype, bool]
     """The result's dtype, and whether it requires grad."""
     result: int
@@ -67,6 +68,11 @@ class Script:
     """Whether the parameters, those tensors and the output have the shapes, dtypes and devices of this pass."""
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether it has a version, as tensors made in inference mode do not, and a shape, as nested ones do not."""
+    return not (x.is_inference() or x.is_nested)
+
+
 def kept_by(layers: Sequence[FusedLayer]) -> list[Tensor]:
     """What the layers of a pass keep, the output's the last, in the order in which a pass makes it."""
     *hidden, last = layers
@@ -79,6 +85,7 @@ class Recording(SegmentedPass):
     def __init__(self, policy: TapPolicy, weight_layers: int) -> None:
         super().__init__(policy, weight_layers)
         self._log: list[Logged] = []
+        self._bytes = 0
         self._can_be_repeated = policy.kind == "nonlinearity"
 
     def __torch_function__(self, func: Call, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
@@ -86,26 +93,37 @@ class Recording(SegmentedPass):
         if not self._can_be_repeated or func in SIZES:
             return super().__torch_function__(func, types, args, kwargs)
         operands = [x for value in (*args, *kwargs.values()) for x in tensors_of(value)]
+        if not torch.is_grad_enabled() or not all([is_plain(x) for x in operands]):
+            self._cannot_be_repeated()
+            return super().__torch_function__(func, types, args, kwargs)
         versions, taps = [x._version for x in operands], self.points_seen
         returned = super().__torch_function__(func, types, args, kwargs)
-        if [x._version for x in operands] != versions or not torch.is_grad_enabled() or checkpointed_region():
-            self._can_be_repeated = False
+        results = tensors_of(returned)
+        if not all([is_plain(x) for x in results]) or checkpointed_region():
+            self._cannot_be_repeated()
+            return returned
+        self._bytes += sum([x.nbytes for x in results])
+        if self._bytes > LARGEST or [x._version for x in operands] != versions:
+            self._cannot_be_repeated()
         elif self.points_seen == taps:
             self._log.append((func, args, kwargs, returned, None))
         elif self.segments and self.segments[-1].point == self.point and self.segments[-1].tap is returned:
             self._log.append((func, args, kwargs, self.segments[-1].root, returned))
         else:
-            self._can_be_repeated = False
+            self._cannot_be_repeated()
         return returned
 
     def give_up_taps(self, points: list[int]) -> None:
-        self._can_be_repeated = False
+        self._cannot_be_repeated()
         super().give_up_taps(points)
+
+    def _cannot_be_repeated(self) -> None:
+        self._can_be_repeated = False
+        self._log.clear()
 
     def script(self, output: Tensor, layers: Sequence[FusedLayer]) -> Script | None:
         """For passes like this one, all of whose layers are fused, the output's the last; None if there is none."""
-        made = sum([x.nbytes for *_, result, _ in self._log for x in tensors_of(result)])
-        if not self._can_be_repeated or made > LARGEST:
+        if not self._can_be_repeated:
             return None
         return _Writer(layers, *_told_apart(self._log)).script(self._log, output)
 
@@ -131,8 +149,10 @@ class _Writer:
     layers: Sequence[FusedLayer]
     constants: list[Any]
     parameters: list[nn.Parameter]
-    begun: int = 0
-    """How many of the layers have come."""
+    taps: int = 0
+    """How many have come."""
+    product: Step | None = None
+    """The newest of a layer, which the next tap makes the layer's own."""
     met: int = 0
     """How many of the constants have."""
     numbers: dict[int, int] = field(default_factory=dict)
@@ -144,8 +164,9 @@ class _Writer:
             steps = [self._step(entry) for entry in log]
         except _NoScriptError:
             return None
-        if self.begun < len(self.layers) or id(output) not in self.numbers:
+        if self.taps != len(self.layers) - 1 or self.product is None or id(output) not in self.numbers:
             return None
+        self.product.is_layer = True
         kept = kept_by(self.layers)
         distinct = [i for i, x in enumerate(kept) if not any([x is other for other in kept[:i]])]
         is_alike = likeness_of([*self.parameters, *[kept[i] for i in distinct], output])
@@ -153,31 +174,34 @@ class _Writer:
 
     def _step(self, entry: Logged) -> Step:
         func, args, kwargs, result, cut = entry
-        if type(result) is not Tensor:
+        # An observer that is told of dropout behind a layer's product would draw numbers again.
+        if type(result) is not Tensor or (func is F.dropout and result.requires_grad):
             raise _NoScriptError
         before, values = len(self.numbers), (*args, *kwargs.values())
         numbers = [self._number_of(value) for value in values]
         first = len(self.constants) + before
-        new = [numbers.index(n) for n in range(first, first + len(self.numbers) - before)]
+        places = [numbers.index(n) for n in range(first, first + len(self.numbers) - before)]
+        new = [(place, values[place].shape) for place in places]
         number = self._number(result if cut is None else cut)
         step = Step(func, (*kwargs,), numbers, new, (result.dtype, result.requires_grad), number)
-        if func is LINEAR and len(args) > 1 and args[1] is self._next_weight():
-            step.is_layer = True
-            self.begun += 1
+        if func is LINEAR:
+            self.product = step
+        # `Replay` takes a layer's input and weight by their places, and an activation's input.
+        if len(args) < 2 * (func is LINEAR) or len(args) < (cut is not None):
+            raise _NoScriptError
         if cut is not None:
-            self._make_tap(step, self.layers[self.begun - 1], args[0], cut)
+            self._make_tap(step, args[0], cut)
         return step
 
-    def _next_weight(self) -> nn.Parameter | None:
-        return self.layers[self.begun].weight if self.begun < len(self.layers) else None
-
-    def _make_tap(self, step: Step, layer: FusedLayer, z: Any, cut: Tensor) -> None:
+    def _make_tap(self, step: Step, z: Any, cut: Tensor) -> None:
+        layer, product = self.layers[self.taps], self.product
         saves_input = layer.saved is not cut
         if saves_input and not (isinstance(z, Tensor) and layer.saved.data_ptr() == z.data_ptr()):
             raise _NoScriptError
-        if step.result in step.numbers or layer.dropout_mask is not None:
+        if product is None or step.result in step.numbers or layer.dropout_mask is not None:
             raise _NoScriptError
-        step.is_tap, step.saves_input = True, saves_input
+        product.is_layer, step.is_tap, step.saves_input = True, True, saves_input
+        self.taps += 1
 
     def _number_of(self, value: Any) -> int:
         if isinstance(value, _CONSTANTS):
