@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import backends
 from .backward.attach import Repeated, attach, looks_of, repeated, shares_one_node
 from .backward.deferred import Ledger
-from .backward.habits import Habits
+from .backward.last_passes import LastPasses
 from .backward.step_plan import Sketch, StepPlan, sketch, step_plan
 from .compilers import check_not_recorded, is_recorded, warn_of_compiled, whole
 from .feedback import Feedback
@@ -100,7 +100,7 @@ class DFA(nn.Module):
         self._sketch: Sketch | None = None
         self._sequence: PlainSequence | None = None
         self._repeated: Repeated | None = None
-        self._habits = Habits()
+        self._last_passes = LastPasses()
         self._chained: list[str] = []
         self._backprop = False
         self._optimizer: weakref.ref[FusedOptimizer] | None = None
@@ -184,7 +184,7 @@ class DFA(nn.Module):
             found["matrix"] = found["matrix"].to(own._given.device)
         self.feedback = Feedback.from_state_dict(found, device=own.device)
         self._looks = self._repeated = None
-        self._habits.forget()
+        self._last_passes.forget()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A checkpoint without feedback, of the plain network say, leaves the model its own."""
@@ -195,7 +195,7 @@ class DFA(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no optimizer, and has seen no pass."""
         forgotten = ("_optimizer", "_looks", "_sketch", "_survey", "_sequence", "_repeated")
-        return {**self.__dict__, **dict.fromkeys(forgotten), "_habits": Habits()}
+        return {**self.__dict__, **dict.fromkeys(forgotten), "_last_passes": LastPasses()}
 
     def extra_repr(self) -> str:
         return f"feedback={self.feedback!r}, backend={self.backend!r}"
@@ -217,7 +217,7 @@ class DFA(nn.Module):
         """The network, if it is plain; the last pass's, as long as that holds."""
         if kwargs or len(args) != 1 or self._policy.kind == "named" or self._output is not None:
             return None
-        if self._habits.has_script:
+        if self._last_passes.has_script:
             return None
         # Not by the attribute: that of a module is slow to find.
         net: nn.Module = self._modules["net"]  # type: ignore[assignment]
@@ -246,21 +246,21 @@ class DFA(nn.Module):
 
     def _observed(self, args: tuple[Any, ...], kwargs: dict[str, Any], ledger: Ledger | None) -> Pass | Tensor:
         """An observed pass; of one that is like an earlier one its output, with its node."""
-        habits, told = self._habits, (self.feedback, self.backend)
-        watch = habits.watch(self._policy, self._surveyed(args, kwargs).weight_layers)
+        last_passes, told = self._last_passes, (self.feedback, self.backend)
+        watch = last_passes.watch(self._policy, self._surveyed(args, kwargs).weight_layers)
         with watch:
             output = self._run(*args, **kwargs)
         if isinstance(watch, Replay):
-            ends = habits.replayed(watch, output, row_count(output.dim(), self.batch_dims), *told, ledger)
+            ends = last_passes.replayed(watch, output, row_count(output.dim(), self.batch_dims), *told, ledger)
             if ends is not None:
                 return ends.attach(output.detach(), watch.kept, ledger)
             watch = watch.observer()
         last = watch.finish(output)
         self._check_pass(watch)
         now = None if watch.is_traced else looks_of(output, watch.segments, last, self.batch_dims)
-        ends = habits.like(now, *told, ledger)
+        ends = last_passes.like(now, *told, ledger)
         if now is not None and ends is not None:
-            habits.write(watch, output, now.own, last, ends)
+            last_passes.write(watch, output, now.own, last, ends)
             return ends.attach(output.detach(), now.own, ledger)
         watched = Watched(watch.calls, watch.chained())
         try:
@@ -270,7 +270,7 @@ class DFA(nn.Module):
             self._survey = None
             raise
         if now is not None and shares_one_node(seen):
-            habits.keep(now, repeated(seen, now.own, self.backend))
+            last_passes.keep(now, repeated(seen, now.own, self.backend))
         return seen
 
     def _run(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -296,7 +296,7 @@ class DFA(nn.Module):
         found = survey(self.net, self._run, self._policy, self.batch_dims, args, kwargs)
         if not torch.compiler.is_compiling():
             self._survey, self._row_dims = found, RowDims(found.varied)
-            self._habits.forget()
+            self._last_passes.forget()
         return found
 
     def _remember(self, seen: Pass) -> None:
@@ -318,7 +318,7 @@ class DFA(nn.Module):
             self._chained = chained
         # A pass like an earlier one tells nothing, so it must be like the last that did.
         self._looks, self._error_size = looks, seen.error_size
-        self._habits.forget()
+        self._last_passes.forget()
         if not torch.compiler.is_compiling():
             self._sketch = sketch(seen)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dfa_kernels as dfa
-from dfa_kernels.backward import habits
+from dfa_kernels.backward import last_passes
 from dfa_kernels.forward import script
 from dfa_kernels.forward.replay import Replay
 from dfa_kernels.forward.segments import SegmentedPass
@@ -100,7 +100,9 @@ def always(k: int, net: Net) -> AbstractContextManager[Any]:
 
 
 def without_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(habits.Habits, "watch", lambda _, policy, weight_layers: SegmentedPass(policy, weight_layers))
+    monkeypatch.setattr(
+        last_passes.LastPasses, "watch", lambda _, policy, weight_layers: SegmentedPass(policy, weight_layers)
+    )
 
 
 def both(
@@ -110,8 +112,8 @@ def both(
     during: Callable[[int, Net], AbstractContextManager[Any]] = always,
 ) -> tuple[int, dfa.DFA]:
     """How many passes of the training were replays to their end, after it was compared with one without any."""
-    ended, is_whole = [], Replay.is_whole
-    monkeypatch.setattr(Replay, "is_whole", lambda *args: ended.append(is_whole(*args)) or ended[-1])
+    ended, has_followed = [], Replay.has_followed
+    monkeypatch.setattr(Replay, "has_followed", lambda *args: ended.append(has_followed(*args)) or ended[-1])
     model = dfa.DFA(Net(run))
     found = steps(model, fused, during)
     with monkeypatch.context() as patched:
@@ -396,8 +398,8 @@ def test_notices_what_changes_between_passes(
 
 def test_a_smaller_batch_is_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, replays = dfa.DFA(Net(residual)), []
-    is_whole = Replay.is_whole
-    monkeypatch.setattr(Replay, "is_whole", lambda *args: replays.append(is_whole(*args)) or replays[-1])
+    has_followed = Replay.has_followed
+    monkeypatch.setattr(Replay, "has_followed", lambda *args: replays.append(has_followed(*args)) or replays[-1])
     for rows in (5, 5, 5, 5, 3, 5, 5, 5, 5):
         model(torch.randn(rows, 6)).sum().backward()
     assert replays == [True, False, True]
@@ -561,7 +563,7 @@ def test_a_network_that_always_changes_gets_no_more_scripts(monkeypatch: pytest.
     for k in range(20):
         model.net.k = k
         model(torch.randn(5, 6)).sum().backward()
-    assert len(written) == habits.MOST_LEFT
+    assert len(written) == last_passes.MOST_LEFT
 
 
 def test_copies_and_pickles() -> None:

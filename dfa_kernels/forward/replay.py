@@ -98,7 +98,7 @@ class Replay(TorchFunctionMode):
         cuts = [self._values[step.result] for step in self.script.steps[: self._done] if step.is_tap]
         return versions | {id(x): versions[id(cut)] for x, cut in zip(self._wholes, cuts, strict=True)}
 
-    def is_whole(self, output: Tensor) -> bool:
+    def has_followed(self, output: Tensor) -> bool:
         """Whether the pass, which has ended with this output, is the script's."""
         script = self.script
         return (

@@ -20,7 +20,7 @@ MOST_LEFT = 3
 """A network that has left so many scripts before it followed one makes other calls every time, and gets none."""
 
 
-class Habits:
+class LastPasses:
     """How the last passes ended, and what calls they made. Nothing of it holds a pass's tensors."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Habits:
         script, ends = self._script or (None, None)
         if script is not replay.script or ends is None:
             return None
-        if replay.is_whole(output) and rows == ends.plan.batch_dims and ends.suits(feedback, backend, ledger):
+        if replay.has_followed(output) and rows == ends.plan.batch_dims and ends.suits(feedback, backend, ledger):
             self._left = 0
             return ends
         self._script, self._left = None, self._left + 1
