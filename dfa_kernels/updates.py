@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._torch_internals import add_each_, fused_adamw_, fused_sgd_
 
@@ -212,7 +212,10 @@ def _can_be_fused(tensors: Sequence[Tensor]) -> bool:
     dtype = tensors[0].dtype
     if dtype is not torch.float32 and dtype is not torch.float64:
         return False
-    return all([x.is_cpu and x.dtype is dtype and x.is_contiguous() for x in tensors])
+    return all([type(x) in _PLAIN and x.is_cpu and x.dtype is dtype and x.is_contiguous() for x in tensors])
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def shares(values: Sequence[T], n: int) -> list[Sequence[T]]:
