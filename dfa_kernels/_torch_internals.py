@@ -103,6 +103,8 @@ def fused_sgd_(
     """
     lists = list(parameters), list(gradients), list(velocities)
     _fused_sgd(*lists, dampening=0.0, is_first_step=False, **numbers, **_UNUSED)
+    # Torch does not tell graphs that saved one of these.
+    torch.autograd.graph.increment_version([*parameters, *velocities])
 
 
 def fused_adamw_(
@@ -116,6 +118,7 @@ def fused_adamw_(
     """What torch.optim.AdamW(fused=True) does with lr, beta1, beta2, eps and weight_decay in this step; as above."""
     lists, steps = (list(parameters), list(gradients), list(means), list(squares)), [torch.tensor(step)] * len(means)
     _fused_adamw(*lists, [], steps, amsgrad=False, **numbers, **_UNUSED)
+    torch.autograd.graph.increment_version([*parameters, *means, *squares])
 
 
 def cuda_matmul_precision() -> str:

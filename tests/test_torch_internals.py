@@ -224,6 +224,7 @@ def test_fused_sgd_(nesterov: bool) -> None:
     expected = p - 0.5 * (gradient + 0.9 * velocity if nesterov else velocity)
     _torch_internals.fused_sgd_([p], [g], [m], lr=0.5, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
     torch.testing.assert_close([p, m], [expected, velocity])
+    assert [x._version for x in (p, g, m)] == [1, 0, 1]
 
 
 def test_fused_adamw_() -> None:
@@ -234,6 +235,7 @@ def test_fused_adamw_() -> None:
     numbers = dict(lr=0.5, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
     _torch_internals.fused_adamw_([p], [g], [m], [v], 3.0, **numbers)
     torch.testing.assert_close([p, m, v], [expected, mean, square])
+    assert [x._version for x in (p, g, m, v)] == [1, 0, 1, 1]
 
 
 def test_add_each_():
