@@ -400,9 +400,9 @@ class AdamW(FusedOptimizer):
         capturable: bool = False,
     ) -> None:
         _check_at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
-        for beta in betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas: got {betas}, expected two numbers in [0, 1)")
+        pair = betas if isinstance(betas, (tuple, list)) else ()
+        if len(pair) != 2 or not all([0 <= beta < 1 for beta in pair]):
+            raise ValueError(f"betas: got {betas}, expected two numbers in [0, 1)")
         super().__init__(model, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), max_norm, capturable)
 
     def _numbers(self, group: dict[str, Any]) -> list[Any]:

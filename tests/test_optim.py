@@ -1004,7 +1004,7 @@ def test_bad_numbers_of_one_rule():
         dfa.optim.SGD(model, 0.1, nesterov=True)
     with pytest.raises(ValueError, match=r"eps.*-1"):
         dfa.optim.AdamW(model, eps=-1)
-    for betas in [(1.0, 0.9), (0.9, -0.1), (0.9, 1.0)]:
+    for betas in [(1.0, 0.9), (0.9, -0.1), (0.9, 1.0), (0.9,), (0.9, 0.9, 0.9), 0.9]:
         with pytest.raises(ValueError, match=r"betas.*\[0, 1\)"):
             dfa.optim.AdamW(model, betas=betas)
 
