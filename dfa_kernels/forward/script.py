@@ -132,7 +132,7 @@ _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 
 def _told_apart(log: Sequence[Logged]) -> tuple[list[Any], list[nn.Parameter]]:
-    """The constants of all calls, and the parameters."""
+    """The constants of all calls, in the order in which `_Writer` numbers them, and the parameters."""
     values = [value for _, args, kwargs, _, _ in log for value in (*args, *kwargs.values())]
     parameters = {id(value): value for value in values if type(value) is nn.Parameter}
     return [value for value in values if isinstance(value, _CONSTANTS)], [*parameters.values()]

@@ -72,7 +72,7 @@ def load(path: Path) -> Library:
     again = "build it again: `pip install .` in a checkout of this version, where nvcc is"
     if not path.exists():
         raise LibraryError(f"no library was built: {path} is not there; install where nvcc is")
-    if not has_followed(path):
+    if not is_whole(path):
         raise LibraryError(f"{path} is not whole, or no library for 64-bit Linux; {again}")
     try:
         made = ctypes.CDLL(str(path))
@@ -88,7 +88,7 @@ def load(path: Path) -> Library:
         raise LibraryError(f"{path} cannot be used: {failure}; {again}") from failure
 
 
-def has_followed(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether an ELF file reaches as far as its header says. The loader does not ask, and ends the process instead."""
     with path.open("rb") as file:
         header = file.read(ELF_HEADER)
