@@ -14,6 +14,7 @@ from test_triton_philox import to_tf32
 from torch import Tensor
 from triton_cases import (
     CASES,
+    DEVICE,
     FEEDBACKS,
     FRESH,
     LAYOUTS,
@@ -34,10 +35,10 @@ from bench.gpu.precision import tf32
 from dfa_kernels.activations import ACTIVATIONS
 from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends import triton as triton_backend
-from dfa_kernels.backends.triton import launch, operators
+from dfa_kernels.backends.triton import choice, choice_wide, launch, operators, route
 from dfa_kernels.feedback.spec import KINDS
 
-KERNELS = ["strip", "two_phase", "grouped_gemm"]
+KERNELS = ["strip", "two_phase", "grouped_gemm", "products"]
 both_kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
@@ -308,6 +309,21 @@ def test_by_the_plan_and_tables_of_the_package(kernel: str, error_size: int) -> 
             found = triton_backend.layer_grads(call.arguments(), torch.float32)
         assert seen.kernels == [kernel]
         check(call, found)
+
+
+def test_products_of_the_library_where_the_plan_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tf32 on a card of which nothing was measured: one launch, however many layers."""
+    monkeypatch.setattr(choice_wide, "LEAST_FOR_PRODUCTS", 1)
+    network = plain_network([plain_layer(), plain_layer(positions=2, mask=True)], error_size=70)
+    network["feedback"]["place"] = ("fastfood", "dense")
+    call = make_call(network)
+    with tf32(True), route.planned_by(choice.plan_grouped), watched() as seen:
+        found = triton_backend.layer_grads(call.arguments(), torch.float32)
+        said = triton_backend.describe_layers(call.arguments(), torch.float32, "store", DEVICE)
+    assert launched(seen, "products")
+    assert seen.kernels == ["deltas"]
+    assert "then the library's products for each of 3 layers" in said
+    check(call, found)
 
 
 @both_kernels

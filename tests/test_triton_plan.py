@@ -37,7 +37,7 @@ from dfa_kernels.backends.triton.configs import GemmConfig, ProjectionConfig, St
 from dfa_kernels.backends.triton.kernels.grouped_gemm_producer import shared_layout
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan, can_use_tma, derivatives_of, gradient_tiles, needs_int64
 from dfa_kernels.backends.triton.operators import plan_project_taps
-from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm
+from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm, plan_products
 from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
@@ -295,13 +295,104 @@ def test_what_was_not_measured_is_one_launch_and_called_an_estimate(changes: dic
     assert "an estimate" in found.why
 
 
+def alike_plan(
+    target: Target = A100, rule: str = "store", numbers_in_memory: bool = False, **changes: Any
+) -> LaunchPlan:
+    """The same with parameters in the precision of the products."""
+    problem = wide_plan(**changes).problem
+    parameters = problem.projected.dtype
+    problem = replace(problem, parameter_dtype=parameters, rule=rule, numbers_in_memory=numbers_in_memory)
+    return plan_grouped(problem, target)
+
+
+@pytest.mark.parametrize("precision", ["half", "tf32"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"target": Target(100, 148)}, {"rule": "sgd"}, {"rule": "momentum"}, {"numbers_in_memory": True}],
+    ids=str,
+)
+def test_what_was_not_measured_is_left_to_the_library_if_it_is_large(changes: dict[str, Any], precision: str) -> None:
+    with tf32(precision == "tf32"):
+        found = alike_plan(dtype=torch.bfloat16 if precision == "half" else torch.float32, **changes)
+    assert (found.name, found.first) == ("deltas", None)
+    assert "an estimate: nothing was measured on sm_" in found.why
+
+
+@pytest.mark.parametrize("changes", [{"width": 4100}, {"positions": 2}], ids=str)
+def test_so_is_what_measurements_of_the_card_do_not_hold_for(changes: dict[str, Any]) -> None:
+    found = alike_plan(H200, **changes)
+    assert found.name == "deltas"
+    assert "an estimate: nothing of this size and alignment was measured" in found.why
+
+
+def test_where_it_was_measured_the_shortest_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch within the margin; the library's products not for what they are no good for."""
+    assert alike_plan(H200).name == "grouped_gemm"
+    times = ((None, 99.0, 100.0), (102.9, 110.0, 100.0), (103.1, 110.0, 100.0), (None, 101.0, 100.0))
+    for way, expected in zip(times, ("grouped_gemm", "two_phase", "deltas", "deltas"), strict=True):
+        monkeypatch.setattr(choice_wide, "MEASURED", {(90, "half"): (choice_wide.Measured("a", 10**10, *way),)})
+        assert alike_plan(H200).name == expected
+    assert "; the library's products, which took 100 µs on an H200 in a prototype for a, two launches 101" in (
+        alike_plan(H200).why
+    )
+    assert alike_plan(H200, "adamw").name == "grouped_gemm"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"dtype": torch.float32}, "float32 in full took the library twice as long"),
+        ({"rule": "adamw"}, "an update that no product can add to"),
+        ({"rule": "sgd", "numbers_in_memory": True}, "an update that no product can add to"),
+        ({"width": 2048}, "are little for a launch each layer"),
+    ],
+    ids=str,
+)
+def test_what_the_librarys_products_are_no_good_for(changes: dict[str, Any], why: str) -> None:
+    found = alike_plan(**changes)
+    assert found.name == "two_phase"
+    assert why in found.why
+
+
+def test_gradients_in_another_dtype_are_not_written_twice() -> None:
+    assert "would be written twice" in wide_plan(target=A100).why
+
+
+def test_the_call_tells_whether_numbers_are_in_memory() -> None:
+    call = make_call(plain_network([plain_layer()])).arguments()
+    for in_memory in (False, True):
+        found = route_of(looks_of(call, torch.float32, "sgd", numbers_in_memory=in_memory), A100).plan
+        assert found is not None
+        assert found.problem.numbers_in_memory == in_memory
+
+
+def test_delta_for_the_library_has_no_gaps() -> None:
+    """Also where the copy engine would read it, whose rows are all as long as the widest layer's."""
+    widths = (64, 128, 32)
+    problem = layers_plan(widths, rows=40, output_width=32, error_size=10, dtype=torch.bfloat16).problem
+    found = plan_products(problem, PROJECTIONS[0], H200)
+    assert found.arguments["delta_strides"] == widths[1:]
+    assert (found.delta_row, found.uses_tma) == (128 + 32, False)
+    assert plan_grouped_gemm(problem, GROUPED_GEMM[0], PROJECTIONS[0], H200).delta_row == 2 * 128
+
+
+def test_the_librarys_products_in_words() -> None:
+    said = describe._describe(alike_plan())
+    assert said.startswith("one launch of deltas with ")
+    assert "; bfloat16; U regenerated from its seed), then the library's products for each of 5 layers: " in said
+    assert said.endswith(
+        "; by the library, an estimate: nothing was measured on sm_80 in this precision, and it has tiles "
+        "for every card"
+    )
+
+
 def test_two_launches_in_words() -> None:
     said = describe._describe(wide_plan())
     assert said.startswith("two launches (bfloat16; U regenerated from its seed), deltas with ")
     assert ", then grouped_gemm with 132 programs of 8 warps, through TMA (tiles m 128 × n 256 × k 64): " in said
     assert said.endswith(
-        "two launches, which took 226 µs on an H200 in a prototype for 784-4096x4-10 b=1024, one 246 µs; no warp of "
-        "its own loads the tiles: Triton's interpreter does not know Gluon"
+        "two launches, which took 226 µs on an H200 in a prototype for 784-4096x4-10 b=1024, one launch 246, the "
+        "library's products 231; no warp of its own loads the tiles: Triton's interpreter does not know Gluon"
     )
 
 
@@ -368,7 +459,7 @@ def test_why_no_warp_of_its_own_loads() -> None:
 
 def test_a_measurement_within_the_margin_leaves_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     for one, expected in ((102.9, "two_phase"), (103.1, "grouped_gemm")):
-        rows = {(90, "half"): (choice_wide.Measured("a", 10**10, one, 100.0),)}
+        rows = {(90, "half"): (choice_wide.Measured("a", 10**10, one, 100.0, 101.0),)}
         monkeypatch.setattr(choice_wide, "MEASURED", rows)
         assert plan_grouped(wide_plan().problem, H200).name == expected
 

@@ -37,7 +37,7 @@ from dfa_kernels.backends.calls import DeviceNumbers
 from dfa_kernels.backends.triton import launch, operators
 from dfa_kernels.backends.triton.kernels.epilogue import complement
 
-both_kernels = pytest.mark.parametrize("kernel", ["strip", "two_phase", "grouped_gemm"])
+both_kernels = pytest.mark.parametrize("kernel", ["strip", "two_phase", "grouped_gemm", "products"])
 
 # Each rule with the options of torch's optimizer for one group of parameters after the other.
 SGD = [{"lr": 0.1}, {"lr": 0.02, "weight_decay": 0.3}]
@@ -189,11 +189,14 @@ def test_every_rule(kernel: str, rule: str, groups: list[dict[str, Any]]) -> Non
 @both_kernels
 @pytest.mark.parametrize("rule", STATE)
 def test_numbers_in_memory(kernel: str, rule: str) -> None:
-    """They give what the same numbers as arguments do; of AdamW, whose corrections are made there, up to rounding."""
+    """They give what the same numbers as arguments do.
+
+    Up to rounding of AdamW, whose corrections are made there, and of products that added to the weights themselves.
+    """
     calls = calls_of(LAYERS, 3, wanted=SOME)
     training = Training(calls[0], rule, RULES[f"groups of {rule}"][1])
     found = run(training, calls, kernel, in_memory=True)
-    if rule == "adamw":
+    if rule == "adamw" or kernel == "products":
         check(training, calls, found)
         return
     given = run(training, calls, kernel)

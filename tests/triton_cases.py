@@ -22,12 +22,13 @@ from triton.runtime import interpreter
 
 import dfa_kernels as dfa
 from dfa_kernels.activations import ACTIVATIONS
+from dfa_kernels.backends import torch_backend
 from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.triton import launch, operators, route
 from dfa_kernels.backends.triton import launch_plan as plan_module
 from dfa_kernels.backends.triton.configs import GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
-from dfa_kernels.backends.triton.plan_gemm import plan_grouped_gemm
+from dfa_kernels.backends.triton.plan_gemm import plan_grouped_gemm, plan_products
 from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
 from dfa_kernels.backends.triton.problem import GroupedProblem, Target
@@ -163,6 +164,7 @@ class Launches:
     plans: list[LaunchPlan] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)
     counters: list[Tensor] = field(default_factory=list)
+    deltas_by_torch: int = 0
 
 
 MARK = 7
@@ -251,6 +253,7 @@ def watched() -> Iterator[Launches]:
     """Fresh memory is poisoned, launches are counted and stay in bounds; afterwards every counter is zero again."""
     seen = Launches()
     start, start_compiled, run = launch.launch, launch.launch_compiled, interpreter.GridExecutor.__call__
+    by_torch = torch_backend.layer_deltas
 
     def counting_launch(plan: LaunchPlan, *args: Any) -> None:
         seen.plans.append(plan)
@@ -270,6 +273,10 @@ def watched() -> Iterator[Launches]:
         with patched_once(), in_bounds(args):
             return run(self, *args, **kwargs)
 
+    def counting_deltas(call: LayerCall) -> Any:
+        seen.deltas_by_torch += 1
+        return by_torch(call)
+
     def counters(n: int, device: torch.device) -> Tensor:
         made = torch.zeros(n + GUARD, dtype=torch.int32, device=device)
         made[n:] = MARK
@@ -280,6 +287,7 @@ def watched() -> Iterator[Launches]:
         stack.enter_context(mock.patch.object(operators, "launch", counting_launch))
         stack.enter_context(mock.patch.object(operators, "launch_compiled", counting_launch_compiled))
         stack.enter_context(mock.patch.object(operators, "counters", counters))
+        stack.enter_context(mock.patch.object(torch_backend, "layer_deltas", counting_deltas))
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", counting_run))
         poison = stack.enter_context(Poison())
         yield seen
@@ -320,7 +328,12 @@ def deltas_config(problem: GroupedProblem, start: int) -> ProjectionConfig:
 
 
 def launched(seen: Launches, kernel: str, calls: int = 1) -> bool:
-    """Whether every call was one launch of this kernel, after one of `deltas` where that has something to write."""
+    """Whether every call was one launch of this kernel, after one of `deltas` where that has something to write.
+
+    Of "products" that is all that is launched; the rest is torch's, but δ never.
+    """
+    if kernel == "products":
+        return not seen.deltas_by_torch and seen.kernels == ["deltas"] * (calls if seen.plans else 0)
     plans = [plan for plan in seen.plans if plan.name != "deltas"]
     names = [name for plan in plans for name in (["deltas"] if plan.first else []) + [plan.name]]
     return len(plans) == calls and {plan.name for plan in plans} <= {kernel} and seen.kernels == names
@@ -332,10 +345,12 @@ def forced(
     """`layer_grads` and `layer_update_` run this kernel, whatever the plan would choose."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
-        configs: list[Any] = {"strip": STRIPS, "two_phase": TWO_PHASE, "grouped_gemm": GROUPED_GEMM}[kernel]
+        configs: list[Any] = {"strip": STRIPS, "two_phase": TWO_PHASE}.get(kernel, GROUPED_GEMM)
         config = few_steps(configs, start, problem)
+        aimed = Target(capability or target.capability, multiprocessors)
+        if kernel == "products":
+            return plan_products(problem, deltas_config(problem, start), aimed)
         if kernel == "grouped_gemm":
-            aimed = Target(capability or target.capability, multiprocessors)
             return plan_grouped_gemm(problem, config, deltas_config(problem, start), aimed)
         planned = plan_strip if kernel == "strip" else plan_two_phase
         return planned(problem, config, Target(target.capability, multiprocessors))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ..updates import RULES, are_small, shares, update_each_
 from .calls import DeviceNumbers, LayerCall, TapsCall
 
 hadamard = hadamard_by_products
+
+Layer = tuple[Tensor, Tensor, Tensor]
+"""δa [R·T, out] and x [R·T, in] of a layer, and what adds up to its bias gradient: δa, or sums of it [any, out]."""
 
 
 def project_taps(call: TapsCall) -> list[Tensor]:
@@ -31,15 +34,18 @@ def project_taps(call: TapsCall) -> list[Tensor]:
 
 def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
     """Gradients of every fused linear layer; see `Backend.layer_grads`."""
+    return grads_of(layer_deltas(call), call, dtype)
+
+
+def grads_of(layers: Iterable[Layer], call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of the call's layers, one after the other."""
     grads = []
-    for (delta, x), wants_weight, wants_bias in zip(
-        _layer_deltas(call), call.weight_grads, call.bias_grads, strict=True
-    ):
+    for (delta, x, summed), wants_weight, wants_bias in zip(layers, call.weight_grads, call.bias_grads, strict=True):
         if wants_weight:
             gradient = delta.t().mm(x)
             grads.append(gradient if gradient.dtype == dtype else gradient.to(dtype))
         if wants_bias:
-            grads.append(_bias_grad(delta, dtype))
+            grads.append(_bias_grad(summed, dtype))
     return grads
 
 
@@ -50,32 +56,42 @@ def layer_update_(
     rule: str,
     hyper: Sequence[float] | DeviceNumbers,
 ) -> None:
-    """See `Backend.layer_update_`. No gradient outlives its layer's product, unless all together are small.
+    """See `Backend.layer_update_`."""
+    update_of_(layer_deltas(call), call, weights, state, rule, hyper)
+
+
+def update_of_(
+    layers: Iterable[Layer],
+    call: LayerCall,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rule: str,
+    hyper: Sequence[float] | DeviceNumbers,
+) -> None:
+    """The update of the call's layers. No gradient outlives its layer's product, unless all together are small.
 
     Or unless numbers are on the device, which torch's products take from the host.
     """
     if isinstance(hyper, DeviceNumbers):
-        grads = layer_grads(call, weights[0].dtype) if weights else []
+        grads = grads_of(layers, call, weights[0].dtype) if weights else []
         for i, (p, own_state, grad) in enumerate(zip(weights, shares(state, len(weights)), grads, strict=True)):
             RULES[rule].apply_row_(p, own_state, hyper.row(i), grad)
         return
     if weights and are_small(weights):
-        update_each_(rule, weights, state, hyper, layer_grads(call, weights[0].dtype))
+        update_each_(rule, weights, state, hyper, grads_of(layers, call, weights[0].dtype))
         return
     update = RULES[rule]
     of_each = zip(weights, shares(state, len(weights)), shares(hyper, len(weights)), strict=True)
-    for (delta, x), wants_weight, wants_bias in zip(
-        _layer_deltas(call), call.weight_grads, call.bias_grads, strict=True
-    ):
+    for (delta, x, summed), wants_weight, wants_bias in zip(layers, call.weight_grads, call.bias_grads, strict=True):
         if wants_weight:
             update.apply_product_(*next(of_each), delta, x)
         if wants_bias:
             parameter, own_state, own_hyper = next(of_each)
-            update.apply_(parameter, own_state, own_hyper, _bias_grad(delta, parameter.dtype))
+            update.apply_(parameter, own_state, own_hyper, _bias_grad(summed, parameter.dtype))
 
 
-def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
-    """(δa [R·T, out], x [R·T, in]) of one layer after the other."""
+def layer_deltas(call: LayerCall) -> Iterator[Layer]:
+    """One layer after the other, δ made by torch."""
     error, inputs, saved, numbers = call.error, call.inputs, call.saved, call.parameters
     if saved:
         # For an empty batch, whose gradients are zero, T is taken as 1.
@@ -84,9 +100,11 @@ def _layer_deltas(call: LayerCall) -> Iterator[tuple[Tensor, Tensor]]:
         shared, dtype = shared_projection(error, call.stored, call.feedback, max(sizes)), error.dtype
         taps = zip(sizes, saved, call.dropout_mask, call.activations, numbers[0::2], numbers[1::2], strict=True)
         for x, tap in zip(inputs, taps, strict=False):
-            yield delta_of(shared, dtype, *tap), x
+            delta = delta_of(shared, dtype, *tap)
+            yield delta, x, delta
     for x in inputs[len(saved) :]:
-        yield error if error.dtype == x.dtype else error.to(x.dtype), x
+        delta = error if error.dtype == x.dtype else error.to(x.dtype)
+        yield delta, x, delta
 
 
 class SharedProjection:
@@ -138,11 +156,11 @@ def delta_of(
     return delta if delta.dtype == saved.dtype else delta.to(saved.dtype)
 
 
-def _bias_grad(delta: Tensor, dtype: torch.dtype) -> Tensor:
+def _bias_grad(summed: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ over the rows, in float32 at least."""
-    if delta.dtype == dtype and dtype.itemsize >= 4:
-        return delta.sum(0)
-    return delta.sum(0, dtype=torch.promote_types(delta.dtype, torch.float32)).to(dtype)
+    if summed.dtype == dtype and dtype.itemsize >= 4:
+        return summed.sum(0)
+    return summed.sum(0, dtype=torch.promote_types(summed.dtype, torch.float32)).to(dtype)
 
 
 def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:

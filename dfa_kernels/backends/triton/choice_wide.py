@@ -1,6 +1,7 @@
-"""Which launches compute the gradients of a wide network: one by tickets, or `deltas` and then `grouped_gemm`.
+"""How the gradients of a wide network come about: by one launch with tickets, or by `deltas` and what multiplies then.
 
-One launch is the default: two replace it where they were measured to be shorter, for a problem of about this size.
+That is `grouped_gemm`, or the library that torch's products are from. The way is taken that was measured to be the
+shortest for a problem of about this size. What was not measured goes by one launch, or by the library if it is large.
 """
 
 from __future__ import annotations
@@ -10,12 +11,20 @@ from typing import NamedTuple
 
 from . import producer
 from .launch_plan import LaunchPlan, gradient_tiles, that_fills
-from .plan_gemm import choose_configs, plan_grouped_gemm
+from .plan_gemm import choose_configs, choose_deltas, plan_grouped_gemm, plan_products
 from .plan_wide import plan_two_phase, usable_two_phase
 from .problem import GroupedProblem, Target
 
+ONE, TWO, PRODUCTS = "one launch", "two launches", "the library's products"
+
 MARGIN = 1.03
-"""So much longer than two launches may one take, and is still preferred."""
+"""So much longer than another way may one launch take, and is still preferred."""
+
+LEAST_FOR_PRODUCTS = 2**35
+"""Multiplications and additions from which on the library is taken unmeasured; an estimate.
+
+On an H200 its products were shorter than one launch from 2**35.7 on, by 6 to 21 %; below nothing was compared.
+"""
 
 
 class Measured(NamedTuple):
@@ -25,33 +34,75 @@ class Measured(NamedTuple):
     multiply_adds: int
     """Of all weight gradients together."""
     one_launch: float | None
-    """None where it was not measured; it was the longer one wherever it was."""
+    """None where it was not measured; it was the longest wherever it was."""
     two_launches: float
+    products: float
 
 
-# An H200, prototypes of the kernels. `deltas` and then cuBLAS for every layer took 62.5, 231, 247 and 2595 µs, so that
-# way is not here.
+# An H200, prototypes of the kernels. Products by cuBLAS, the output layer's beside `deltas`.
 MEASURED: dict[tuple[int, str], tuple[Measured, ...]] = {
     (90, "half"): (
-        Measured("784-2048x4-10 b=512", 512 * (784 * 2048 + 3 * 2048**2 + 10 * 2048), None, 59.9),
-        Measured("784-4096x4-10 b=1024", 1024 * (784 * 4096 + 3 * 4096**2 + 10 * 4096), 245.6, 225.6),
-        Measured("784-4096x4-1000 b=1024", 1024 * (784 * 4096 + 3 * 4096**2 + 1000 * 4096), 299.6, 240.2),
-        Measured("784-8192x4-10 b=4096", 4096 * (784 * 8192 + 3 * 8192**2 + 10 * 8192), 2784.4, 2576.3),
+        Measured("784-2048x4-10 b=512", 512 * (784 * 2048 + 3 * 2048**2 + 10 * 2048), None, 59.9, 62.5),
+        Measured("784-4096x4-10 b=1024", 1024 * (784 * 4096 + 3 * 4096**2 + 10 * 4096), 245.6, 225.6, 231.0),
+        Measured("784-4096x4-1000 b=1024", 1024 * (784 * 4096 + 3 * 4096**2 + 1000 * 4096), 299.6, 240.2, 247.0),
+        Measured("784-8192x4-10 b=4096", 4096 * (784 * 8192 + 3 * 8192**2 + 10 * 8192), 2784.4, 2576.3, 2595.0),
     ),
 }
 
 
 def plan_wide(problem: GroupedProblem, target: Target, why: str) -> LaunchPlan:
     """The launch or launches for a problem that δ is written to memory for; why: the reason for that."""
-    nearest = _nearest(problem, target)
-    if nearest:
-        two, words = _plan_two(problem, target)
-        short = nearest.one_launch is None or nearest.one_launch > MARGIN * nearest.two_launches
-        if two.uses_tma and short:
-            return replace(two, why=f"{why}; {_in_words(nearest)}; {words}")
+    nearest, unfit = _nearest(problem, target), _why_no_products(problem)
+    if nearest and (two := _plan_two(problem, target))[0].uses_tma:
+        way, words = _measured(nearest, unfit)
+    else:
+        way, words = _estimated(problem, target, unfit)
+    if way == TWO:
+        found, loads = two
+        words += f"; {loads}"
+    elif way == PRODUCTS:
+        found = plan_products(problem, choose_deltas(problem, target), target)
+    else:
+        found = _plan_one(problem, target)
+    return replace(found, why=f"{why}; {words}")
+
+
+def _measured(nearest: Measured, unfit: str) -> tuple[str, str]:
+    """The way that took least, and the times; unfit: why it cannot be the library's products, whatever they took."""
+    times = {ONE: nearest.one_launch, TWO: nearest.two_launches, PRODUCTS: nearest.products}
+    known = {way: t for way, t in times.items() if t is not None and not (unfit and way == PRODUCTS)}
+    way = min(known, key=lambda way: known[way] / (MARGIN if way == ONE else 1))
+    others = "".join(f", {name} {t:.0f}" for name, t in times.items() if t is not None and name != way)
+    return way, f"{way}, which took {known[way]:.0f} µs on an H200 in a prototype for {nearest.network}{others}"
+
+
+def _estimated(problem: GroupedProblem, target: Target, unfit: str) -> tuple[str, str]:
+    """The way for what was not measured, and why."""
+    unknown = f"nothing was measured on sm_{target.capability} in this precision"
+    if (target.capability, problem.projected.arithmetic) in MEASURED:
+        unknown = "nothing of this size and alignment was measured"
+    if not unfit and (size := multiply_adds(problem)) < LEAST_FOR_PRODUCTS:
+        unfit = f"{size} products, fewer than {LEAST_FOR_PRODUCTS}, are little for a launch each layer"
+    if unfit:
+        return ONE, f"in one launch, an estimate: {unknown}, and {unfit}"
+    return PRODUCTS, f"by the library, an estimate: {unknown}, and it has tiles for every card"
+
+
+def _why_no_products(problem: GroupedProblem) -> str:
+    """Why the library's products are no good for this; empty if they are."""
+    if problem.projected.arithmetic == "ieee":
+        return "float32 in full took the library twice as long as strips on an H200"
+    if problem.parameter_dtype != problem.projected.dtype:
+        return "gradients in another dtype than the products' would be written twice"
+    if problem.rule == "adamw" or (problem.rule != "store" and problem.numbers_in_memory):
+        return "an update that no product can add to would read and write everything many times"
+    return ""
+
+
+def _plan_one(problem: GroupedProblem, target: Target) -> LaunchPlan:
     usable = usable_two_phase(problem, target)
     config = usable[that_fills([gradient_tiles(problem, c) for c in usable], target)]
-    return replace(plan_two_phase(problem, config, target), why=f"{why}; {_why_one_launch(problem, target)}")
+    return plan_two_phase(problem, config, target)
 
 
 def _plan_two(problem: GroupedProblem, target: Target) -> tuple[LaunchPlan, str]:
@@ -76,14 +127,3 @@ def multiply_adds(problem: GroupedProblem) -> int:
     layers = zip(problem.positions, problem.widths_in, problem.widths_out, strict=True)
     products = [t * width_in * width_out for t, width_in, width_out in layers]
     return problem.projected.rows * sum(n for i, n in enumerate(products) if problem.weights >> i & 1)
-
-
-def _in_words(nearest: Measured) -> str:
-    two = f"two launches, which took {nearest.two_launches:.0f} µs on an H200 in a prototype for {nearest.network}"
-    return two if nearest.one_launch is None else f"{two}, one {nearest.one_launch:.0f} µs"
-
-
-def _why_one_launch(problem: GroupedProblem, target: Target) -> str:
-    if (target.capability, problem.projected.arithmetic) not in MEASURED:
-        return f"in one launch, an estimate: nothing was measured on sm_{target.capability} in this precision"
-    return "in one launch, an estimate: nothing of this size and alignment was measured"

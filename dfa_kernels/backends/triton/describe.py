@@ -38,6 +38,9 @@ def _describe(plan: LaunchPlan) -> str:
     U = "; " + _origin(how) if hidden else ""
     if plan.first:
         return f"two launches ({arithmetic}{U}), {_launch(plan.first)}, then {_launch(plan)}: {plan.why}"
+    if plan.name == "deltas":
+        products = f"then the library's products for each of {len(plan.problem.widths_in)} layers"
+        return f"one launch of {_launch(plan, arithmetic + U)}, {products}: {plan.why}"
     return f"one launch of {_launch(plan, arithmetic + U)}: {plan.why}"
 
 

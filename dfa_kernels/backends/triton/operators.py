@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .launch_plan import LaunchPlan
 from .problem import TapsProblem, Target
 from .route import MOST_LAYERS, READ, Route, planners, route_for
 from .source import looks_of_error, mask_of, projected_for, projection_tensors, reason_for_torch
-from .wide_tensors import tensors_of_both
+from .wide_tensors import layers_of, tensors_of_both, workspace
 
 
 def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
@@ -30,8 +30,8 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
     if len(call.inputs) > MOST_LAYERS:
         return [gradient for part in split(call, MOST_LAYERS) for gradient in layer_grads(part, dtype)]
     route = route_for(call, "store", dtype)
-    if route.reason:
-        return torch_backend.layer_grads(call, dtype)
+    if route.by_torch:
+        return torch_backend.grads_of(_layers(route, call), call, dtype)
     gradients = route.memory.allocate(device, dtype)
     _launch(route, call, gradients, _NO_NUMBERS)
     return gradients
@@ -61,11 +61,26 @@ def layer_update_(
     kernel_rule = (state and RULES[rule].with_state) or rule
     numbers, sets = _numbers_and_sets(kernel_rule, hyper, len(weights))
     route = route_for(call, kernel_rule, None, changed, sets, isinstance(hyper, DeviceNumbers))
-    if route.reason or (isinstance(hyper, DeviceNumbers) and hyper.table.dtype != torch.float32):
-        torch_backend.layer_update_(call, weights, state, rule, hyper)
+    if route.by_torch or (isinstance(hyper, DeviceNumbers) and hyper.table.dtype != torch.float32):
+        torch_backend.update_of_(_layers(route, call), call, weights, state, rule, hyper)
         return
     _launch(route, call, changed, numbers)
     torch.autograd.graph.increment_version(changed)
+
+
+def _layers(route: Route, call: LayerCall) -> Iterator[torch_backend.Layer]:
+    """What torch's products are of: δ of all layers by one launch, or by torch too."""
+    plan = route.plan
+    if plan is None or not route.by_torch:
+        return torch_backend.layer_deltas(call)
+    error, stored = projection_tensors(plan.problem.projected, call.error, call.stored, plan.problem.widest)
+    inputs, saved = tuple(call.inputs), tuple([dense(h) for h in call.saved])
+    masks = tuple([h if mask is None else dense(mask) for mask, h in zip(call.dropout_mask, saved, strict=True)])
+    written = workspace(plan, error, inputs)
+    if plan.programs:
+        # A kernel's tuple is never empty.
+        launch(plan, error.device, (error, stored, saved or inputs[:1], masks or inputs[:1], *written))
+    return layers_of(plan, inputs, *written)
 
 
 def _launch(

@@ -1,4 +1,4 @@
-"""The plan of two launches for wide networks: `deltas` writes δ of all layers, `grouped_gemm` makes the gradients."""
+"""The plans for wide networks whose δ `deltas` writes first: for `grouped_gemm`, or for torch's products."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOST_NUMBERS = 32
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where δ and its sums lie, for both launches."""
+    """Where δ and its sums lie, for what writes and what reads them."""
 
     align: int
     """What all rows of inputs and δ are a multiple of."""
@@ -63,12 +63,16 @@ class _Layout:
         )
 
 
-def _layout_of(problem: GroupedProblem, target: Target) -> _Layout:
-    """Through TMA one descriptor serves all hidden layers: their δ lie one behind the other, in rows of one length."""
+def _layout_of(problem: GroupedProblem, target: Target, by_torch: bool = False) -> _Layout:
+    """Through TMA one descriptor serves all hidden layers: their δ lie one behind the other, in rows of one length.
+
+    by_torch: torch reads δ, each layer's without gaps.
+    """
     projected, sizes, has_output = problem.projected, problem.sizes, len(problem.widths_in) > problem.hidden
     align, copy = delta_layout(problem)
     tma = (
-        can_use_tma(projected.dtype, align, target)
+        not by_torch
+        and can_use_tma(projected.dtype, align, target)
         and 0 < len(problem.widths_in) <= MOST_VIEWS
         and set(problem.positions[: problem.hidden]) == {1}
         and projected.rows > 0
@@ -93,7 +97,7 @@ def plan_grouped_gemm(
     """δ of all layers into memory by one launch, then the gradients of all layers by another."""
     layout, rows = _layout_of(problem, target), problem.projected.rows
     first = _plan_deltas(problem, layout, delta_config, target)
-    parts = first.arguments["parts"] if first else 0
+    parts = first.arguments["parts"]
     total = gradient_tiles(problem, config)
     arguments = grouped_arguments(problem, *layout.counts(rows, parts)) | layout.arguments(problem)
     arguments |= dict(
@@ -111,12 +115,17 @@ def plan_grouped_gemm(
         min(total, target.multiprocessors * config.programs),
         arguments,
         "chosen",
-        sums=parts * sum(layout.summed),
-        copy_width=layout.width if layout.copy else 0,
+        sums=first.sums,
+        copy_width=first.copy_width,
         uses_tma=layout.tma,
-        first=first,
+        first=first if first.programs else None,
         delta_row=layout.row,
     )
+
+
+def plan_products(problem: GroupedProblem, config: ProjectionConfig, target: Target) -> LaunchPlan:
+    """δ of all layers into memory by one launch; torch makes a product of each layer's."""
+    return _plan_deltas(problem, _layout_of(problem, target, by_torch=True), config, target)
 
 
 def _kernel_for(config: GemmConfig) -> Any:
@@ -128,10 +137,8 @@ def _kernel_for(config: GemmConfig) -> Any:
     return grouped_gemm_producer
 
 
-def _plan_deltas(
-    problem: GroupedProblem, layout: _Layout, config: ProjectionConfig, target: Target
-) -> LaunchPlan | None:
-    """None if δ is the error itself, and nothing is to be summed up."""
+def _plan_deltas(problem: GroupedProblem, layout: _Layout, config: ProjectionConfig, target: Target) -> LaunchPlan:
+    """Of no program if there are no rows, or δ is the error itself and nothing is to be summed up."""
     projected, hidden = problem.projected, problem.hidden
     walk = walks(projected)
     if not walk:
@@ -144,10 +151,9 @@ def _plan_deltas(
     strips = -(-problem.widest // config.block_u)
     columns = strips * groups + (-(-layout.width // OUTPUT_UNITS.value) if layout.copy or sum_error else 0)
     tiles = -(-projected.rows // config.block_r)
-    if not columns or not tiles:
-        return None
     # As many parts of the batch as programs that run at once, and every part a whole number of tiles.
-    part = -(-tiles // max(1, min(tiles, target.multiprocessors * config.programs // columns))) if walk else 1
+    most = target.multiprocessors * config.programs // max(1, columns)
+    part = max(1, -(-tiles // max(1, min(tiles, most)))) if walk else 1
     parts = -(-tiles // part)
     arguments = grouped_arguments(problem, *layout.counts(projected.rows, parts)) | layout.arguments(problem)
     arguments |= dict(
@@ -166,7 +172,17 @@ def _plan_deltas(
         BLOCK_R=config.block_r,
         BLOCK_E=SMALLEST_PIECE if walk else config.block_e,
     )
-    return LaunchPlan(problem, deltas, config, columns * parts, arguments, "δ of all layers")
+    return LaunchPlan(
+        problem,
+        deltas,
+        config,
+        columns * parts,
+        arguments,
+        "δ of all layers",
+        sums=parts * sum(layout.summed),
+        copy_width=layout.width if layout.copy else 0,
+        delta_row=layout.row,
+    )
 
 
 def _takes_registers(problem: GroupedProblem) -> bool:
@@ -187,12 +203,18 @@ def walks(projected: Projected) -> bool:
 
 def choose_configs(problem: GroupedProblem, target: Target) -> tuple[GemmConfig, ProjectionConfig]:
     """Of both launches: those whose tiles fill the GPU, and which this problem's tensors allow."""
-    table, projected = configs_for(target.capability, problem.projected.arithmetic), problem.projected
-    tma = _layout_of(problem, target).tma
+    table, tma = configs_for(target.capability, problem.projected.arithmetic), _layout_of(problem, target).tma
     usable = [config for config in table.grouped_gemm if tma or not config.needs_tma]
     gemm = usable[that_fills([gradient_tiles(problem, c) for c in usable], target)]
+    return gemm, choose_deltas(problem, target)
+
+
+def choose_deltas(problem: GroupedProblem, target: Target) -> ProjectionConfig:
+    """Of `deltas` alone."""
+    projected = problem.projected
+    table = configs_for(target.capability, projected.arithmetic)
     fitting = table.deltas if walks(projected) else [fitted(config, projected) for config in table.project_taps]
-    return gemm, fitting[that_fills([delta_tiles(problem, config) for config in fitting], target)]
+    return fitting[that_fills([delta_tiles(problem, config) for config in fitting], target)]
 
 
 def delta_tiles(problem: GroupedProblem, config: ProjectionConfig) -> int:

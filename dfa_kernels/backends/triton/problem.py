@@ -123,6 +123,8 @@ class GroupedProblem:
     weight_sets: tuple[int, ...] = (0,)
     bias_sets: tuple[int, ...] = (0,)
     """Where each layer's numbers for the rule begin."""
+    numbers_in_memory: bool = False
+    """Whether these are on the device, not arguments."""
 
     @property
     def hidden(self) -> int:

@@ -98,6 +98,8 @@ class Route:
     """Whether something that is read has to be copied first."""
     is_alone: bool
     """Whether one launch of a kernel that takes nothing but these tensors is all."""
+    by_torch: bool
+    """Whether torch makes the products, and without a plan δ as well."""
 
 
 def looks_of(
@@ -175,6 +177,7 @@ def route_of(looks: Looks, target: Target) -> Route:
         plan is not None and plan.problem.projected.source == "projection",
         looks.has_gaps,
         plan is not None and plan.name == "strip",
+        bool(reason) or (plan is not None and plan.name == "deltas"),
     )
 
 
@@ -235,4 +238,5 @@ def _problem(looks: Looks) -> GroupedProblem:
         looks.rule,
         tuple([looks.sets[i] if looks.sets else 0 for i in weights]),
         tuple([looks.sets[i] if looks.sets else 0 for i in biases]),
+        looks.numbers_in_memory,
     )

@@ -1,13 +1,15 @@
-"""The tensors of the two launches for wide networks: workspace for δ, and descriptors for the copy engine."""
+"""The tensors of `deltas` and of what reads δ after it: workspace, and descriptors for the copy engine."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..torch_backend import Layer
 from .configs import ProducerConfig
 from .launch import Arguments
 from .launch_plan import LaunchPlan
@@ -23,17 +25,36 @@ def tensors_of_both(
     dropout_mask: tuple[Tensor, ...],
 ) -> tuple[Arguments, Arguments]:
     """What `deltas` takes, and what `grouped_gemm` takes before the tensors that results go to."""
+    delta, output, sums = workspace(plan, error, inputs)
+    factors: tuple[Any, ...] = (delta, output, inputs, *inputs[:1] * MOST_VIEWS)
+    if plan.uses_tma:
+        factors = _views(plan, error.shape[0], delta, output, inputs)
+    return (error, stored, saved, dropout_mask, delta, output, sums), (*factors, sums)
+
+
+def workspace(plan: LaunchPlan, error: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """δ of all hidden layers, of the output layer, and the sums of δ over parts of the batch."""
     rows, dtype = error.shape[0], inputs[0].dtype
     delta = torch.empty(rows * plan.delta_row, dtype=dtype, device=error.device)
     # Without an output layer anything of the same type stands in for its δ.
     output = error if len(inputs) > plan.problem.hidden else delta
     if plan.copy_width:
         output = torch.empty((rows, plan.copy_width), dtype=dtype, device=error.device)
-    sums = torch.empty(plan.sums, dtype=torch.float32, device=error.device)
-    factors: tuple[Any, ...] = (delta, output, inputs, *inputs[:1] * MOST_VIEWS)
-    if plan.uses_tma:
-        factors = _views(plan, rows, delta, output, inputs)
-    return (error, stored, saved, dropout_mask, delta, output, sums), (*factors, sums)
+    return delta, output, torch.empty(plan.sums, dtype=torch.float32, device=error.device)
+
+
+def layers_of(
+    plan: LaunchPlan, inputs: tuple[Tensor, ...], delta: Tensor, output: Tensor, sums: Tensor
+) -> Iterator[Layer]:
+    """One layer after the other, from the workspace that `plan_products` has filled."""
+    problem, parts, first_sum = plan.problem, plan.arguments["parts"], 0
+    rows, hidden = problem.projected.rows, problem.hidden
+    deltas = delta.split([rows * size for size in problem.sizes])
+    for i, (x, width, positions) in enumerate(zip(inputs, problem.widths_out, problem.positions, strict=True)):
+        own = deltas[i].view(rows * positions, width) if i < hidden else output[:, :width]
+        n = parts * positions * (problem.biases >> i & 1)
+        yield own, x, sums[first_sum : first_sum + n * width].view(n, width)
+        first_sum += n * width
 
 
 def _views(plan: LaunchPlan, rows: int, delta: Tensor, output: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
