@@ -418,6 +418,21 @@ def test_the_compiled_variant_has_a_limit(monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, see test_gpu.py")
+def test_ways_of_wide_networks_are_compared(monkeypatch):
+    """Each gives the right gradients by its own launches."""
+    monkeypatch.setattr(kernel_times, "SMALLEST_WIDE", 0)
+    own = make_problem(QUICK[0], CPU, "triton")
+    operator = kernel_times.make_operator(own)
+    ways = dict(kernel_times._ways(own, operator))
+    assert list(ways) == ["layer_grads", "strip", "two_phase", "grouped_gemm", "products"]
+    for name, expected in (("grouped_gemm", {"deltas": 1, "grouped_gemm": 1}), ("products", {"deltas": 1})):
+        with ways[name], sanitizer_checks.launches() as launched:
+            found = operator.grads()
+        assert launched == expected
+        assert make_reference(own, "DFA", given_error=True).deviation(found, updated=False).correct
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, see test_gpu.py")
 def test_the_kernels_are_compared():
     own = make_problem(QUICK[0], CPU, "triton")
     reference = make_reference(own, "DFA", given_error=True)

@@ -33,8 +33,8 @@ from dfa_kernels.updates import RULES as UPDATE_RULES
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = {"strip": 33, "two_phase": 97, "grouped_gemm": 10}
-"""The kernels, each with an error of a size that it is for."""
+KERNELS = {"strip": 33, "two_phase": 97, "grouped_gemm": 10, "products": 10}
+"""The kernels, and the library's products after `deltas`, each with an error of a size that it is for."""
 PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RULES = ["sgd", "momentum", "adamw"]
 # Of an input of 2.3 billion numbers, for each kernel: strips are for few rows.

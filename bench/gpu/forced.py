@@ -9,7 +9,7 @@ from typing import Any
 from dfa_kernels.backends.triton import launch_plan, producer
 from dfa_kernels.backends.triton.configs import DeltasConfig, GemmConfig, ProjectionConfig, StripConfig, TwoPhaseConfig
 from dfa_kernels.backends.triton.launch_plan import LaunchPlan
-from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm
+from dfa_kernels.backends.triton.plan_gemm import choose_configs, choose_deltas, plan_grouped_gemm, plan_products
 from dfa_kernels.backends.triton.plan_small import plan_strip, usable_strips
 from dfa_kernels.backends.triton.plan_taps import plan_projection
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase, usable_two_phase
@@ -18,6 +18,8 @@ from dfa_kernels.backends.triton.route import Planner, planned_by
 
 PRODUCER = "grouped_gemm_producer"
 """`grouped_gemm` with a warp that loads; ValueError where `producer.reason_without` has one."""
+PRODUCTS = "products"
+"""`deltas` alone, then the library's products."""
 Config = StripConfig | TwoPhaseConfig | GemmConfig | ProjectionConfig
 
 
@@ -45,6 +47,8 @@ def kernel_planner(kernel: str) -> Planner:
     """The kernel of that name, with the first of its committed configs that fills the GPU."""
 
     def plan(problem: GroupedProblem, target: Target) -> LaunchPlan:
+        if kernel == PRODUCTS:
+            return plan_products(problem, choose_deltas(problem, target), target)
         if kernel.startswith("grouped_gemm"):
             gemm, deltas = choose_configs(problem, target)
             plain = plan_grouped_gemm(problem, gemm, deltas, target)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.gpu.cases import Case, Problem
 from bench.gpu.clock import Clock, in_turn
-from bench.gpu.forced import kernel_planner
+from bench.gpu.forced import PRODUCTS, kernel_planner
 from bench.gpu.graphs import Work, captured, nothing
 from bench.gpu.precision import tf32
 from bench.gpu.reference import Reference
@@ -27,7 +27,7 @@ from dfa_kernels.backends.triton.route import planned_by
 LARGEST_STRIPS = 128
 LIBRARY, CHOSEN, CUDA = "cuBLAS, weight gradients alone", "layer_grads", "CUDA C++"
 SMALLEST_WIDE = 2048
-"""Units of hidden layers from which on two launches are compared as well."""
+"""Units of hidden layers from which on launches that begin with `deltas` are compared as well."""
 HOST_CALLS, HOST_QUEUE, WARM_UP = 1000, 50, 5
 
 
@@ -132,8 +132,8 @@ def _ways(problem: Problem, operator: Operator) -> list[tuple[str, AbstractConte
         fits = problem.case.batch <= LARGEST_STRIPS
         ways += [("strip", planned_by(kernel_planner("strip")))] if fits else []
         ways += [("two_phase", planned_by(kernel_planner("two_phase")))]
-        wide = problem.case.hidden >= SMALLEST_WIDE
-        ways += [("grouped_gemm", planned_by(kernel_planner("grouped_gemm")))] if wide else []
+        wide = ("grouped_gemm", PRODUCTS) if problem.case.hidden >= SMALLEST_WIDE else ()
+        ways += [(kernel, planned_by(kernel_planner(kernel))) for kernel in wide]
     return ways
 
 
