@@ -289,6 +289,31 @@ def test_parameters_in_half_precision(kernel: str, rule: str) -> None:
     check(training, calls, run(training, calls, kernel))
 
 
+@pytest.mark.parametrize("rule", STATE)
+def test_products_of_the_library_add_to_large_parameters(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of small ones, as in the other tests, are stored first."""
+    monkeypatch.setattr(updates, "SMALL", 0)
+    calls = calls_of(LAYERS, 3, wanted=SOME)
+    training = Training(calls[0], rule, RULES[f"groups of {rule}"][1])
+    check(training, calls, run(training, calls, "products"))
+
+
+@both_kernels
+@pytest.mark.parametrize("small", [True, False])
+def test_updates_are_by_the_gradients_that_would_be_stored(
+    kernel: str, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of biases too, in float16: by sums of δ before it is rounded."""
+    monkeypatch.setattr(updates, "SMALL", updates.SMALL if small else 0)
+    call = make_call(plain_network(LAYERS, rows=70), torch.float16)
+    with forced(kernel, 1):
+        gradients = triton_backend.layer_grads(call.arguments(), torch.float32)
+        weights = [torch.zeros_like(gradient) for gradient in gradients]
+        triton_backend.layer_update_(call.arguments(), weights, [], "sgd", [1.0, 0.0, 0.0, 0.0] * len(weights))
+    for weight, gradient in zip(weights, gradients, strict=True):
+        assert torch.equal(weight, -gradient)
+
+
 @both_kernels
 def test_a_group_without_momentum_keeps_its_buffer(kernel: str) -> None:
     calls = calls_of(LAYERS, 1)

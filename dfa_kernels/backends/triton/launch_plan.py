@@ -55,7 +55,7 @@ class LaunchPlan:
     first: LaunchPlan | None = None
     """The launch that goes before this one, which reads what it leaves behind."""
     delta_row: int = 0
-    """Numbers of δ of all hidden layers in a row of the batch, if the launches share a workspace for them."""
+    """Numbers of δ of all hidden layers in a row of the batch, if it goes through a workspace to what comes next."""
     compiled: dict[int, Any] = field(default_factory=dict)
     """The kernel compiled for addresses that are multiples of 16, by the index of the GPU it is loaded on."""
     numbers: tuple[Any, ...] = field(init=False)
