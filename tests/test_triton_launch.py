@@ -197,7 +197,7 @@ def test_other_numbers_are_noticed() -> None:
 @pytest.mark.parametrize(("name", "i"), [each for each in EACH if each[0] in ("weights", "state")])
 def test_what_the_kernels_cannot_update_goes_to_torch(name: str, i: int, change: Callable[[Tensor], Tensor]) -> None:
     training = Training()
-    with standing_in() as (straight, others), patch.object(torch_backend, "layer_update_") as updated:
+    with standing_in() as (straight, others), patch.object(torch_backend, "update_of_") as updated:
         for way in (change, lambda tensor: tensor.float().contiguous()):
             training.update()
             replaced(training, name, i, way)
