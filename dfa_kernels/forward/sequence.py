@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._torch_internals import call_hooks, module_calls_are_observed
+from .._torch_internals import call_hooks, likeness_of, module_calls_are_observed
 from ..activations import ACTIVATIONS, Activation, module_parameters
 from ..autocast import WithoutGraph, autocast_dtype
 from .segments import FusedLayer, Segment
 from .survey import row_count
 
-_forward, *_LOOKS = map(attrgetter, ("forward", "requires_grad", "shape", "dtype"))
+_forward = attrgetter("forward")
 _ROW_OF_MODULE: dict[type[nn.Module], Activation] = {m: row for row in ACTIVATIONS.values() for m in row.modules}
 _CODE: dict[type[nn.Module], str] = {
     nn.Linear: "L",
@@ -95,7 +95,7 @@ class PlainSequence:
         self._parameters = [(own, own["weight"], own["bias"]) for own in linears]
         self._learning = [p for _, *both in self._parameters for p in both if p is not None]
         self._with_options = [(each, _WITH_OPTIONS[type(each)]) for each in leaves if type(each) in _WITH_OPTIONS]
-        self._looks = self._looks_now(x)
+        self._are_like, self._options = likeness_of([x, *self._learning]), self._options_now(x)
         self._first = next(i for i, module in enumerate(leaves) if type(module) is nn.Linear)
         self._late = not tap_at_activation
         self.layers = self._plain_layers()
@@ -114,16 +114,14 @@ class PlainSequence:
         for parameters, weight, bias in self._parameters:
             if parameters.get("weight") is not weight or parameters.get("bias") is not bias:
                 return False
-        return isinstance(x, Tensor) and not x.requires_grad and self._looks_now(x) == self._looks
+        return isinstance(x, Tensor) and self._are_like(x, *self._learning) and self._options_now(x) == self._options
 
-    def _looks_now(self, x: Tensor) -> list[Any]:
-        """What may change in place. What else may about parameters, a product refuses."""
-        looks: list[Any] = [x.shape, x.dtype, x.device, autocast_dtype(x.device)]
-        for look in _LOOKS:
-            looks += map(look, self._learning)
-        for module, options in self._with_options:
-            looks += [getattr(module, name) for name in options]
-        return looks
+    def _options_now(self, x: Tensor) -> list[Any]:
+        """What may change in place beside tensors."""
+        options: list[Any] = [autocast_dtype(x.device)]
+        for module, names in self._with_options:
+            options += [getattr(module, name) for name in names]
+        return options
 
     def _plain_layers(self) -> list[PlainLayer]:
         layers: list[PlainLayer] = []
