@@ -62,7 +62,7 @@ gpu: $(if $(GPU_PYTHON),,$(READY)) ## tests, checks and times on the GPU here, i
 
 clean: ## remove the environments, caches and build products; data/ and runs/ stay
 	rm -rf $(foreach folder,$(VENV) $(OLDEST) $(INTEGRATIONS),$(folder) $(folder)-unfinished)
-	rm -f dfa_kernels/backends/cuda/*.so
+	rm -f dfa_kernels/backends/*/*.so
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find bench csrc dfa_kernels tests -name __pycache__ -prune -exec rm -rf {} +
 

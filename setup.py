@@ -1,14 +1,17 @@
-"""Builds the library of CUDA C++ kernels where there is an nvcc; everything else is declared in pyproject.toml.
+"""Builds the libraries of `csrc` where there is a compiler for them; everything else is declared in pyproject.toml.
 
-CUDA_HOME names the toolkit; without it, nvcc is looked for on the PATH. TORCH_CUDA_ARCH_LIST ("7.5 8.6+PTX") names the
-architectures, as for torch's own extensions. Without it a wheel gets code for every GPU from V100 on that this nvcc
-knows, and an editable install for the GPUs of this machine.
+The CPU's library takes a C++ compiler: CXX names it; without it, c++, g++ or clang++ on the PATH is taken.
+
+The library of CUDA C++ kernels takes an nvcc: CUDA_HOME names the toolkit; without it, nvcc is looked for on the PATH.
+TORCH_CUDA_ARCH_LIST ("7.5 8.6+PTX") names the architectures, as for torch's own extensions. Without it a wheel gets
+code for every GPU from V100 on that this nvcc knows, and an editable install for the GPUs of this machine.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,11 +24,14 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 SOURCES = HERE / "csrc"
-LIBRARY = "dfa_kernels.backends.cuda.libdfa_kernels"
+CUDA_LIBRARY, CPU_LIBRARY = "dfa_kernels.backends.cuda.libdfa_kernels", "dfa_kernels.backends.cpu.libdfa_cpu"
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 OLDEST = 70
 """The first with tensor cores."""
 FLAGS = ("-std=c++17", "-O3", "--threads=0", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden")
+# Sums are to have the same bits on every processor; nobody asks what a root or an exception left behind.
+CPU_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC",
+             "-fvisibility=hidden")  # fmt: skip
 
 
 def find_nvcc() -> str | None:
@@ -86,7 +92,20 @@ def front_end(name: str) -> str:
     return number if name.startswith("compute") or int(number.rstrip("af")) < 80 else "80"
 
 
-def command_for(nvcc: str, names: list[str], library: str) -> list[str]:
+def find_cxx() -> list[str]:
+    """Of CXX alone where that is set, so that the name of no program means none."""
+    given = shlex.split(os.environ["CXX"]) if "CXX" in os.environ else None
+    names = ("c++", "g++", "clang++") if given is None else given[:1]
+    found = next((path for path in map(shutil.which, names) if path), None)
+    return [found, *(given or [])[1:]] if found and sys.platform == "linux" else []
+
+
+def cpu_command(cxx: list[str], library: str) -> list[str]:
+    """The C++ compiler's command line."""
+    return [*cxx, *CPU_FLAGS, str(SOURCES / "cpu.cpp"), "-o", library]
+
+
+def cuda_command(nvcc: str, names: list[str], library: str) -> list[str]:
     """nvcc's command line."""
     codes = [f"-gencode=arch=compute_{front_end(name)},code={name}" for name in names]
     return [nvcc, *FLAGS, *codes, f"-DDFA_ARCHITECTURES={'+'.join(names)}", str(SOURCES / "library.cu"), "-o", library]
@@ -96,20 +115,21 @@ def is_editable() -> bool:
     return not {"editable_wheel", "develop"}.isdisjoint(sys.argv)
 
 
-NVCC = find_nvcc()
+NVCC, CXX = find_nvcc(), find_cxx()
 NAMES, WHY_NOT = architectures(NVCC, is_editable())
 
 
 class SaysWhatIsBuilt(build_py):
-    """In one line, whether the kernels are part of it."""
+    """In one line each, whether the libraries are part of it."""
 
     def run(self) -> None:
+        print(f"C++ for small networks on a CPU: {f'by {CXX[0]}' if CXX else 'left out: no C++ compiler was found'}")
         print(f"CUDA C++ kernels: {f'by {NVCC} for ' + ', '.join(NAMES) if NAMES else 'left out: ' + WHY_NOT}")
         super().run()
 
 
-class BuildsByNvcc(build_ext):
-    """A library that is no module of Python: its name has no version of Python in it."""
+class BuildsLibraries(build_ext):
+    """None of them is a module of Python: their names have no version of Python in them."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -117,25 +137,36 @@ class BuildsByNvcc(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        assert NVCC is not None
-        try:
-            subprocess.run(command_for(NVCC, NAMES, str(target)), check=True)
-        except subprocess.CalledProcessError as error:
-            raise SystemExit(
-                f"{NVCC} ended with status {error.returncode}; its messages are above. To install without the CUDA C++ "
-                "kernels, set CUDA_HOME to a folder without nvcc"
-            ) from error
+        if ext.name == CPU_LIBRARY:
+            run(cpu_command(CXX, str(target)), "the CPU's library, set CXX to the name of no program")
+        else:
+            assert NVCC is not None
+            run(cuda_command(NVCC, NAMES, str(target)), "the CUDA C++ kernels, set CUDA_HOME to a folder without nvcc")
+
+
+def run(command: list[str], way_out: str) -> None:
+    """Runs a compiler, or ends with what it says and how to do without what it was to make."""
+    try:
+        subprocess.run(command, check=True)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            f"{command[0]} ended with status {error.returncode}; its messages are above. To install without {way_out}"
+        ) from error
+
+
+EXTENSIONS = [Extension(CPU_LIBRARY, ["csrc/cpu.cpp"])] * bool(CXX)
+EXTENSIONS += [Extension(CUDA_LIBRARY, ["csrc/library.cu"])] * bool(NAMES)
 
 
 class ServesEveryPython(bdist_wheel):
-    """The library does not depend on Python's version, so neither does the wheel."""
+    """The libraries do not depend on Python's version, so neither does the wheel."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
-        return ("py3", "none", platform) if NAMES else (python, abi, platform)
+        return ("py3", "none", platform) if EXTENSIONS else (python, abi, platform)
 
 
 setup(
-    ext_modules=[Extension(LIBRARY, ["csrc/library.cu"])] if NAMES else [],
-    cmdclass={"build_py": SaysWhatIsBuilt, "build_ext": BuildsByNvcc, "bdist_wheel": ServesEveryPython},
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_py": SaysWhatIsBuilt, "build_ext": BuildsLibraries, "bdist_wheel": ServesEveryPython},
 )

@@ -12,7 +12,8 @@ from torch import nn
 
 from . import DFA, __version__
 from .backends import BACKENDS, automatic_choice
-from .backends.cuda import describe_library
+from .backends.cpu import describe_library as describe_cpu_library
+from .backends.cuda import describe_library as describe_cuda_library
 from .optim import SGD
 
 
@@ -21,7 +22,8 @@ def main() -> None:
     print(f"dfa_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     for package in ("triton", "numpy"):
         print(f"{package}: {_version(package) or 'not installed'}")
-    print(f"CUDA C++: {describe_library()}")
+    print(f"C++ for CPUs: {describe_cpu_library()}")
+    print(f"CUDA C++: {describe_cuda_library()}")
     for device, name in _devices():
         backend, reason = automatic_choice(device)
         print(f"{name}: backend {backend} ({reason})")

@@ -174,6 +174,9 @@ It is no function of Python, whose frame would be one of them.
 """
 
 
+operators_are_watched: Callable[[], Any] = torch._C._len_torch_dispatch_stack
+"""How many modes see every operator that is called here."""
+
 any_autocast_is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled
 """Whether autocast is on for some kind of device."""
 

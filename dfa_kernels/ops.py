@@ -1,8 +1,8 @@
 """The registered operators: one boundary per hot path, for compilers, exporters and other languages' callers.
 
 On CUDA they run what "auto" means there, elsewhere the torch backend. The autograd node calls its backend directly,
-without the operators' overhead, and so that compilers, profilers and counters see the torch backend's products; what
-compilers cannot look into, they get as an operator.
+without the operators' overhead, and so that compilers and counters see the torch backend's products; what compilers
+cannot look into, they get as an operator.
 """
 
 from __future__ import annotations

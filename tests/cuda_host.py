@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -31,15 +31,15 @@ FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fvisibility=hidden", "-Wall
 needs_a_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler here")
 
 
-def compiled(source: Path) -> Path:
+def compiled(source: Path, flags: Sequence[str] = FLAGS) -> Path:
     """The library that a host compiler makes of this C++: made once, and kept while nothing changes."""
     read = [path.read_bytes() for path in (source, *sorted(SOURCES.glob("*.*h")), *sorted(SOURCES.glob("*.cu")))]
-    digest = hashlib.sha256(b"\0".join([*read, repr(FLAGS).encode()])).hexdigest()[:16]
+    digest = hashlib.sha256(b"\0".join([*read, repr(flags).encode()])).hexdigest()[:16]
     made = CACHE / f"{source.stem}-{digest}.so"
     if not made.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         part = made.with_suffix(f".{os.getpid()}")
-        subprocess.run([str(COMPILER), *FLAGS, "-fPIC", str(source), "-o", str(part)], check=True)
+        subprocess.run([str(COMPILER), *flags, "-fPIC", str(source), "-o", str(part)], check=True)
         part.replace(made)
     return made
 

@@ -66,21 +66,29 @@ def test_gpus_of_another_maker(gpu):
 
 
 @pytest.mark.parametrize("kind", ["cpu", "meta", "mps", "xpu"])
-def test_other_devices(gpu, kind):
+def test_other_devices(gpu, monkeypatch, kind):
     gpu(9, 0)
+    monkeypatch.setattr(backends.cpu_backend, "why_not", lambda: "no library was built")
     assert backends.automatic_choice(torch.device(kind))[0] == "torch"
     assert backends.resolve("auto", torch.device(kind)) == "torch"
 
 
-def test_the_log_says_once_for_each_device_what_was_picked(gpu, caplog):
+def test_a_cpu_with_its_library(monkeypatch):
+    monkeypatch.setattr(backends.cpu_backend, "why_not", lambda: "")
+    assert backends.automatic_choice(CPU)[0] == backends.resolve("auto", CPU) == "cpu"
+    assert backends.resolve("auto", torch.device("meta")) == "torch"
+
+
+def test_the_log_says_once_for_each_device_what_was_picked(gpu, monkeypatch, caplog):
     gpu(6, 1)
+    monkeypatch.setattr(backends.cpu_backend, "why_not", lambda: "")
     with caplog.at_level(logging.INFO, logger="dfa_kernels"):
         for device in (GPU, CPU, GPU, OTHER_GPU, CPU):
             backends.resolve("auto", device)
         backends.resolve("torch", torch.device("meta"))
     assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
         "cuda:0: backend torch",
-        "cpu: backend torch",
+        "cpu: backend cpu",
         "cuda:1: backend torch",
     ]
     assert "sm_61" in caplog.records[0].getMessage()

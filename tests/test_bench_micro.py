@@ -22,7 +22,7 @@ OPERATORS = {
     "test_project": [],
 }
 CHOSEN = (
-    f"{NETWORK} and dense and (gaussian or rademacher) and not triton"
+    f"{NETWORK} and dense and (gaussian or rademacher) and not triton and not cpu"
     " or hadamard and float32 and torch and (64 or 1024) and not bfloat16"
 )
 # What is made from rademacher feedback is a thousandth off in its last number, and so are transforms of 64 numbers.

@@ -1,6 +1,6 @@
-"""Installing: where there is an nvcc the CUDA library is built and packed, where there is none the rest is.
+"""Installing: where there is a compiler for it a library is built and packed, where there is none the rest is.
 
-Most of it by an nvcc that only writes down what it was asked for.
+Most of it by an nvcc that only writes down what it was asked for, and by no other compiler.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from cuda_host import COMPILER, needs_a_compiler
+
+from dfa_kernels.backends.cpu.library import load
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("csrc", "dfa_kernels", "setup.py", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE")
 BACKEND = "dfa_kernels/backends/cuda"
-LIBRARY = f"{BACKEND}/libdfa_kernels.so"
+LIBRARY, CPU_LIBRARY = f"{BACKEND}/libdfa_kernels.so", "dfa_kernels/backends/cpu/libdfa_cpu.so"
 KNOWN = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 NVCC = f"""#!/bin/sh
@@ -65,7 +68,8 @@ def build(what: str, checkout: Path, home: Path, path: str | None = None, **envi
     out.mkdir(exist_ok=True)
     code = f"from setuptools import build_meta; print('made', build_meta.build_{what}({str(out)!r}))"
     kept = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
-    given = {**kept, "CUDA_HOME": str(home), "ASKED": str(asked), "PATH": path or os.environ["PATH"], **environment}
+    given = {**kept, "CUDA_HOME": str(home), "ASKED": str(asked), "PATH": path or os.environ["PATH"], "CXX": "none"}
+    given |= environment
     ran = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=given, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     name = next(line for line in ran.stdout.splitlines() if line.startswith("made ")).split()[1]
@@ -81,13 +85,33 @@ def codes(asked: str) -> list[str]:
     ]
 
 
-def test_without_nvcc(checkout: Path, tmp_path: Path) -> None:
+def test_without_compilers(checkout: Path, tmp_path: Path) -> None:
     made, said, _ = build("wheel", checkout, tmp_path)
     assert made.name.endswith("-py3-none-any.whl")
+    assert "C++ for small networks on a CPU: left out: no C++ compiler was found" in said.splitlines()
     assert "CUDA C++ kernels: left out: no nvcc was found, in CUDA_HOME or on the PATH" in said.splitlines()
     names = zipfile.ZipFile(made).namelist()
     assert f"{BACKEND}/library.py" in names
-    assert LIBRARY not in names
+    assert LIBRARY not in names and CPU_LIBRARY not in names
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("what", ["wheel", "editable"])
+def test_with_a_cpp_compiler(checkout: Path, tmp_path: Path, what: str) -> None:
+    """One wheel for every Python; the library in it is one that the package takes."""
+    made, said, _ = build(what, checkout, tmp_path, CXX=f"{COMPILER} -DDFA_FOR_ANY_PROCESSOR")
+    assert f"C++ for small networks on a CPU: by {COMPILER}" in said.splitlines()
+    if what == "wheel":
+        assert "-py3-none-linux_" in made.name
+        assert LIBRARY not in zipfile.ZipFile(made).namelist()
+        zipfile.ZipFile(made).extract(CPU_LIBRARY, checkout)
+    assert load(checkout / CPU_LIBRARY).path == checkout / CPU_LIBRARY
+
+
+def test_a_cpp_compiler_that_fails(checkout: Path, tmp_path: Path) -> None:
+    program(tmp_path / "cxx", "#!/bin/sh\nexit 4\n")
+    with pytest.raises(AssertionError, match=r"cxx ended with status 4; .* without the CPU's library, set CXX to the"):
+        build("wheel", checkout, tmp_path, CXX=str(tmp_path / "cxx"))
 
 
 def test_with_nvcc(checkout: Path, toolkit: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import dfa_kernels as dfa
+from dfa_kernels import backends
 from dfa_kernels.backends.calls import TapsCall
 from dfa_kernels.backward import deltas
 
@@ -65,7 +66,8 @@ def test_it_reads_as_lines():
 
 
 def test_auto_says_what_was_picked():
-    assert lines_of(dfa.DFA(mlp()), 4, 5)[0] == "backend torch on cpu"
+    backend = backends.resolve("auto", torch.device("cpu"))
+    assert lines_of(dfa.DFA(mlp()), 4, 5)[0] == f"backend {backend} on cpu"
 
 
 @interpreted

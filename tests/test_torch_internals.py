@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from dfa_kernels import _torch_internals
 
@@ -139,6 +140,13 @@ def test_any_autocast_is_on():
         assert _torch_internals.any_autocast_is_on()
         with torch.autocast("cpu", enabled=False):
             assert not _torch_internals.any_autocast_is_on()
+
+
+def test_operators_are_watched():
+    """Else what counts or records operators would miss those of gradients."""
+    assert not _torch_internals.operators_are_watched()
+    with FlopCounterMode(display=False):
+        assert _torch_internals.operators_are_watched()
 
 
 def test_without_autocast():

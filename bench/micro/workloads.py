@@ -29,13 +29,14 @@ FORMS = [(kind, storage) for kind in KINDS for storage in STORAGES]
 DTYPES = ("float32", "bfloat16")
 ARITHMETICS = ("float32", "tf32", "bfloat16") if ON_GPU else DTYPES
 
-# inputs, hidden, depth, classes, batch of the paper's network, a wide one, and one whose error is wide; for projections
-# a very wide one as well.
+# inputs, hidden, depth, classes, batch of the paper's network, a wide one, and one whose error is wide; on a CPU of a
+# small one, too, for projections of a very wide one.
+SIZES: tuple[tuple[int, int, int, int, int], ...]
 if ON_GPU:
     SIZES = ((3072, 800, 3, 10, 128), (784, 4096, 4, 10, 1024), (784, 4096, 2, 1000, 1024))
     WIDEST = (784, 65536, 1, 1000, 32)
 else:
-    SIZES = ((3072, 800, 3, 10, 128), (784, 1024, 4, 10, 256), (784, 400, 2, 1000, 64))
+    SIZES = ((3072, 800, 3, 10, 128), (784, 1024, 4, 10, 256), (784, 400, 2, 1000, 64), (64, 64, 3, 10, 32))
     WIDEST = (784, 4096, 1, 1000, 16)
 
 

@@ -8,6 +8,7 @@ import logging
 import torch
 
 from .._torch_internals import constant_when_compiled
+from . import cpu as cpu_backend
 from . import cuda as cuda_backend
 from . import torch_backend
 from .calls import Backend
@@ -19,7 +20,7 @@ OLDEST_FOR_TRITON = 80
 OLDEST_FOR_CUDA = 70
 """Of the GPUs that have tensor cores the oldest."""
 
-BACKENDS: dict[str, Backend] = {"torch": torch_backend, "cuda": cuda_backend}
+BACKENDS: dict[str, Backend] = {"torch": torch_backend, "cpu": cpu_backend, "cuda": cuda_backend}
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -48,6 +49,8 @@ def resolve(backend: str, device: torch.device) -> str:
         triton_backend.check_device(device)
     if backend == "cuda":
         cuda_backend.check_device(device)
+    if backend == "cpu":
+        cpu_backend.check_device(device)
     return backend
 
 
@@ -63,6 +66,8 @@ def _automatic(device_type: str, index: int | None) -> str:
 
 def automatic_choice(device: torch.device) -> tuple[str, str]:
     """(backend, reason) for a device."""
+    if device.type == "cpu" and not cpu_backend.why_not():
+        return "cpu", "C++ for all layers of small networks, for others torch"
     if device.type != "cuda":
         return "torch", "the fastest on this kind of device"
     if torch.version.hip is not None:

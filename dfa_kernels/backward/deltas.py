@@ -35,7 +35,12 @@ def deltas(backend: str, call: TapsCall) -> Iterator[Tensor]:
 
 
 def _takes_turns(backend: str, call: TapsCall) -> bool:
-    return backend == "torch" or _saving(call) >= WORTH_TURNS
+    return _is_torchs(backend) or _saving(call) >= WORTH_TURNS
+
+
+def _is_torchs(backend: str) -> bool:
+    """Whether this backend leaves taps to the torch backend."""
+    return backends.BACKENDS[backend].project_taps is torch_backend.project_taps
 
 
 def _saving(call: TapsCall) -> int:
@@ -49,7 +54,7 @@ def _saving(call: TapsCall) -> int:
 
 
 def _shared(backend: str, call: TapsCall) -> SharedProjection:
-    if backend == "torch":
+    if _is_torchs(backend):
         return torch_backend.shared_projection(call.error, call.stored, call.feedback, max(call.sizes))
     (values,) = backends.BACKENDS[_maker(backend, call)].project_taps(_widest(call))
     return SharedProjection(values, call.feedback.normalize)
@@ -74,7 +79,7 @@ def _widest(call: TapsCall) -> TapsCall:
 
 def describe(backend: str, call: TapsCall, device: torch.device) -> str:
     """What `deltas` runs for this call, in words. Reads shapes only."""
-    if backend == "torch" or not _takes_turns(backend, call):
+    if _is_torchs(backend) or not _takes_turns(backend, call):
         return backends.BACKENDS[backend].describe_taps(call, device)
     maker = _maker(backend, call)
     projection = "one product" if maker == "torch" else backends.BACKENDS[maker].describe_taps(_widest(call), device)

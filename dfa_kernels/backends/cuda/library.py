@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,9 +70,17 @@ def load(path: Path) -> Library:
     Raises:
         LibraryError: it is not there, cannot be loaded, or is of another version.
     """
-    again = "build it again: `pip install .` in a checkout of this version, where nvcc is"
+    return _declared(path, opened(path, "nvcc", _FUNCTIONS))
+
+
+_FUNCTIONS = ("dfa_architectures", "dfa_run", "dfa_strip_bytes", "dfa_write_numbers")
+
+
+def opened(path: Path, compiler: str, functions: Sequence[str]) -> ctypes.CDLL:
+    """The library at this path, which this kind of compiler makes, with these functions; LibraryError as for `load`."""
+    again = f"build it again: `pip install .` in a checkout of this version, where {compiler} is"
     if not path.exists():
-        raise LibraryError(f"no library was built: {path} is not there; install where nvcc is")
+        raise LibraryError(f"no library was built: {path} is not there; install where {compiler} is")
     if not is_whole(path):
         raise LibraryError(f"{path} is not whole, or no library for 64-bit Linux; {again}")
     try:
@@ -83,7 +92,9 @@ def load(path: Path) -> Library:
         size, expected = made.dfa_arguments_bytes(), ctypes.sizeof(Arguments)
         if size != expected:
             raise LibraryError(f"{path} takes {size} bytes of arguments, expected {expected}; {again}")
-        return _declared(path, made)
+        for name in (*functions, "dfa_message"):
+            getattr(made, name)
+        return made
     except (OSError, AttributeError) as failure:
         raise LibraryError(f"{path} cannot be used: {failure}; {again}") from failure
 

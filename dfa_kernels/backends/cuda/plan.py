@@ -68,6 +68,8 @@ class Plan:
     source: str = ""
     dtype: torch.dtype = torch.float32
     """Of the activations."""
+    hidden: int = 0
+    """How many of the layers are hidden ones."""
     widest: int = 0
     """Units of the widest tap: rows of U that are needed."""
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -91,6 +93,17 @@ class Plan:
 @lru_cache(maxsize=512)
 def plan_layers(looks: Looks, target: Target) -> Plan:
     """The plan of every call that looks like this."""
+    told = layers_told(looks, target.capability)
+    if isinstance(told, Plan):
+        return told
+    plan, numbers, layers = told
+    why_wide = _why_wide(plan, arguments_of(numbers, layers), target)
+    plan = _wide(plan, numbers, layers, why_wide) if why_wide else _strips(plan, numbers, layers, target)
+    return _addressed(plan, *layer_addresses(plan, looks.rule))
+
+
+def layers_told(looks: Looks, capability: int) -> Plan | tuple[Plan, dict[str, Any], list[dict[str, Any]]]:
+    """What any launch for such a call is told, of all layers and of each; a plan alone if it is the torch backend's."""
     widths_in = [shape[1] for shape in looks.inputs]
     widths_out = [shape[1] for shape in looks.saved]
     widths_out += [looks.error.shape[1]] * (len(looks.inputs) - len(looks.saved))
@@ -106,7 +119,7 @@ def plan_layers(looks: Looks, target: Target) -> Plan:
         biases.append(len(shapes) if wants_bias else -1)
         shapes += [(out,)] * wants_bias
     plan = Plan(shapes=tuple(shapes), weights=tuple(weights), biases=tuple(biases))
-    reason = reason_for_torch(looks.error.dtype, looks.dtypes, looks.dtype, target.capability)
+    reason = reason_for_torch(looks.error.dtype, looks.dtypes, looks.dtype, capability)
     if reason or not shapes:
         return replace(plan, reason=reason)
     if reason := too_large(
@@ -134,10 +147,9 @@ def plan_layers(looks: Looks, target: Target) -> Plan:
         dtype=dtype,
         widest=max(sizes[:hidden], default=0),
         masks=looks.masks,
+        hidden=hidden,
     )
-    why_wide = _why_wide(plan, arguments_of(numbers, layers), target)
-    plan = _wide(plan, numbers, layers, why_wide) if why_wide else _strips(plan, numbers, layers, target)
-    return _addressed(plan, *_layer_addresses(plan, hidden, looks.rule))
+    return plan, numbers, layers
 
 
 def _set(looks: Looks, parameter: int) -> int:
@@ -245,10 +257,10 @@ def plan_taps(looks: TapsLooks, target: Target) -> Plan:
     return _addressed(plan, ["error", "stored"], names)
 
 
-def _layer_addresses(plan: Plan, hidden: int, rule: str) -> tuple[list[str], list[tuple[str, int]]]:
+def layer_addresses(plan: Plan, rule: str) -> tuple[list[str], list[tuple[str, int]]]:
     """What the operator lists the addresses of: (what, layer), in its order."""
     layers = range(len(plan.weights))
-    names = [("x", i) for i in layers] + [("saved", i) for i in range(hidden)]
+    names = [("x", i) for i in layers] + [("saved", i) for i in range(plan.hidden)]
     names += [("mask", i) for i, there in enumerate(plan.masks) if there]
     owners = {slot: ("weight", i) for i, slot in enumerate(plan.weights)}
     owners |= {slot: ("bias", i) for i, slot in enumerate(plan.biases)}
