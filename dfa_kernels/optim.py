@@ -237,8 +237,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 gradient = p.grad
                 if type(gradient) is LazyGradient:
-                    self._check_is_the_models()
-                elif gradient is not None:
+                    if not self._ledger.owns(gradient):
+                        self._check_is_the_models()
+                        continue
+                    # Another parameter's, which somebody has put here.
+                    gradient = gradient.look()
+                if gradient is not None:
                     _refuse_sparse(gradient)
                     yield p, gradient, group
 

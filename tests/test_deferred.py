@@ -231,11 +231,20 @@ def drop_one(parameters: list[nn.Parameter]) -> None:
     parameters[2].grad = None
 
 
+def swap(parameters: list[nn.Parameter]) -> None:
+    parameters[1].grad, parameters[3].grad = parameters[3].grad, parameters[1].grad
+
+
+def move(parameters: list[nn.Parameter]) -> None:
+    parameters[1].grad, parameters[3].grad = parameters[3].grad, None
+
+
 def unscale_foreach(parameters: list[nn.Parameter]) -> None:
     torch._foreach_mul_([p.grad for p in parameters], 0.5)
 
 
-CHANGES = [clip_value, clip_norm, clip_norm_foreach, clip_total_norm, multiply, replace, drop_one, unscale_foreach]
+CHANGES = [clip_value, clip_norm, clip_norm_foreach, clip_total_norm, multiply, replace, drop_one, unscale_foreach,
+           swap, move]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -364,6 +373,9 @@ def test_a_gradient_that_is_gone_says_so():
     assert model.net[0].weight.grad is not kept
     with pytest.raises(RuntimeError, match="before anybody looked"):
         kept.norm()
+    model.net[0].weight.grad = kept
+    with pytest.raises(RuntimeError, match="before anybody looked"):
+        optimizer.step()
 
 
 def test_a_gradient_that_was_seen_stays_what_it_was():

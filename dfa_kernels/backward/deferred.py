@@ -58,8 +58,8 @@ class DeferredCall:
 class Ledger:
     """The calls of the backward passes since the last step, and what stands in ``.grad`` for their gradients.
 
-    A gradient whose stand-in somebody took out of ``.grad`` is not owed any more. One that finds another in ``.grad``
-    is added to it at once, since nobody could see that it is missing there.
+    A gradient whose stand-in somebody took out of ``.grad`` is not owed to that parameter any more. One that finds
+    another in ``.grad`` is added to it at once, since nobody could see that it is missing there.
     """
 
     def __init__(self) -> None:
@@ -106,6 +106,10 @@ class Ledger:
                     p.grad = None
         self.calls.clear()
 
+    def owns(self, stand_in: LazyGradient) -> bool:
+        """Whether it stands, or stood, for a gradient of this ledger."""
+        return stand_in.made_by == self.make
+
     def close(self) -> None:
         """Nobody will step any more: the calls are made, and those to come at once.
 
@@ -148,13 +152,17 @@ class Ledger:
         with without_autocast(call.parameters[0].device):
             grads = backends.BACKENDS[call.plan.backend].layer_grads(call.layers(), call.plan.dtype)
         for p, stand_in, grad in zip(call.parameters, call.stand_ins, grads, strict=True):
-            if p.grad is None:
-                continue
-            if stand_in is not None and p.grad is stand_in:
-                p.grad = stand_in.made = grad.to(p)
-                del self._stand_ins[id(p)]
-            elif stand_in is None or p.grad is stand_in.made:
-                p.grad.add_(grad)
+            if stand_in is None:
+                if p.grad is not None:
+                    p.grad.add_(grad)
+            elif stand_in.made is None:
+                # Wherever it is by now, in another parameter's .grad perhaps.
+                stand_in.made = grad.to(p)
+                self._stand_ins.pop(id(p), None)
+                if p.grad is stand_in:
+                    p.grad = stand_in.made
+            else:
+                stand_in.made.add_(grad)
 
 
 def _references_by_dictionary_and_name() -> int:

@@ -20,20 +20,20 @@ class LazyGradient(Tensor):
     """
 
     made: Tensor | None
-    _make: Callable[[], None]
+    made_by: Callable[[], None]
 
     @staticmethod
     def __new__(cls, parameter: Tensor, make: Callable[[], None]) -> LazyGradient:
         gradient: LazyGradient = Tensor._make_wrapper_subclass(
             cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
         )
-        gradient.made, gradient._make = None, make
+        gradient.made, gradient.made_by = None, make
         return gradient
 
     def look(self) -> Tensor:
         """The gradient itself."""
         if self.made is None:
-            self._make()
+            self.made_by()
         if self.made is None:
             raise RuntimeError(
                 ".grad: it was deferred to a fused optimizer, which used or dropped it before anybody looked; "
