@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -36,7 +37,8 @@ struct Matrix {
   float at(int64 row, int64 column) const { return entries[row * stride_row + column * stride_column]; }
 };
 
-// A product's operands and where it goes: sums[m][n] = Σ over k < depth of left[k · left_pitch + m] · right[k · right_pitch + n].
+// A product's operands and where it goes:
+// sums[m · pitch + n] = Σ over k < depth of left[k · left_pitch + m] · right[k · right_pitch + n].
 struct Product {
   int64 depth;
   const float *left, *right;
@@ -78,7 +80,9 @@ inline __attribute__((always_inline)) void add_up_rows(const Product& p, int64 r
   for (; column < columns; ++column) {
     for (int m = 0; m < ROWS; ++m) {
       float sum = 0.0f;
-      for (int64 k = 0; k < p.depth; ++k) sum += p.left[k * p.left_pitch + row + m] * p.right[k * p.right_pitch + column];
+      for (int64 k = 0; k < p.depth; ++k) {
+        sum += p.left[k * p.left_pitch + row + m] * p.right[k * p.right_pitch + column];
+      }
       p.sums[(row + m) * p.pitch + column] = sum;
     }
   }
@@ -251,7 +255,7 @@ DFA_EXPORT int dfa_run_small(const dfa::Arguments* given, const dfa::uint64* add
   dfa::Arguments a = *given;
   for (int i = 0; i < count; ++i) {
     if (places[i] < 0 || places[i] >= POINTERS) return dfa::refused("places", places[i]);
-    reinterpret_cast<dfa::uint64*>(&a)[places[i]] = addresses[i];
+    std::memcpy(reinterpret_cast<char*>(&a) + places[i] * sizeof(void*), &addresses[i], sizeof(void*));
   }
   if (a.layers < 0 || a.layers > dfa::MOST_LAYERS) return dfa::refused("layers", a.layers);
   int dtypes[] = {a.dtype, a.error_dtype, a.parameter_dtype};

@@ -28,9 +28,14 @@ def fresh_library(*more: str) -> Library:
 
 
 @contextmanager
-def installed(found: Library | LibraryError, most: int = plan.MOST_PRODUCTS) -> Iterator[None]:
-    """This is the library, or why there is none; most: products for each layer of a call that it computes."""
+def installed(
+    found: Library | LibraryError, most: int = plan.MOST_PRODUCTS, stored: int = plan.MOST_STORED
+) -> Iterator[None]:
+    """This is the library, or why there is none; most products for each layer, and entries of a stored U, in a call."""
     operators.forget_plans()
-    with mock.patch.object(library, "installed", lambda: found), mock.patch.object(plan, "MOST_PRODUCTS", most):
+    with (
+        mock.patch.object(library, "installed", lambda: found),
+        mock.patch.multiple(plan, MOST_PRODUCTS=most, MOST_STORED=stored),
+    ):
         yield
     operators.forget_plans()

@@ -102,15 +102,23 @@ def test_every_activation() -> None:
 
 
 @pytest.mark.parametrize("place", FEEDBACKS, ids="-".join)
-def test_every_feedback(place: tuple[str, str]) -> None:
+@pytest.mark.parametrize("most", [0, 2**60], ids=["much of U is stored", "little"])
+def test_every_feedback(place: tuple[str, str], most: int) -> None:
+    """If much is stored, torch makes the projection."""
     layers = [plain_layer(width_out=35), plain_layer(positions=2), plain_layer(width_out=17)]
     network = plain_network(layers, error_size=130)
     network["feedback"].update(place=place, gain=-0.5, seed=2**40 + 3)
-    call = make_call(network)
-    check(call, run(call))
-    network["feedback"].update(normalize=False)
-    call = make_call(network)
-    check(call, run(call))
+    by_torch = place[0] == "fastfood" or (place[1] == "dense" and most == 0)
+    for normalize in (True, False):
+        network["feedback"].update(normalize=normalize)
+        call = make_call(network)
+        with (
+            installed(fresh_library(), 2**60, most),
+            mock.patch.object(torch_backend, "shared_projection", wraps=torch_backend.shared_projection) as made,
+        ):
+            found = run(call)
+        assert made.call_count == by_torch
+        check(call, found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

@@ -20,6 +20,9 @@ from .library import library
 MOST_PRODUCTS = 2**19
 """Multiplications and additions for each layer beyond which torch's products, which know more of a processor, are worth
 their calls. Measured, with vectors of 8 numbers: see bench/NOTES.md."""
+MOST_STORED = 2**13
+"""Entries of a stored U from which on torch makes e Uᵀ: products with it are faster than U is turned, or made anew from
+its seed as here packed signs and non-zeros are. Measured."""
 HALF_TOO = 80
 """No dtype is left out for lack of this much compute capability: which ones are says the plan."""
 
@@ -51,6 +54,8 @@ def small_plan(looks: Looks) -> SmallPlan:
     if isinstance(told, Plan):
         return SmallPlan(told.reason or "no gradient is wanted")
     plan, numbers, layers = told
+    if looks.error.is_stored and plan.widest * numbers["error_size"] > MOST_STORED and plan.source != "projection":
+        plan, numbers, layers = layers_told(looks, HALF_TOO, "projection")  # type: ignore[misc]
     if lacking := {looks.dtype, looks.error.dtype, plan.dtype} - {torch.float32}:
         return SmallPlan(f"it computes in float32, not in {', '.join(sorted(map(str, lacking)))}")
     if (products := _products(plan, numbers, layers)) > (most := MOST_PRODUCTS * len(layers)):
@@ -68,12 +73,13 @@ def small_plan(looks: Looks) -> SmallPlan:
 
 
 def _products(plan: Plan, numbers: dict[str, Any], layers: list[dict[str, Any]]) -> int:
-    """Multiplications and additions for e Uᵀ and the gradients."""
+    """Multiplications and additions for the gradients, and for e Uᵀ where the library makes it."""
+    projection = 0 if plan.source == "projection" else plan.widest * numbers["error_size"]
     each = [
         layer["positions"] * layer["width_out"] * (layer["width_in"] if weight >= 0 else 1)
         for layer, weight in zip(layers, plan.weights, strict=True)
     ]
-    return int(numbers["rows"] * (sum(each) + plan.widest * numbers["error_size"]))
+    return int(numbers["rows"] * (sum(each) + projection))
 
 
 def _places(plan: Plan, rule: str, layers: int) -> list[int]:

@@ -102,8 +102,13 @@ def plan_layers(looks: Looks, target: Target) -> Plan:
     return _addressed(plan, *layer_addresses(plan, looks.rule))
 
 
-def layers_told(looks: Looks, capability: int) -> Plan | tuple[Plan, dict[str, Any], list[dict[str, Any]]]:
-    """What any launch for such a call is told, of all layers and of each; a plan alone if it is the torch backend's."""
+def layers_told(
+    looks: Looks, capability: int, source: str = ""
+) -> Plan | tuple[Plan, dict[str, Any], list[dict[str, Any]]]:
+    """What any launch for such a call is told, of all layers and of each; a plan alone if it is the torch backend's.
+
+    source: of U, in place of the kernels' own.
+    """
     widths_in = [shape[1] for shape in looks.inputs]
     widths_out = [shape[1] for shape in looks.saved]
     widths_out += [looks.error.shape[1]] * (len(looks.inputs) - len(looks.saved))
@@ -129,7 +134,8 @@ def layers_told(looks: Looks, capability: int) -> Plan | tuple[Plan, dict[str, A
     assert looks.dtype is not None
     (dtype,) = looks.dtypes
     sizes = [t * out for t, out in zip(positions, widths_out, strict=True)]
-    numbers, scales = projected(looks.error, sizes[:hidden])
+    source = source or source_of(looks.error)
+    numbers, scales = projected(looks.error, sizes[:hidden], source)
     numbers |= dict(
         hidden=hidden, dtype=DTYPES[dtype], parameter_dtype=DTYPES[looks.dtype], rule=RULES[looks.rule],
     )  # fmt: skip
@@ -143,7 +149,7 @@ def layers_told(looks: Looks, capability: int) -> Plan | tuple[Plan, dict[str, A
     plan = replace(
         plan,
         feedback=looks.error.feedback,
-        source=source_of(looks.error),
+        source=source,
         dtype=dtype,
         widest=max(sizes[:hidden], default=0),
         masks=looks.masks,
@@ -232,7 +238,8 @@ def plan_taps(looks: TapsLooks, target: Target) -> Plan:
         return Plan(reason=reason)
     if reason := too_large(looks.error.shape[0], *looks.sizes):
         return Plan(reason=reason)
-    numbers, scales = projected(looks.error, looks.sizes)
+    source = source_of(looks.error)
+    numbers, scales = projected(looks.error, looks.sizes, source)
     layers: list[dict[str, Any]] = [
         dict(width_in=0, width_out=size, positions=1, channels=channels, channels_last=last)
         for size, channels, last in zip(looks.sizes, looks.channels, looks.channels_last, strict=True)
@@ -247,7 +254,7 @@ def plan_taps(looks: TapsLooks, target: Target) -> Plan:
         task="taps",
         why=why,
         feedback=looks.error.feedback,
-        source=source_of(looks.error),
+        source=source,
         dtype=dtype,
         widest=max(looks.sizes),
     )

@@ -25,10 +25,9 @@ def source_of(looks: ErrorLooks) -> str:
     return "matrix" if looks.is_stored else kind.name
 
 
-def projected(looks: ErrorLooks, sizes: Sequence[int]) -> tuple[dict[str, Any], tuple[float, ...]]:
-    """What the library is told of the projection, and the factor to e Bᵀ for each size."""
+def projected(looks: ErrorLooks, sizes: Sequence[int], source: str) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """What the library is told of the projection from this source, and the factor to e Bᵀ for each size."""
     feedback, (rows, error_size), widest = looks.feedback, looks.shape, max(sizes, default=1)
-    source = source_of(looks)
     if source == "projection":
         scales = tuple([math.sqrt(widest / size) if feedback.normalize else 1.0 for size in sizes])
     else:
