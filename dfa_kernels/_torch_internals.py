@@ -116,7 +116,8 @@ def fused_adamw_(
     **numbers: Any,
 ) -> None:
     """What torch.optim.AdamW(fused=True) does with lr, beta1, beta2, eps and weight_decay in this step; as above."""
-    lists, steps = (list(parameters), list(gradients), list(means), list(squares)), [torch.tensor(step)] * len(means)
+    lists = list(parameters), list(gradients), list(means), list(squares)
+    steps = [torch.tensor(step, dtype=torch.float32, device="cpu")] * len(means)
     _fused_adamw(*lists, [], steps, amsgrad=False, **numbers, **_UNUSED)
     torch.autograd.graph.increment_version([*parameters, *means, *squares])
 
@@ -174,8 +175,31 @@ It is no function of Python, whose frame would be one of them.
 """
 
 
-operators_are_watched: Callable[[], Any] = torch._C._len_torch_dispatch_stack
-"""How many modes see every operator that is called here."""
+def operators_are_watched() -> bool:
+    """Whether a mode sees every operator that is called here, one of make_fx before dispatch included."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+
+
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
+def memory_of(tensors: Iterable[Tensor]) -> set[int]:
+    """What tells the pieces of memory apart that these tensors lie in; a view lies in that of its base."""
+    return {tensor.untyped_storage()._cdata for tensor in tensors if torch._C._has_storage(tensor)}
+
+
+def is_in_memory(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor or parameter on the CPU, whose numbers are those in its memory."""
+    keys = torch._C._dispatch_keys(tensor).raw_repr()
+    return type(tensor) in (Tensor, nn.Parameter) and keys == _plain_keys()
+
+
+@cache
+def _plain_keys() -> int:
+    with torch.inference_mode(False):
+        keys: int = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+    return keys
+
 
 any_autocast_is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled
 """Whether autocast is on for some kind of device."""

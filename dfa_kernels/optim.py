@@ -187,7 +187,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """How often it was updated, [] in float32, on the host if nobody needs it elsewhere."""
         state = self.state[p]
         if "step" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         step: Tensor = state["step"]
         return step
 

@@ -239,6 +239,26 @@ def test_what_watches_operators_sees_products() -> None:
     assert watching.products == len(call.inputs) + 1
 
 
+def test_gradients_of_many_errors_at_once() -> None:
+    """By torch's own batching, whose tensors have no memory of their own."""
+    model = dfa.DFA(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), backend="cpu")
+    output, errors = model(torch.randn(4, 6)), torch.randn(5, 4, 3)
+    parameters = [*model.net.parameters()]
+    found = torch.autograd.grad(output, parameters, errors, is_grads_batched=True, retain_graph=True)
+    for i, error in enumerate(errors):
+        for batched, alone in zip(
+            found, torch.autograd.grad(output, parameters, error, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(batched[i], alone)
+
+
+def test_an_error_without_memory() -> None:
+    call = make_call(plain_network(LAYERS))
+    zero = torch._efficientzerotensor(call.error.shape)
+    for gradient in cpu.layer_grads(call.arguments()._replace(error=zero), torch.float32):
+        assert not gradient.any()
+
+
 def test_large_products_are_left_to_the_torch_backend() -> None:
     said = []
     with installed(fresh_library()):

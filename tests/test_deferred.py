@@ -513,6 +513,59 @@ def test_a_gradient_that_was_assigned_stays_what_it_is(passes):
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("width", [16, 400])
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_input_in_a_parameters_memory_is_read_before_it_changes(width: int, place: int):
+    """And what a layer in the middle reads."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(3)])
+            self.last = nn.Linear(width, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for i, layer in enumerate(self.layers):
+                x = torch.tanh(layer(self.layers[0].weight.detach() if i == place else x))
+            return self.last(x)
+
+    ends = []
+    for fused in (True, False):
+        model = dfa.DFA(Net())
+        optimizer = dfa.optim.SGD(model, 0.5) if fused else torch.optim.SGD(model.parameters(), 0.5)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.ones(width, width)).square().sum().backward()
+            optimizer.step()
+        ends.append(weights(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "sparse", "fastfood"])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "SGD by a norm"])
+def test_default_device_and_dtype_are_for_others(kind: str, optimizer: str):
+    """What is made on the way is where, and as, the network is. No other test has a batch of this size."""
+    x, y = (each[:5] for each in batch())
+    ends = []
+    for dtype, device in ((torch.bfloat16, "meta"), (torch.float64, "meta"), (torch.float32, "cpu")):
+        model = dfa.DFA(network(), dfa.Feedback(kind, "procedural"))
+        name, *norm = optimizer.split(" by a ")
+        made = getattr(dfa.optim, name)(model, lr=0.01, **({"max_norm": 0.1} if norm else {}))
+        for _ in range(4):
+            loss = F.cross_entropy(model(x), y)
+            torch.set_default_dtype(dtype)
+            try:
+                with torch.device(device):
+                    loss.backward()
+                    made.step()
+            finally:
+                torch.set_default_dtype(torch.float32)
+        ends.append(weights(model))
+    for found in ends[:-1]:
+        torch.testing.assert_close(found, ends[-1])
+
+
 def test_gradients_outlive_their_optimizer():
     """As in torch, an optimizer made anew goes on from them."""
     (model, optimizer), (other, others) = learning(), learning()

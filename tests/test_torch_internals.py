@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -147,6 +148,48 @@ def test_operators_are_watched():
     assert not _torch_internals.operators_are_watched()
     with FlopCounterMode(display=False):
         assert _torch_internals.operators_are_watched()
+    seen = []
+
+    def function(x):
+        seen.append(_torch_internals.operators_are_watched())
+        return x + 1
+
+    make_fx(function, pre_dispatch=True)(torch.ones(2))
+    assert seen == [True]
+
+
+def test_is_in_memory():
+    """Else addresses of something else than numbers would be taken, or of nothing."""
+    x = torch.randn(3, 4)
+    for plain in (x, x.t(), x.requires_grad_(), nn.Parameter(x), x.detach()):
+        assert _torch_internals.is_in_memory(plain)
+    more = [
+        torch._efficientzerotensor(2),
+        torch._neg_view(x),
+        x.to_sparse(),
+        x.to("meta"),
+        torch.ones(2, dtype=torch.cfloat),
+    ]
+    for other in (*more[:4], more[4].conj(), x.as_subclass(Other)):
+        assert not _torch_internals.is_in_memory(other)
+
+    def batched(row):
+        assert not _torch_internals.is_in_memory(row)
+        return row
+
+    torch.vmap(batched)(x)
+
+
+class Other(torch.Tensor):
+    """A tensor that may be anything."""
+
+
+def test_memory_of():
+    """Else an update would change what another gradient is still computed from."""
+    x, y = torch.randn(3, 4), torch.randn(3)
+    assert _torch_internals.memory_of([x]) == _torch_internals.memory_of([x[1:].t(), nn.Parameter(x)])
+    assert _torch_internals.memory_of([x]).isdisjoint(_torch_internals.memory_of([y, x.clone()]))
+    assert _torch_internals.memory_of([x.to_sparse()]) == set()
 
 
 def test_without_autocast():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._torch_internals import memory_of
 from ..backends.calls import LayerCall
 from ..feedback.spec import FeedbackSpec
 from ..forward.record import Pass
@@ -42,7 +43,7 @@ class LayersPlan:
     dtype: torch.dtype
     """Of the parameters."""
     has_shared: bool
-    """Whether a parameter is more than one layer's."""
+    """Whether a parameter is more than one layer's, or shares memory with what a layer keeps."""
     places: list[tuple[torch.Size, torch.device]]
     """Shape and device of each parameter."""
     is_traced: bool
@@ -93,11 +94,16 @@ def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, l
         backend=seen.backend,
         batch_dims=len(seen.rows),
         dtype=layers[0].weight.dtype,
-        has_shared=len({id(p) for p in parameters}) < len(parameters),
+        has_shared=len({id(p) for p in parameters}) < len(parameters) or _are_read(parameters, table.tensors),
         places=[(p.shape, p.device) for p in parameters],
         is_traced=torch.compiler.is_compiling(),
     )
     return plan, table.tensors
+
+
+def _are_read(parameters: Sequence[Tensor], kept: Sequence[Tensor]) -> bool:
+    """Whether an update of some of the parameters would change what others' gradients are computed from."""
+    return not torch.compiler.is_compiling() and not memory_of(parameters).isdisjoint(memory_of(kept))
 
 
 def numbered(

@@ -61,13 +61,14 @@ class Kind:
     """(parts of units, operand, spec) → U[their rows] errorᵀ, in the operand's dtype."""
     dense: Callable[[Parts, FeedbackSpec, int], Tensor] | None = lambda parts, spec, E: parts[0]
     """(parts of units, spec, E) → U[their rows]; None if that is the projection of the identity."""
-    value: Callable[[FeedbackSpec, int], Tensor] = lambda spec, E: torch.ones(())
+    value: Callable[[FeedbackSpec, int], Tensor] = lambda spec, E: torch.ones((), device="cpu")
     """(spec, E) → the factor from the signs that a kernel sums to the entries of U, in spec.dtype."""
 
 
 def _sparse_value(spec: FeedbackSpec, error_size: int) -> Tensor:
     # Rounded to spec.dtype as every entry is, so that the projection and the matrix agree in any precision.
-    return torch.tensor(math.sqrt(error_size / spec.nonzeros_per_row(error_size)), dtype=spec.dtype)
+    value = math.sqrt(error_size / spec.nonzeros_per_row(error_size))
+    return torch.tensor(value, dtype=spec.dtype, device="cpu")
 
 
 def _sparse_product(parts: Parts, operand: Tensor, spec: FeedbackSpec) -> Tensor:

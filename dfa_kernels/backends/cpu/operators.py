@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..._torch_internals import operators_are_watched
+from ..._torch_internals import is_in_memory, operators_are_watched
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall
@@ -33,8 +33,7 @@ def check_device(device: torch.device) -> None:
 
 def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
     """Gradients of every fused linear layer; see `Backend.layer_grads`."""
-    # What watches operators, a compiler say, has to see products.
-    if torch.compiler.is_compiling() or operators_are_watched():
+    if _is_torchs(call.error):
         return torch_backend.layer_grads(call, dtype)
     plan = _plan_for(call, "store", dtype)
     if plan.reason:
@@ -57,7 +56,7 @@ def layer_update_(
     """
     if not weights:
         return
-    if isinstance(hyper, DeviceNumbers) or torch.compiler.is_compiling() or operators_are_watched():
+    if isinstance(hyper, DeviceNumbers) or _is_torchs(call.error):
         torch_backend.layer_update_(call, weights, state, rule, hyper)
         return
     changed = [*weights, *state]
@@ -71,6 +70,11 @@ def layer_update_(
     torch.autograd.graph.increment_version(changed)
 
 
+def _is_torchs(error: Tensor) -> bool:
+    """Whether somebody, a compiler say, has to see products, or the error is not what its memory says."""
+    return torch.compiler.is_compiling() or operators_are_watched() or not is_in_memory(error)
+
+
 def _plan_for(
     call: LayerCall,
     rule: str,
@@ -80,7 +84,7 @@ def _plan_for(
 ) -> SmallPlan:
     def find() -> SmallPlan:
         read = [tensor for tensor in (*call.inputs, *call.saved, *call.dropout_mask) if tensor is not None]
-        if not all([*map(_is_plain, (call.error, *call.stored, *read, *changed))]):
+        if not all([*map(is_in_memory, (call.error, *call.stored, *read, *changed))]):
             return SmallPlan("its tensors are more than numbers in the CPU's memory")
         plan = small_plan(looks_of(call, dense_dtype(changed) if changed else dtype, rule, sets))
         return replace(plan, has_gaps=not all([tensor.is_contiguous() for tensor in read]))
@@ -95,12 +99,6 @@ def forget_plans() -> None:
     """Makes the next calls' plans anew."""
     small_plan.cache_clear()
     _known.forget()
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory holds what it says."""
-    kind = type(tensor) is Tensor or type(tensor) is nn.Parameter
-    return kind and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
 
 
 def _run(plan: SmallPlan, call: LayerCall, results: Sequence[Tensor], numbers: tuple[float, ...] | None) -> None:

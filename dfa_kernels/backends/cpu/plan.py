@@ -62,7 +62,7 @@ def small_plan(looks: Looks) -> SmallPlan:
         return SmallPlan(f"{products} products, more than {most}, are worth calls of their own")
     places = _places(plan, looks.rule, len(layers))
     # A number that seems to be as many: what a new tensor is to be like takes no memory.
-    number = torch.zeros(())
+    number = torch.zeros((), dtype=torch.float32, device="cpu")
     return SmallPlan(
         run=library().bound(arguments_of(numbers, layers), (ctypes.c_int * len(places))(*places)),
         pack=struct.Struct(f"{len(places)}Q").pack,
