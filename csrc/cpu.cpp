@@ -3,6 +3,7 @@
 //
 // U, f' and the updates are those of the kernels. Every sum has a fixed order, whatever the processor: vectors lie across
 // sums, never along one.
+#define DFA_WITHOUT_BLOCKS
 #include "activations.h"
 #include "feedback.h"
 #include "updates.h"
@@ -16,7 +17,7 @@
 #define DFA_EXPORT extern "C" __attribute__((visibility("default")))
 #ifdef DFA_FOR_ANY_PROCESSOR
 #define DFA_BY_PROCESSOR
-#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define DFA_BY_PROCESSOR __attribute__((target_clones("avx2", "default")))
 #else
 #define DFA_BY_PROCESSOR
@@ -258,6 +259,12 @@ DFA_EXPORT int dfa_run_small(const dfa::Arguments* given, const dfa::uint64* add
     std::memcpy(reinterpret_cast<char*>(&a) + places[i] * sizeof(void*), &addresses[i], sizeof(void*));
   }
   if (a.layers < 0 || a.layers > dfa::MOST_LAYERS) return dfa::refused("layers", a.layers);
+  if (a.source < 0 || a.source > dfa::PROJECTION) return dfa::refused("source", a.source);
+  if (a.rule < 0 || a.rule > dfa::ADAMW) return dfa::refused("rule", a.rule);
+  for (int i = 0; i < a.layers; ++i) {
+    int activation = a.layer[i].activation;
+    if (activation < 0 || activation > dfa::HARDTANH) return dfa::refused("activation", activation);
+  }
   int dtypes[] = {a.dtype, a.error_dtype, a.parameter_dtype};
   for (int dtype : dtypes) {
     if (dtype != dfa::FLOAT32) return dfa::refused("dtype", dtype);

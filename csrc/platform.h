@@ -1,5 +1,5 @@
 // What differs between the compilers that read these files: nvcc and NVRTC make kernels of them, a host compiler makes
-// functions that emulator.h runs block by block.
+// functions that emulator.h runs block by block, or with DFA_WITHOUT_BLOCKS plain ones.
 #pragma once
 
 #ifdef __CUDACC__
@@ -13,7 +13,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifndef DFA_WITHOUT_BLOCKS
 #include "emulator.h"
+#endif
 #define DFA_DEVICE inline
 #define DFA_HD inline
 #define DFA_KERNEL(threads, programs) extern "C" void
@@ -69,12 +71,14 @@ DFA_DEVICE float to_float(Half x) {
 }
 DFA_DEVICE void convert(float x, Half& narrow) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x)); }
 #else
+#ifndef DFA_WITHOUT_BLOCKS
 inline int block() { return emulated_block(); }
 inline int thread() { return emulated_thread(); }
 inline void sync() { emulated_barrier(); }
 inline void sync_warp() { emulated_barrier(); }
 inline char* shared_memory() { return emulated_shared(); }
 inline void prefetch(const void*) {}
+#endif
 
 // With -ffp-contract=off, or the host's compiler fuses them too.
 inline float product_of(float a, float b) { return a * b; }

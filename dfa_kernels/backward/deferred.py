@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from .._torch_internals import memory_of
 from ..autocast import without_autocast
 from ..backends.calls import LayerCall
 from .lazy_gradient import LazyGradient
@@ -35,6 +36,11 @@ class DeferredCall:
 
     def layers(self) -> LayerCall:
         return self.plan.call(self.tensors[-1], self.tensors[:-1])
+
+    def reads_parameters(self) -> bool:
+        """Whether an update of some parameters may change what others' gradients are computed from."""
+        plan, tensors = self.plan, self.tensors
+        return plan.has_shared or not plan.memory.isdisjoint(memory_of([tensors[i] for i in plan.outer]))
 
     def check_unchanged(self) -> None:
         """RuntimeError if since its backward pass what the call needs was overwritten, or a parameter has moved."""
@@ -89,7 +95,7 @@ class Ledger:
 
     def take_whole(self) -> DeferredCall | None:
         """The only call, if it is all of its parameters' gradients, and each one's once; then none is owed any more."""
-        if len(self.calls) != 1 or self.calls[0].plan.has_shared or not self._all_stand():
+        if len(self.calls) != 1 or self.calls[0].reads_parameters() or not self._all_stand():
             return None
         call = self.calls[0]
         call.check_unchanged()

@@ -43,7 +43,11 @@ class LayersPlan:
     dtype: torch.dtype
     """Of the parameters."""
     has_shared: bool
-    """Whether a parameter is more than one layer's, or shares memory with what a layer keeps."""
+    """Whether a parameter is more than one layer's, or shares memory with the feedback matrix."""
+    outer: tuple[int, ...]
+    """The inputs that are no saved tensors, which may be anybody's."""
+    memory: set[int]
+    """What the parameters lie in; see `memory_of`."""
     places: list[tuple[torch.Size, torch.device]]
     """Shape and device of each parameter."""
     is_traced: bool
@@ -79,6 +83,10 @@ def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, l
     table, inputs, saved, dropout_mask = numbered(layers, hidden)
     learning = [(layer.weight.requires_grad, layer.bias is not None and layer.bias.requires_grad) for layer in layers]
     parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+    is_traced = torch.compiler.is_compiling()
+    # A compiler's tensors have none, nor does it put gradients off.
+    memory = set() if is_traced else memory_of(parameters)
+    feedback_changes = not is_traced and not memory.isdisjoint(memory_of(seen.stored))
     plan = LayersPlan(
         inputs=inputs,
         saved=saved,
@@ -94,16 +102,13 @@ def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, l
         backend=seen.backend,
         batch_dims=len(seen.rows),
         dtype=layers[0].weight.dtype,
-        has_shared=len({id(p) for p in parameters}) < len(parameters) or _are_read(parameters, table.tensors),
+        has_shared=len({id(p) for p in parameters}) < len(parameters) or feedback_changes,
+        outer=tuple([i for i in dict.fromkeys(inputs) if i not in saved]),
+        memory=memory,
         places=[(p.shape, p.device) for p in parameters],
-        is_traced=torch.compiler.is_compiling(),
+        is_traced=is_traced,
     )
     return plan, table.tensors
-
-
-def _are_read(parameters: Sequence[Tensor], kept: Sequence[Tensor]) -> bool:
-    """Whether an update of some of the parameters would change what others' gradients are computed from."""
-    return not torch.compiler.is_compiling() and not memory_of(parameters).isdisjoint(memory_of(kept))
 
 
 def numbered(

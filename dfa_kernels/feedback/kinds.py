@@ -73,6 +73,9 @@ def _sparse_value(spec: FeedbackSpec, error_size: int) -> Tensor:
 
 def _sparse_product(parts: Parts, operand: Tensor, spec: FeedbackSpec) -> Tensor:
     indices, signs = parts
+    if not operand.shape[1]:
+        # Which torch refuses for some sizes.
+        return operand.new_zeros(len(indices), 0)
     return F.embedding_bag(indices, operand, mode="sum", per_sample_weights=signs.to(operand.dtype))
 
 

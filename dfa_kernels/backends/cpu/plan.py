@@ -14,17 +14,16 @@ from torch import Tensor
 
 from ..cuda.arguments import MOST_LAYERS, POINTERS, SHARED_POINTERS, arguments_of
 from ..cuda.looks import Looks
-from ..cuda.plan import Plan, layer_addresses, layers_told
+from ..cuda.plan import Plan, layer_addresses, sizes_of, told, wanted
+from ..cuda.projected import source_of
 from .library import library
 
 MOST_PRODUCTS = 2**19
 """Multiplications and additions for each layer beyond which torch's products, which know more of a processor, are worth
-their calls. Measured, with vectors of 8 numbers: see bench/NOTES.md."""
-MOST_STORED = 2**13
-"""Entries of a stored U from which on torch makes e Uᵀ: products with it are faster than U is turned, or made anew from
-its seed as here packed signs and non-zeros are. Measured."""
-HALF_TOO = 80
-"""No dtype is left out for lack of this much compute capability: which ones are says the plan."""
+their calls. Measured on one thread, with vectors of 8 numbers: see bench/NOTES.md."""
+MOST_STORED, MOST_MADE = 2**13, 2**16
+"""Entries of a stored U, and of one of signs or non-zeros that is made anew, from which on torch makes e Uᵀ: with a
+stored U by products that are faster than U is turned here, of the other two it makes many at once. Measured."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +47,43 @@ class SmallPlan:
 @lru_cache(maxsize=512)
 def small_plan(looks: Looks) -> SmallPlan:
     """The plan of every call that looks like this, if there are no gaps in what it reads."""
-    if len(looks.inputs) > MOST_LAYERS:
-        return SmallPlan(f"{len(looks.inputs)} layers are more than the {MOST_LAYERS} of a call")
-    told = layers_told(looks, HALF_TOO)
-    if isinstance(told, Plan):
-        return SmallPlan(told.reason or "no gradient is wanted")
-    plan, numbers, layers = told
-    if looks.error.is_stored and plan.widest * numbers["error_size"] > MOST_STORED and plan.source != "projection":
-        plan, numbers, layers = layers_told(looks, HALF_TOO, "projection")  # type: ignore[misc]
-    if lacking := {looks.dtype, looks.error.dtype, plan.dtype} - {torch.float32}:
-        return SmallPlan(f"it computes in float32, not in {', '.join(sorted(map(str, lacking)))}")
+    if reason := _why_torch(looks):
+        return SmallPlan(reason)
+    plan, numbers, layers = told(looks, wanted(looks), _source_of(looks))
     if (products := _products(plan, numbers, layers)) > (most := MOST_PRODUCTS * len(layers)):
         return SmallPlan(f"{products} products, more than {most}, are worth calls of their own")
     places = _places(plan, looks.rule, len(layers))
-    # A number that seems to be as many: what a new tensor is to be like takes no memory.
-    number = torch.zeros((), dtype=torch.float32, device="cpu")
     return SmallPlan(
         run=library().bound(arguments_of(numbers, layers), (ctypes.c_int * len(places))(*places)),
         pack=struct.Struct(f"{len(places)}Q").pack,
-        gradients=tuple([number.expand(shape) for shape in plan.shapes]),
+        gradients=tuple([_like(shape) for shape in plan.shapes]),
         reads_projection=plan.source == "projection" and plan.widest > 0,
         widest=plan.widest,
     )
+
+
+def _why_torch(looks: Looks) -> str:
+    """Why the torch backend has to compute this, however small it is; empty if it has not."""
+    if lacking := {looks.error.dtype, looks.dtype, *looks.dtypes} - {torch.float32}:
+        return f"the library computes in float32 without gaps, not in {', '.join(sorted(map(str, lacking)))}"
+    if len(looks.inputs) > MOST_LAYERS:
+        return f"{len(looks.inputs)} layers are more than the {MOST_LAYERS} of a call"
+    return "" if any(looks.weight_grads + looks.bias_grads) else "no gradient is wanted"
+
+
+def _source_of(looks: Looks) -> str:
+    """Where the library gets U from; "projection" where the torch backend has to make e Uᵀ, or had better."""
+    source = source_of(looks.error)
+    entries = looks.error.shape[1] * max([t * out for _, t, _, out in sizes_of(looks)[: len(looks.saved)]], default=0)
+    if looks.error.is_stored:
+        return source if entries <= MOST_STORED else "projection"
+    return "projection" if source in ("signs", "nonzeros") and entries > MOST_MADE else source
+
+
+def _like(shape: tuple[int, ...]) -> Tensor:
+    """What a new tensor of this shape is to be like: one number that seems to be as many, if that has their strides."""
+    number = torch.zeros((), dtype=torch.float32, device="cpu")
+    return number.expand(shape) if min(shape) > 1 else number.new_zeros(shape)
 
 
 def _products(plan: Plan, numbers: dict[str, Any], layers: list[dict[str, Any]]) -> int:

@@ -93,55 +93,61 @@ class Plan:
 @lru_cache(maxsize=512)
 def plan_layers(looks: Looks, target: Target) -> Plan:
     """The plan of every call that looks like this."""
-    told = layers_told(looks, target.capability)
-    if isinstance(told, Plan):
-        return told
-    plan, numbers, layers = told
+    plan = wanted(looks)
+    if reason := _why_torch(looks, target.capability):
+        return replace(plan, reason=reason)
+    if not plan.shapes:
+        return plan
+    plan, numbers, layers = told(looks, plan, source_of(looks.error))
     why_wide = _why_wide(plan, arguments_of(numbers, layers), target)
     plan = _wide(plan, numbers, layers, why_wide) if why_wide else _strips(plan, numbers, layers, target)
     return _addressed(plan, *layer_addresses(plan, looks.rule))
 
 
-def layers_told(
-    looks: Looks, capability: int, source: str = ""
-) -> Plan | tuple[Plan, dict[str, Any], list[dict[str, Any]]]:
-    """What any launch for such a call is told, of all layers and of each; a plan alone if it is the torch backend's.
-
-    source: of U, in place of the kernels' own.
-    """
-    widths_in = [shape[1] for shape in looks.inputs]
-    widths_out = [shape[1] for shape in looks.saved]
-    widths_out += [looks.error.shape[1]] * (len(looks.inputs) - len(looks.saved))
-    rows, hidden = looks.error.shape[0], len(looks.saved)
-    positions = [shape[0] // rows if rows else 1 for shape in looks.inputs]
+def wanted(looks: Looks) -> Plan:
+    """The gradients that are wanted, and whose they are."""
     shapes: list[tuple[int, ...]] = []
     weights, biases = [], []
-    for width, out, wants_weight, wants_bias in zip(
-        widths_in, widths_out, looks.weight_grads, looks.bias_grads, strict=True
+    for (_, _, width, out), wants_weight, wants_bias in zip(
+        sizes_of(looks), looks.weight_grads, looks.bias_grads, strict=True
     ):
         weights.append(len(shapes) if wants_weight else -1)
         shapes += [(out, width)] * wants_weight
         biases.append(len(shapes) if wants_bias else -1)
         shapes += [(out,)] * wants_bias
-    plan = Plan(shapes=tuple(shapes), weights=tuple(weights), biases=tuple(biases))
-    reason = reason_for_torch(looks.error.dtype, looks.dtypes, looks.dtype, capability)
-    if reason or not shapes:
-        return replace(plan, reason=reason)
-    if reason := too_large(
-        rows * max(positions), *widths_in, sum(t * m for t, m in zip(positions, widths_out, strict=True))
-    ):
-        return replace(plan, reason=reason)
+    return Plan(shapes=tuple(shapes), weights=tuple(weights), biases=tuple(biases))
+
+
+def sizes_of(looks: Looks) -> list[tuple[int, int, int, int]]:
+    """Rows of the error, positions, inputs and outputs of every layer."""
+    rows, widths_out = looks.error.shape[0], [shape[1] for shape in looks.saved]
+    widths_out += [looks.error.shape[1]] * (len(looks.inputs) - len(looks.saved))
+    return [
+        (rows, n // rows if rows else 1, width, out) for (n, width), out in zip(looks.inputs, widths_out, strict=True)
+    ]
+
+
+def _why_torch(looks: Looks, capability: int) -> str:
+    """Why the torch backend has to compute this; empty if it has not."""
+    sizes = sizes_of(looks)
+    return reason_for_torch(looks.error.dtype, looks.dtypes, looks.dtype, capability) or too_large(
+        *[rows * t for rows, t, _, _ in sizes], *[width for _, _, width, _ in sizes], sum(t * m for _, t, _, m in sizes)
+    )
+
+
+def told(looks: Looks, plan: Plan, source: str) -> tuple[Plan, dict[str, Any], list[dict[str, Any]]]:
+    """The plan with U from this source, and what any launch is told of all layers and of each."""
+    sizes, hidden = sizes_of(looks), len(looks.saved)
+    units = [t * out for _, t, _, out in sizes[:hidden]]
     assert looks.dtype is not None
     (dtype,) = looks.dtypes
-    sizes = [t * out for t, out in zip(positions, widths_out, strict=True)]
-    source = source or source_of(looks.error)
-    numbers, scales = projected(looks.error, sizes[:hidden], source)
+    numbers, scales = projected(looks.error, units, source)
     numbers |= dict(
         hidden=hidden, dtype=DTYPES[dtype], parameter_dtype=DTYPES[looks.dtype], rule=RULES[looks.rule],
     )  # fmt: skip
     layers: list[dict[str, Any]] = [
         dict(width_in=width, width_out=out, positions=t, channels=1, weight_set=_set(looks, w), bias_set=_set(looks, b))
-        for width, out, t, w, b in zip(widths_in, widths_out, positions, weights, biases, strict=True)
+        for (_, t, width, out), w, b in zip(sizes, plan.weights, plan.biases, strict=True)
     ]
     for i, (name, scale) in enumerate(zip(looks.activations, scales, strict=True)):
         p, q = looks.parameters[2 * i : 2 * i + 2]
@@ -151,9 +157,9 @@ def layers_told(
         feedback=looks.error.feedback,
         source=source,
         dtype=dtype,
-        widest=max(sizes[:hidden], default=0),
-        masks=looks.masks,
         hidden=hidden,
+        widest=max(units, default=0),
+        masks=looks.masks,
     )
     return plan, numbers, layers
 
