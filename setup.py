@@ -1,6 +1,7 @@
 """Builds the libraries of `csrc` where there is a compiler for them; everything else is declared in pyproject.toml.
 
-The CPU's library takes a C++ compiler: CXX names it; without it, c++, g++ or clang++ on the PATH is taken.
+The CPU's library, on Linux, takes a C++ compiler: CXX names it, with CXXFLAGS and LDFLAGS; without it, c++, g++ or
+clang++ on the PATH is taken, and if it fails the library is left out.
 
 The library of CUDA C++ kernels takes an nvcc: CUDA_HOME names the toolkit; without it, nvcc is looked for on the PATH.
 TORCH_CUDA_ARCH_LIST ("7.5 8.6+PTX") names the architectures, as for torch's own extensions. Without it a wheel gets
@@ -21,6 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
 SOURCES = HERE / "csrc"
@@ -92,17 +94,30 @@ def front_end(name: str) -> str:
     return number if name.startswith("compute") or int(number.rstrip("af")) < 80 else "80"
 
 
-def find_cxx() -> list[str]:
-    """Of CXX alone where that is set, so that the name of no program means none."""
-    given = shlex.split(os.environ["CXX"]) if "CXX" in os.environ else None
-    names = ("c++", "g++", "clang++") if given is None else given[:1]
-    found = next((path for path in map(shutil.which, names) if path), None)
-    return [found, *(given or [])[1:]] if found and sys.platform == "linux" else []
+def words(name: str) -> list[str]:
+    """The environment variable's, as a shell reads them."""
+    given = os.environ.get(name, "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise SystemExit(f"{name}: got {given!r}, expected words as in a shell: {error}") from error
+
+
+def find_cxx() -> tuple[list[str], str]:
+    """The C++ compiler's command, or why there is none. Of CXX alone where that is set."""
+    if sys.platform != "linux":
+        return [], "it is for Linux"
+    given = words("CXX")
+    if "CXX" in os.environ:
+        found = shutil.which(given[0]) if given else None
+        return ([found, *given[1:]], "") if found else ([], f"CXX is {os.environ['CXX']!r}, which names no program")
+    found = next((path for path in map(shutil.which, ("c++", "g++", "clang++")) if path), None)
+    return ([found], "") if found else ([], "none of c++, g++ and clang++ was found")
 
 
 def cpu_command(cxx: list[str], library: str) -> list[str]:
     """The C++ compiler's command line."""
-    return [*cxx, *CPU_FLAGS, str(SOURCES / "cpu.cpp"), "-o", library]
+    return [*cxx, *words("CXXFLAGS"), *CPU_FLAGS, str(SOURCES / "cpu.cpp"), "-o", library, *words("LDFLAGS")]
 
 
 def cuda_command(nvcc: str, names: list[str], library: str) -> list[str]:
@@ -115,7 +130,7 @@ def is_editable() -> bool:
     return not {"editable_wheel", "develop"}.isdisjoint(sys.argv)
 
 
-NVCC, CXX = find_nvcc(), find_cxx()
+NVCC, (CXX, WHY_NO_CXX) = find_nvcc(), find_cxx()
 NAMES, WHY_NOT = architectures(NVCC, is_editable())
 
 
@@ -123,7 +138,7 @@ class SaysWhatIsBuilt(build_py):
     """In one line each, whether the libraries are part of it."""
 
     def run(self) -> None:
-        print(f"C++ for small networks on a CPU: {f'by {CXX[0]}' if CXX else 'left out: no C++ compiler was found'}")
+        print(f"C++ for small networks on a CPU: {f'by {shlex.join(CXX)}' if CXX else 'left out: ' + WHY_NO_CXX}")
         print(f"CUDA C++ kernels: {f'by {NVCC} for ' + ', '.join(NAMES) if NAMES else 'left out: ' + WHY_NOT}")
         super().run()
 
@@ -145,16 +160,17 @@ class BuildsLibraries(build_ext):
 
 
 def run(command: list[str], way_out: str) -> None:
-    """Runs a compiler, or ends with what it says and how to do without what it was to make."""
+    """Runs a compiler; CompileError with how to do without what it was to make."""
     try:
         subprocess.run(command, check=True)
     except subprocess.CalledProcessError as error:
-        raise SystemExit(
+        raise CompileError(
             f"{command[0]} ended with status {error.returncode}; its messages are above. To install without {way_out}"
         ) from error
 
 
-EXTENSIONS = [Extension(CPU_LIBRARY, ["csrc/cpu.cpp"])] * bool(CXX)
+# Nobody has asked for a compiler that only was there, so one that fails is no reason not to install.
+EXTENSIONS = [Extension(CPU_LIBRARY, ["csrc/cpu.cpp"], optional="CXX" not in os.environ)] * bool(CXX)
 EXTENSIONS += [Extension(CUDA_LIBRARY, ["csrc/library.cu"])] * bool(NAMES)
 
 

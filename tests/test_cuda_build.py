@@ -61,19 +61,24 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def build(what: str, checkout: Path, home: Path, path: str | None = None, **environment: str) -> tuple[Path, str, str]:
-    """What setuptools makes ("wheel", "editable", "sdist") when pip asks; what was said; what nvcc was asked."""
+def build(
+    what: str, checkout: Path, home: Path, path: str | None = None, **environment: str | None
+) -> tuple[Path, str, str]:
+    """What setuptools makes ("wheel", "editable", "sdist") when pip asks; what was said; what nvcc was asked.
+
+    None takes a variable out of the environment.
+    """
     asked, out = checkout.parent / "asked.txt", checkout.parent / "out"
     asked.unlink(missing_ok=True)
     out.mkdir(exist_ok=True)
     code = f"from setuptools import build_meta; print('made', build_meta.build_{what}({str(out)!r}))"
     kept = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
     given = {**kept, "CUDA_HOME": str(home), "ASKED": str(asked), "PATH": path or os.environ["PATH"], "CXX": "none"}
-    given |= environment
+    given = {name: value for name, value in (given | environment).items() if value is not None}
     ran = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=given, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     name = next(line for line in ran.stdout.splitlines() if line.startswith("made ")).split()[1]
-    return out / name, ran.stdout, asked.read_text() if asked.exists() else ""
+    return out / name, ran.stdout + ran.stderr, asked.read_text() if asked.exists() else ""
 
 
 def codes(asked: str) -> list[str]:
@@ -88,7 +93,7 @@ def codes(asked: str) -> list[str]:
 def test_without_compilers(checkout: Path, tmp_path: Path) -> None:
     made, said, _ = build("wheel", checkout, tmp_path)
     assert made.name.endswith("-py3-none-any.whl")
-    assert "C++ for small networks on a CPU: left out: no C++ compiler was found" in said.splitlines()
+    assert "C++ for small networks on a CPU: left out: CXX is 'none', which names no program" in said.splitlines()
     assert "CUDA C++ kernels: left out: no nvcc was found, in CUDA_HOME or on the PATH" in said.splitlines()
     names = zipfile.ZipFile(made).namelist()
     assert f"{BACKEND}/library.py" in names
@@ -99,8 +104,8 @@ def test_without_compilers(checkout: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["wheel", "editable"])
 def test_with_a_cpp_compiler(checkout: Path, tmp_path: Path, what: str) -> None:
     """One wheel for every Python; the library in it is one that the package takes."""
-    made, said, _ = build(what, checkout, tmp_path, CXX=f"{COMPILER} -DDFA_FOR_ANY_PROCESSOR")
-    assert f"C++ for small networks on a CPU: by {COMPILER}" in said.splitlines()
+    made, said, _ = build(what, checkout, tmp_path, CXX=f"{COMPILER} -DDFA_FOR_ANY_PROCESSOR", CXXFLAGS="-DX='a b'")
+    assert f"C++ for small networks on a CPU: by {COMPILER} -DDFA_FOR_ANY_PROCESSOR" in said.splitlines()
     if what == "wheel":
         assert "-py3-none-linux_" in made.name
         assert LIBRARY not in zipfile.ZipFile(made).namelist()
@@ -112,6 +117,29 @@ def test_a_cpp_compiler_that_fails(checkout: Path, tmp_path: Path) -> None:
     program(tmp_path / "cxx", "#!/bin/sh\nexit 4\n")
     with pytest.raises(AssertionError, match=r"cxx ended with status 4; .* without the CPU's library, set CXX to the"):
         build("wheel", checkout, tmp_path, CXX=str(tmp_path / "cxx"))
+
+
+@pytest.mark.parametrize("what", ["wheel", "editable"])
+def test_a_cpp_compiler_that_nobody_asked_for_and_that_fails(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The rest is installed, and it says so."""
+    program(tmp_path / "bin" / "c++", "#!/bin/sh\nexit 4\n")
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.delenv("CXX", raising=False)
+    made, said, _ = build(what, checkout, tmp_path, path, CXX=None)
+    assert f"C++ for small networks on a CPU: by {tmp_path}/bin/c++" in said.splitlines()
+    assert "c++ ended with status 4" in said
+    names = zipfile.ZipFile(made).namelist()
+    assert CPU_LIBRARY not in names
+    assert any(name.endswith(".dist-info/METADATA") for name in names)
+
+
+def test_words_that_no_shell_reads(checkout: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        AssertionError, match=r"CXX: got \"g\+\+'\", expected words as in a shell: No closing quotation"
+    ):
+        build("wheel", checkout, tmp_path, CXX="g++'")
 
 
 def test_with_nvcc(checkout: Path, toolkit: Path) -> None:

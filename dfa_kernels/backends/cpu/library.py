@@ -36,7 +36,7 @@ class Library:
 
 def load(path: Path) -> Library:
     """The library at this path; LibraryError as for that of CUDA."""
-    made = opened(path, "a C++ compiler", ("dfa_run_small",))
+    made = opened(path, "a C++ compiler for Linux", ("dfa_run_small",))
     made.dfa_message.restype = ctypes.c_char_p
     made.dfa_run_small.argtypes = [
         ctypes.POINTER(Arguments),
