@@ -23,24 +23,31 @@ from dfa_kernels.backends import cpu, torch_backend
 from dfa_kernels.backends.calls import LayerCall
 from dfa_kernels.backends.cpu import operators, plan
 
-# Widths, and rows of the batch.
-NETWORKS = (
-    ((8, 8, 8, 8, 4), 4),
-    ((32, 32, 32, 32, 4), 16),
-    ((64, 64, 64, 64, 10), 32),
-    ((64, 64, 64, 64, 10), 64),
-    ((128, 128, 128, 10), 32),
-    ((128, 128, 128, 10), 64),
-    ((784, 32, 10), 32),
-    ((784, 128, 10), 32),
-    ((*[16] * 20, 4), 16),
-    ((*[64] * 20, 4), 16),
+MOST = plan.MOST_PRODUCTS
+GAUSSIAN = ("gaussian", "dense")
+# Widths, rows of the batch, and feedback.
+NETWORKS: tuple[tuple[tuple[int, ...], int, tuple[str, str]], ...] = (
+    ((8, 8, 8, 8, 4), 4, GAUSSIAN),
+    ((32, 32, 32, 32, 4), 16, GAUSSIAN),
+    ((64, 64, 64, 64, 10), 32, GAUSSIAN),
+    ((64, 64, 64, 64, 10), 64, GAUSSIAN),
+    ((128, 128, 128, 10), 32, GAUSSIAN),
+    ((128, 128, 128, 10), 64, GAUSSIAN),
+    ((784, 32, 10), 32, GAUSSIAN),
+    ((784, 128, 10), 32, GAUSSIAN),
+    ((*[16] * 20, 4), 16, GAUSSIAN),
+    ((*[64] * 20, 4), 16, GAUSSIAN),
+    ((64, 64, 64, 1000), 8, GAUSSIAN),
+    ((64, 64, 64, 10), 32, ("gaussian", "procedural")),
+    ((64, 64, 64, 10), 32, ("rademacher", "procedural")),
+    ((64, 64, 64, 1000), 8, ("rademacher", "procedural")),
+    ((64, 64, 64, 10), 32, ("sparse", "dense")),
 )
 RULES = {"gradients": [], "SGD": [1e-4, 0.0, 0.0, 0.0], "AdamW": [1e-4, 0.9, 0.999, 1e-8, 0.01, 5.0]}
 
 
-def layer_call(widths: tuple[int, ...], rows: int) -> LayerCall:
-    hidden, feedback = len(widths) - 2, dfa.Feedback()
+def layer_call(widths: tuple[int, ...], rows: int, form: tuple[str, str]) -> LayerCall:
+    hidden, feedback = len(widths) - 2, dfa.Feedback(*form)
     inputs = [torch.randn(rows, width) for width in widths[:-1]]
     stored, every = feedback.stored(max(widths[1:-1]), widths[-1], "cpu"), [True] * len(inputs)
     return LayerCall(
@@ -70,13 +77,12 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
     operators.check_device(torch.device("cpu"))
     with patch.object(plan, "MOST_PRODUCTS", 2**60):
-        for widths, rows in NETWORKS:
-            call = layer_call(widths, rows)
+        for widths, rows, form in NETWORKS:
+            call = layer_call(widths, rows, form)
             check(call)
             parameters = [torch.randn(shape) for n, m in pairwise(widths) for shape in ((m, n), (m,))]
             cells = []
@@ -84,14 +90,14 @@ def main() -> None:
                 times = medians(
                     interleaved(
                         {each.__name__: work(each, call, name, parameters) for each in (torch_backend, cpu)},
-                        options.rounds,
+                        rounds,
                     )
                 )
                 before, now = (1e6 * seconds for seconds in times.values())
                 cells.append(f"{name} {before:.0f} → {now:.0f} µs ({before / now:.1f}×)")
             each_layer = rows * sum(n * m for n, m in pairwise(widths)) / (len(widths) - 1)
             shape = "-".join(map(str, widths)) if len(widths) < 9 else f"{widths[0]}x{len(widths) - 1}-{widths[-1]}"
-            print(f"{shape} b={rows}, {each_layer / 2**19:.2f} of the most products: {', '.join(cells)}")
+            print(f"{shape} b={rows} {'-'.join(form)}, {each_layer / MOST:.2f} of the most: {', '.join(cells)}")
 
 
 if __name__ == "__main__":
