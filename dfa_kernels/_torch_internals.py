@@ -185,7 +185,16 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 def memory_of(tensors: Iterable[Tensor]) -> set[int]:
     """What tells the pieces of memory apart that these tensors lie in; a view lies in that of its base."""
-    return {tensor.untyped_storage()._cdata for tensor in tensors if torch._C._has_storage(tensor)}
+    return {tensor.untyped_storage()._cdata for tensor in tensors if has_memory(tensor)}
+
+
+def lie_in(tensors: Iterable[Tensor], memory: set[int]) -> bool:
+    """Whether one of these tensors, which have memory, lies in a piece of it; without a set of its own."""
+    return any([tensor.untyped_storage()._cdata in memory for tensor in tensors])
+
+
+has_memory: Callable[[Tensor], bool] = torch._C._has_storage
+"""Whether the tensor's numbers lie in memory of its own or another's; those of a batched tensor do not."""
 
 
 def is_in_memory(tensor: Tensor) -> bool:

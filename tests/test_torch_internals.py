@@ -190,6 +190,28 @@ def test_memory_of():
     assert _torch_internals.memory_of([x]) == _torch_internals.memory_of([x[1:].t(), nn.Parameter(x)])
     assert _torch_internals.memory_of([x]).isdisjoint(_torch_internals.memory_of([y, x.clone()]))
     assert _torch_internals.memory_of([x.to_sparse()]) == set()
+    assert _torch_internals.lie_in([y, x[1:]], _torch_internals.memory_of([x]))
+    assert not _torch_internals.lie_in([y, x.clone()], _torch_internals.memory_of([x]))
+
+
+def test_has_memory():
+    """Else the address of what has none would be asked for."""
+    assert _torch_internals.has_memory(torch.ones(2))
+    seen = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(_torch_internals.has_memory(gradient))
+            return gradient * 2
+
+    x = torch.ones(2, requires_grad=True)
+    torch.autograd.grad(Node.apply(x), x, torch.ones(3, 2), is_grads_batched=True)
+    assert seen == [False]
 
 
 def test_without_autocast():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from .._torch_internals import memory_of
+from .._torch_internals import lie_in
 from ..autocast import without_autocast
 from ..backends.calls import LayerCall
 from .lazy_gradient import LazyGradient
@@ -40,7 +40,7 @@ class DeferredCall:
     def reads_parameters(self) -> bool:
         """Whether an update of some parameters may change what others' gradients are computed from."""
         plan, tensors = self.plan, self.tensors
-        return plan.has_shared or not plan.memory.isdisjoint(memory_of([tensors[i] for i in plan.outer]))
+        return plan.has_shared or lie_in([tensors[i] for i in plan.outer], plan.memory)
 
     def check_unchanged(self) -> None:
         """RuntimeError if since its backward pass what the call needs was overwritten, or a parameter has moved."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._torch_internals import memory_of
+from .._torch_internals import has_memory, memory_of
 from ..backends.calls import LayerCall
 from ..feedback.spec import FeedbackSpec
 from ..forward.record import Pass
@@ -45,7 +45,7 @@ class LayersPlan:
     has_shared: bool
     """Whether a parameter is more than one layer's, or shares memory with the feedback matrix."""
     outer: tuple[int, ...]
-    """The inputs that are no saved tensors, which may be anybody's."""
+    """The inputs with memory that are no saved tensors, and may be anybody's."""
     memory: set[int]
     """What the parameters lie in; see `memory_of`."""
     places: list[tuple[torch.Size, torch.device]]
@@ -103,7 +103,9 @@ def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, l
         batch_dims=len(seen.rows),
         dtype=layers[0].weight.dtype,
         has_shared=len({id(p) for p in parameters}) < len(parameters) or feedback_changes,
-        outer=tuple([i for i in dict.fromkeys(inputs) if i not in saved]),
+        outer=tuple(
+            [i for i in dict.fromkeys(inputs) if i not in saved and (is_traced or has_memory(table.tensors[i]))]
+        ),
         memory=memory,
         places=[(p.shape, p.device) for p in parameters],
         is_traced=is_traced,

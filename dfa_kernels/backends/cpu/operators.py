@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._torch_internals import is_in_memory, operators_are_watched
+from ..._torch_internals import has_memory, is_in_memory, operators_are_watched
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall
@@ -71,8 +71,8 @@ def layer_update_(
 
 
 def _is_torchs(error: Tensor) -> bool:
-    """Whether somebody, a compiler say, has to see products, or the error is not what its memory says."""
-    return torch.compiler.is_compiling() or operators_are_watched() or not is_in_memory(error)
+    """Whether somebody, a compiler say, has to see products, or the error has no address."""
+    return torch.compiler.is_compiling() or operators_are_watched() or not has_memory(error)
 
 
 def _plan_for(
