@@ -105,8 +105,9 @@ def _more(arch: int, dtype: str, configs: Configs, everything: bool) -> Iterator
     if dtype != "fp16":
         several = replace(one, config=largest, rows=configs.strip[largest].rows)
         yield from (several, replace(several, rule="adamw"))
+        yield replace(one, rule="sgd")
     if dtype == "bf16" or (dtype != "fp16" and everything):
-        yield from (replace(one, rule=rule) for rule in ("sgd", "momentum"))
+        yield replace(one, rule="momentum")
     if dtype in ("fp32", "bf16"):
         # The output layer's error goes through a copy where its rows are no multiple of 16 bytes.
         yield replace(two, error_size=10)
@@ -187,12 +188,20 @@ def describe(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         "stores": sorted(_bytes_at_once(ptx, "st")),
         "plain_dots": len(re.findall(r"\btt\.dot .*-> tensor<[^>]*#blocked", kernel.asm["ttgir"])),
         "overwritten": _overwritten(kernel.asm["ttgir"], arguments),
+        "reads_ahead": _reads_ahead(kernel.asm["ttgir"]),
     }
 
 
 def _overwritten(ttgir: str, arguments: dict[str, Any]) -> list[str]:
     """Where warps load and others multiply, barriers in memory keep them apart: those cannot be followed."""
     return [] if "warp_specialize" in ttgir else async_products.overwritten(ttgir, arguments)
+
+
+def _reads_ahead(ttgir: str) -> bool:
+    """Whether a loop reads what its next turn is the first to use."""
+    read = set(re.findall(r"(%[\w.]+) = tt\.load ", ttgir))
+    handed_on = [line for line in ttgir.splitlines() if "scf.yield" in line]
+    return any(read.intersection(re.findall(r"%[\w.]+", line)) for line in handed_on)
 
 
 def _bytes_at_once(ptx: str, way: str) -> set[int]:
@@ -208,6 +217,7 @@ def machine_code(case: Case, arch: int, known: Path | None) -> dict[str, Any]:
     plan = planned(case, arch)
     promised = {"multiplies": case.multiplies, "tma": plan.uses_tma, "warps": plan.config.num_warps}
     promised |= {"programs": plan.config.programs, "stages": plan.config.num_stages}
+    promised["ahead"] = plan.arguments.get("AHEAD", False)
     promised["index"] = plan.arguments["INDEX"].primitive_bitwidth
     return promised | described(source_of(plan, case.numbers_in_memory), plan.options, arch, known, plan.arguments)
 

@@ -92,6 +92,8 @@ def _access_complaints(result: Result) -> Iterator[str]:
 def _instruction_complaints(result: Result, card: Expected) -> Iterator[str]:
     found = result["instructions"]
     yield from _access_complaints(result)
+    if result.get("ahead") and not result["reads_ahead"]:
+        yield "no tile of the parameter is read while the one before is multiplied"
     if not result["multiplies"]:
         return
     if card.instruction not in found:
@@ -199,6 +201,7 @@ FINE: Result = {
     "kernel": "two_phase", "dtype": "bf16", "network": "aligned", "multiplies": True, "tma": True, "warps": 8,
     "programs": 1, "reg": 255, "stack": 0, "local": 0, "shared": 227 * KIB, "tensor_memory": 512,
     "instructions": ["tcgen05", "tma"], "loads": [2, 16], "stores": [4, 16], "plain_dots": 0, "overwritten": [],
+    "reads_ahead": False,
 }  # fmt: skip
 
 
@@ -230,6 +233,8 @@ FINE: Result = {
             {"kernel": PRODUCER},
             ["no mbarrier in ['tcgen05', 'tma']: the warp that loads is not told which tiles were read"],
         ),
+        ({"ahead": True, "reads_ahead": True}, []),
+        ({"ahead": True}, ["no tile of the parameter is read while the one before is multiplied"]),
         ({"plain_dots": 1}, ["1 products without tensor cores, expected 0"]),
         ({"tma": False}, ["planned with TMA: False, expected True"]),
         ({"instructions": ["tcgen05", "cp.async"]}, ["no tma in ['tcgen05', 'cp.async']: tiles are not loaded ahead"]),

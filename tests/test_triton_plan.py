@@ -182,8 +182,7 @@ def test_registers_that_the_programs_of_a_multiprocessor_share(programs: int, wa
     config = StripConfig(64, 64, 128, 256, warps, 2, programs)
     assert config.registers == registers
     assert registers * warps * 32 * programs <= 65536
-    problem = layers_plan((8, 8)).problem
-    assert plan_strip(problem, config, H200).options["maxnreg"] == registers
+    assert plan_strip(light_problem(torch.float32), config, H200).options["maxnreg"] == registers
 
 
 @pytest.mark.parametrize(
@@ -236,11 +235,53 @@ def test_strips_fill_the_gpu_and_no_run_is_longer_than_it_has_to_be() -> None:
     assert found.programs == 264 == H200.multiprocessors * found.config.programs
 
 
+def light_problem(dtype: torch.dtype, **changes: Any) -> GroupedProblem:
+    """The paper's network in tf32 or half precision, U in memory."""
+    problem = layers_plan((3072, 800, 800, 800), rows=128, error_size=10, output_width=800, dtype=dtype).problem
+    of_error = {name: changes.pop(name) for name in ("rows", "error_size", "source") if name in changes}
+    how = replace(problem.projected, tf32=dtype == torch.float32, **({"source": "matrix"} | of_error))
+    return replace(problem, projected=how, **changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rows": 127},
+        {"rows": 256},
+        {"rule": "sgd"},
+        {"source": "gaussian"},
+        {"error_size": 17},
+        {"dropout_mask": 1},
+        {"activations": ("tanh", "relu", "tanh")},
+        {"activations": ("gelu",) * 3},
+    ],
+    ids=str,
+)
+def test_three_programs_share_a_multiprocessor_only_where_they_were_timed(
+    changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Plain gradients in one part from a few numbers of U for each unit. What takes more registers has them all."""
+    found = plan_grouped(light_problem(dtype, **changes), H200)
+    three = not changes
+    assert (found.config.programs, found.config.registers) == ((3, 168) if three else (2, 255))
+    if three:
+        assert (found.programs, found.arguments["chunks"]) == (343, (16, 5, 5, 5))
+    assert plan_grouped(light_problem(dtype, **changes), A100).config.programs <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_are_read_a_tile_ahead_where_registers_are_left(dtype: torch.dtype) -> None:
+    for rule in ("store", "sgd", "momentum", "adamw"):
+        assert plan_grouped(light_problem(dtype, rule=rule), H200).arguments["AHEAD"] == (rule == "sgd")
+
+
 @pytest.mark.parametrize(
     "change, warps, rows, stages",
     [
-        ({}, 4, 128, 3),
-        ({"rows": 17}, 4, 32, 3),
+        ({"rule": "sgd"}, 4, 128, 3),
+        ({"rule": "sgd", "rows": 17}, 4, 32, 3),
         ({"rows": 129}, 4, 128, 1),
         ({"rule": "sgd", "rows": 129}, 8, 64, 1),
         ({"positions": (2,)}, 8, 64, 1),

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import triton
 
-from .configs import StripConfig, configs_for
+from .configs import MOST_REGISTERS, REGISTERS, StripConfig, configs_for
 from .kernels.small_networks import strip
 from .launch_plan import SMALLEST_FACTOR, LaunchPlan, fastfood_block, grouped_arguments, rows_of_16_bytes
 from .problem import GroupedProblem, Projected, Target, alignment
@@ -18,6 +18,7 @@ BLOCK_E = 32
 MULTIPLIED = ("entries", "signs", "nonzeros")
 """Tiles of U that the error is multiplied by, if they have all its components."""
 ROOMY_WARPS = 8
+LIGHT_ACTIVATIONS = ({"tanh"}, {"relu"})
 
 
 def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> LaunchPlan:
@@ -37,6 +38,8 @@ def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> 
         POSITIONS=positions,
         PARTS=parts,
         EVEN=positions == 1 and projected.rows == parts * config.block_r,
+        # Other rules, and products of split factors, leave no registers for one tile more.
+        AHEAD=problem.rule == "sgd" and arguments["PRECISION"] != "bf16x6",
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
@@ -68,8 +71,10 @@ def fitted_strip(problem: GroupedProblem, config: StripConfig) -> StripConfig:
     block_r, warps, programs = config.block_r, config.num_warps, config.programs
     if by_blocks or not aligned or not (one_part or plain):
         block_r, warps = max(SMALLEST_FACTOR, block_r // (2 if aligned else 4)), max(warps, ROOMY_WARPS)
-        programs = max(1, programs * config.num_warps // warps)
     block_r = min(block_r, max(SMALLEST_FACTOR, triton.next_power_of_2(projected.rows)))
+    if not (aligned and plain and projected.rows == block_r and _has_a_light_delta(problem)):
+        # Only as many as leave a thread all the registers that it can have.
+        programs = min(programs, max(1, REGISTERS // (MOST_REGISTERS + 1) // (32 * warps)))
     # Several parts of x on their way would take the memory that several parts of δ lie in.
     stages = config.num_stages if positions == 1 and projected.rows <= block_r else 1
     return replace(config, block_m=block_m, block_r=block_r, num_warps=warps, num_stages=stages, programs=programs)
@@ -105,6 +110,13 @@ def _alignment(problem: GroupedProblem) -> int:
 
 def _is_regenerated(projected: Projected) -> bool:
     return projected.source == projected.feedback.row.seed_source
+
+
+def _has_a_light_delta(problem: GroupedProblem) -> bool:
+    """Whether hardly more registers are needed to make δ than for its product, as in what was timed."""
+    projected = problem.projected
+    few = projected.source in ("matrix", "signs") and projected.error_size <= SMALLEST_FACTOR
+    return few and not problem.dropout_mask and set(problem.activations) in LIGHT_ACTIVATIONS
 
 
 def _swaps(arithmetic: str, parts: int) -> bool:

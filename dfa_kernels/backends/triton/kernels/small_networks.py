@@ -30,7 +30,7 @@ def strip(
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
     INDEX: tl.constexpr, SWAP: tl.constexpr, HELD: tl.constexpr, POSITIONS: tl.constexpr, PARTS: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
@@ -40,7 +40,8 @@ def strip(
     Layer i's programs are those from firsts[i] on, chunks[i] of them for each tile of outputs.
 
     δ is in POSITIONS · PARTS parts of BLOCK_R rows. SWAP: products are (xᵀ δ) [BLOCK_N, BLOCK_M], not (δᵀ x). HELD: a
-    tile of U has all components of the error. EVEN: no part goes beyond the rows.
+    tile of U has all components of the error. EVEN: no part goes beyond the rows. AHEAD: a parameter's tile is read
+    while the one before is multiplied.
     """
     error_size, stride_row = multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR)
     layer, m, chunk, first_tile, end_tile = _strip_of(
@@ -80,19 +81,36 @@ def strip(
         )  # fmt: skip
     if WEIGHTS:
         weight, state0, state1 = pick(weights, layer), pick(weight_state0, layer), pick(weight_state1, layer)
+        # Beyond it nothing is read of the tile after the last.
+        end_column = tl.minimum(end_tile * BLOCK_N, width_in)
+        if AHEAD:
+            _, at, inside = _tile_of(first_tile, out, width_in, width_out, end_column, SWAP, BLOCK_N)
+            following = parameter_before(x, at, inside, weight, RULE)
         for n in range(first_tile, end_tile):
-            column = (n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
-            at = out[:, None] * width_in + column[None, :]
-            inside = (out < width_out)[:, None] & (column < width_in)[None, :]
-            if SWAP:
-                at, inside = tl.trans(at), tl.trans(inside)
+            column, at, inside = _tile_of(n, out, width_in, width_out, end_column, SWAP, BLOCK_N)
             # Before the product, so that they arrive during it.
-            before = parameter_before(x, at, inside, weight, RULE)
+            if AHEAD:
+                before = following
+                _, next_at, next_inside = _tile_of(n + 1, out, width_in, width_out, end_column, SWAP, BLOCK_N)
+                following = parameter_before(x, next_at, next_inside, weight, RULE)
+            else:
+                before = parameter_before(x, at, inside, weight, RULE)
             early = velocity_before(x, at, inside, state0, hyper, pick(WEIGHT_SETS, layer), RULE)
             gradient = _product(
                 x, deltas, column, width_in, rows, span, PRECISION, SWAP, POSITIONS, PARTS, EVEN, BLOCK_R
             )
             spend(gradient, before, early, at, inside, weight, state0, state1, hyper, pick(WEIGHT_SETS, layer), RULE)
+
+
+@triton.jit
+def _tile_of(n, out, width_in, width_out, end_column, SWAP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(inputs [N] of a strip's tile n, their weights' places, whether they are the strip's), both [M, N], or [N, M]."""
+    column = (n * BLOCK_N + tl.arange(0, BLOCK_N)).to(out.dtype)
+    at = out[:, None] * width_in + column[None, :]
+    inside = (out < width_out)[:, None] & (column < end_column)[None, :]
+    if SWAP:
+        at, inside = tl.trans(at), tl.trans(inside)
+    return column, at, inside
 
 
 @triton.jit
