@@ -116,7 +116,7 @@ def _more(arch: int, dtype: str, configs: Configs, everything: bool) -> Iterator
     if arch in ASYNCHRONOUS and dtype in ("fp16", "bf16"):
         yield replace(two, config=_without_tma(configs.two_phase), network="even")
     if dtype == "bf16":
-        yield replace(one, rule="momentum", network="half")
+        yield from (replace(one, rule=rule, network="half") for rule in ("store", "momentum"))
         if arch in ASYNCHRONOUS:
             yield from _wide(dtype, configs)
         else:

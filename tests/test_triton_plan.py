@@ -235,12 +235,14 @@ def test_strips_fill_the_gpu_and_no_run_is_longer_than_it_has_to_be() -> None:
     assert found.programs == 264 == H200.multiprocessors * found.config.programs
 
 
-def light_problem(dtype: torch.dtype, **changes: Any) -> GroupedProblem:
+def light_problem(
+    dtype: torch.dtype, widths: tuple[int, ...] = (3072, 800, 800, 800), **changes: Any
+) -> GroupedProblem:
     """The paper's network in tf32 or half precision, U in memory."""
-    problem = layers_plan((3072, 800, 800, 800), rows=128, error_size=10, output_width=800, dtype=dtype).problem
+    problem = layers_plan(widths, rows=128, error_size=10, output_width=widths[-1], dtype=dtype).problem
     of_error = {name: changes.pop(name) for name in ("rows", "error_size", "source") if name in changes}
     how = replace(problem.projected, tf32=dtype == torch.float32, **({"source": "matrix"} | of_error))
-    return replace(problem, projected=how, **changes)
+    return replace(problem, projected=how, **({"parameter_dtype": dtype} | changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -252,6 +254,9 @@ def light_problem(dtype: torch.dtype, **changes: Any) -> GroupedProblem:
         {"rows": 256},
         {"rule": "sgd"},
         {"source": "gaussian"},
+        {"source": "signs"},
+        {"parameter_dtype": torch.float16},
+        {"widths": (512,) * 10},
         {"error_size": 17},
         {"dropout_mask": 1},
         {"activations": ("tanh", "relu", "tanh")},
@@ -262,7 +267,7 @@ def light_problem(dtype: torch.dtype, **changes: Any) -> GroupedProblem:
 def test_three_programs_share_a_multiprocessor_only_where_they_were_timed(
     changes: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Plain gradients in one part from a few numbers of U for each unit. What takes more registers has them all."""
+    """Plain gradients in one whole part, δ from a few stored numbers a unit. What takes more registers has them all."""
     found = plan_grouped(light_problem(dtype, **changes), H200)
     three = not changes
     assert (found.config.programs, found.config.registers) == ((3, 168) if three else (2, 255))

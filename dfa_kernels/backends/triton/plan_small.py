@@ -19,6 +19,7 @@ MULTIPLIED = ("entries", "signs", "nonzeros")
 """Tiles of U that the error is multiplied by, if they have all its components."""
 ROOMY_WARPS = 8
 LIGHT_ACTIVATIONS = ({"tanh"}, {"relu"})
+MOST_LIGHT_LAYERS = 9
 
 
 def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> LaunchPlan:
@@ -72,7 +73,7 @@ def fitted_strip(problem: GroupedProblem, config: StripConfig) -> StripConfig:
     if by_blocks or not aligned or not (one_part or plain):
         block_r, warps = max(SMALLEST_FACTOR, block_r // (2 if aligned else 4)), max(warps, ROOMY_WARPS)
     block_r = min(block_r, max(SMALLEST_FACTOR, triton.next_power_of_2(projected.rows)))
-    if not (aligned and plain and projected.rows == block_r and _has_a_light_delta(problem)):
+    if not (aligned and plain and projected.rows == block_r and _is_light(problem)):
         # Only as many as leave a thread all the registers that it can have.
         programs = min(programs, max(1, REGISTERS // (MOST_REGISTERS + 1) // (32 * warps)))
     # Several parts of x on their way would take the memory that several parts of δ lie in.
@@ -112,11 +113,12 @@ def _is_regenerated(projected: Projected) -> bool:
     return projected.source == projected.feedback.row.seed_source
 
 
-def _has_a_light_delta(problem: GroupedProblem) -> bool:
-    """Whether hardly more registers are needed to make δ than for its product, as in what was timed."""
-    projected = problem.projected
-    few = projected.source in ("matrix", "signs") and projected.error_size <= SMALLEST_FACTOR
-    return few and not problem.dropout_mask and set(problem.activations) in LIGHT_ACTIVATIONS
+def _is_light(problem: GroupedProblem) -> bool:
+    """Whether δ takes no more registers than in what was timed."""
+    projected, alike = problem.projected, problem.parameter_dtype == problem.projected.dtype
+    few = projected.error_size <= SMALLEST_FACTOR and len(problem.widths_in) <= MOST_LIGHT_LAYERS
+    elementwise = set(problem.activations) in LIGHT_ACTIVATIONS and not problem.dropout_mask
+    return projected.source == "matrix" and few and elementwise and alike
 
 
 def _swaps(arithmetic: str, parts: int) -> bool:

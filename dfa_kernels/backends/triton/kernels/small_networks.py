@@ -81,7 +81,7 @@ def strip(
         )  # fmt: skip
     if WEIGHTS:
         weight, state0, state1 = pick(weights, layer), pick(weight_state0, layer), pick(weight_state1, layer)
-        # Beyond it nothing is read of the tile after the last.
+        # Of the tile after the strip's last nothing is read.
         end_column = tl.minimum(end_tile * BLOCK_N, width_in)
         if AHEAD:
             _, at, inside = _tile_of(first_tile, out, width_in, width_out, end_column, SWAP, BLOCK_N)
