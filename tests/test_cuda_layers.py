@@ -77,6 +77,14 @@ def test_any_network(task: str, random: Random) -> None:
     check(call, run(call, task))
 
 
+def test_gradients_of_one_width_come_from_one_block() -> None:
+    call = make_call(plain_network([plain_layer(width_in=8, width_out=8)] * 3, output_width=8))
+    with on_host():
+        found = cuda.layer_grads(call.arguments(), torch.float32)
+    check(call, found)
+    assert len({gradient.untyped_storage().data_ptr() for gradient in found}) == 2 < len(found)
+
+
 @both_tasks
 def test_every_activation(task: str) -> None:
     layers = [plain_layer(case, mask=i % 3 == 0) for i, case in enumerate(CASES)]

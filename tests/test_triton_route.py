@@ -10,8 +10,8 @@ from triton_cases import DEVICE, forced, watched
 
 import dfa_kernels as dfa
 from dfa_kernels.backends.calls import LayerCall
+from dfa_kernels.backends.gradient_memory import LARGEST_BLOCK, GradientMemory
 from dfa_kernels.backends.triton import operators
-from dfa_kernels.backends.triton.gradient_memory import LARGEST_BLOCK, GradientMemory
 from dfa_kernels.backends.triton.route import MOST_LAYERS, looks_of, route_of
 
 

@@ -63,6 +63,7 @@ def main() -> None:
                 found, call, parameters, (), None
             ),
             "look at the call, and find its plan": lambda: operators.plan_for(call, "store", torch.float32),
+            "layer_grads, all of it": lambda: operators.layer_grads(call, torch.float32),
             "layer_update_, SGD, all of it": lambda: operators.layer_update_(call, parameters, [], "sgd", hyper),
         }
         for name, work in rows.items():

@@ -64,7 +64,7 @@ def layer_grads(call: LayerCall, dtype: torch.dtype) -> list[Tensor]:
     plan = plan_for(call, "store", dtype)
     if plan.reason:
         return torch_backend.layer_grads(call, dtype)
-    gradients = [torch.empty(shape, dtype=dtype, device=device) for shape in plan.shapes]
+    gradients = plan.memory.allocate(device, dtype)
     _run_layers(plan, call, gradients, (), None)
     return gradients
 

@@ -9,7 +9,7 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import torch
 
 from ...feedback.spec import FeedbackSpec
 from ...updates import RULES as UPDATE_RULES
+from ..gradient_memory import GradientMemory
 from .arguments import (
     ACTIVATIONS,
     DTYPES,
@@ -88,6 +89,11 @@ class Plan:
     """Of the addresses of all tensors, as the operator lists them: those that the arguments begin with."""
     pack: Any = None
     """Writes these into the arguments."""
+
+    @cached_property
+    def memory(self) -> GradientMemory:
+        """What the gradients are made from."""
+        return GradientMemory(self.shapes)
 
 
 @lru_cache(maxsize=512)

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..._torch_internals import cuda_matmul_precision
 from ...updates import RULES
 from ..calls import LayerCall
+from ..gradient_memory import GradientMemory
 from ..known import Known
 from ..layout import dense_dtype
 from .choice import plan_grouped
-from .gradient_memory import GradientMemory
 from .launch import Picker, check_device, target_of
 from .launch_plan import LaunchPlan
 from .plan_taps import plan_taps

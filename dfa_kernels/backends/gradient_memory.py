@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..layout import ALIGNMENT
+from .layout import ALIGNMENT
 
 # Bytes. Memory stays until the last gradient in it goes, so large ones have their own.
 LARGEST_BLOCK = 2**24
