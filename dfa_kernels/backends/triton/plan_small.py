@@ -18,8 +18,8 @@ BLOCK_E = 32
 MULTIPLIED = ("entries", "signs", "nonzeros")
 """Tiles of U that the error is multiplied by, if they have all its components."""
 ROOMY_WARPS = 8
-LIGHT_ACTIVATIONS = ({"tanh"}, {"relu"})
-MOST_LIGHT_LAYERS = 9
+LIGHT_ACTIVATIONS, MOST_LIGHT_LAYERS = ({"tanh"}, {"relu"}), 9
+"""With others, or more layers, a program may take more than a third of a multiprocessor's registers."""
 
 
 def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> LaunchPlan:
@@ -114,11 +114,16 @@ def _is_regenerated(projected: Projected) -> bool:
 
 
 def _is_light(problem: GroupedProblem) -> bool:
-    """Whether δ takes no more registers than in what was timed."""
-    projected, alike = problem.projected, problem.parameter_dtype == problem.projected.dtype
-    few = projected.error_size <= SMALLEST_FACTOR and len(problem.widths_in) <= MOST_LIGHT_LAYERS
-    elementwise = set(problem.activations) in LIGHT_ACTIVATIONS and not problem.dropout_mask
-    return projected.source == "matrix" and few and elementwise and alike
+    """Whether δ takes no more registers than in what was timed, of the paper's network."""
+    projected = problem.projected
+    return (
+        projected.source == "matrix"
+        and projected.error_size <= SMALLEST_FACTOR
+        and projected.dtype == problem.parameter_dtype
+        and len(problem.widths_in) <= MOST_LIGHT_LAYERS
+        and set(problem.activations) in LIGHT_ACTIVATIONS
+        and not problem.dropout_mask
+    )
 
 
 def _swaps(arithmetic: str, parts: int) -> bool:
