@@ -103,9 +103,7 @@ def layers_plan(seen: Pass, layers: Sequence[FusedLayer]) -> tuple[LayersPlan, l
         batch_dims=len(seen.rows),
         dtype=layers[0].weight.dtype,
         has_shared=len({id(p) for p in parameters}) < len(parameters) or feedback_changes,
-        outer=tuple(
-            [i for i in dict.fromkeys(inputs) if i not in saved and (is_traced or has_memory(table.tensors[i]))]
-        ),
+        outer=() if is_traced else tuple([i for i in {*inputs} - {*saved} if has_memory(table.tensors[i])]),
         memory=memory,
         places=[(p.shape, p.device) for p in parameters],
         is_traced=is_traced,
