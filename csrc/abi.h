@@ -1,6 +1,6 @@
 // The library's interface: plain C, so that one build serves every version of Python and of torch.
 //
-// dfa_kernels/backends/cuda/arguments.py has the same structs; both sides compare DFA_ABI_VERSION and their sizes.
+// dfa_kernels/backends/csrc/arguments.py has the same structs; both sides compare DFA_ABI_VERSION and their sizes.
 #pragma once
 
 #include "platform.h"

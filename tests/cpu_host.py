@@ -12,7 +12,7 @@ from cuda_host import ROOT, compiled
 
 from dfa_kernels.backends.cpu import library, operators, plan
 from dfa_kernels.backends.cpu.library import Library
-from dfa_kernels.backends.cuda.library import LibraryError
+from dfa_kernels.backends.csrc.opened import LibraryError
 
 
 @cache

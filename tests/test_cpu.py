@@ -40,8 +40,8 @@ from dfa_kernels import backends
 from dfa_kernels.backends import cpu, torch_backend
 from dfa_kernels.backends.cpu import operators
 from dfa_kernels.backends.cpu.library import load
-from dfa_kernels.backends.cuda.arguments import MOST_LAYERS, Arguments
-from dfa_kernels.backends.cuda.library import LibraryError
+from dfa_kernels.backends.csrc.arguments import MOST_LAYERS, Arguments
+from dfa_kernels.backends.csrc.opened import LibraryError
 
 pytestmark = [
     needs_a_compiler,

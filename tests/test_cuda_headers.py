@@ -14,11 +14,11 @@ from torch import Tensor
 from triton_cases import CASES, keep
 
 from dfa_kernels.activations import ACTIVATIONS
-from dfa_kernels.backends.cuda import arguments
-from dfa_kernels.backends.cuda.arguments import DTYPES, Arguments, arguments_of
-from dfa_kernels.backends.cuda.arguments import SOURCES as ORIGINS
-from dfa_kernels.backends.cuda.looks import ErrorLooks
-from dfa_kernels.backends.cuda.projected import source_of
+from dfa_kernels.backends.csrc import arguments
+from dfa_kernels.backends.csrc.arguments import DTYPES, Arguments, arguments_of
+from dfa_kernels.backends.csrc.arguments import SOURCES as ORIGINS
+from dfa_kernels.backends.csrc.looks import ErrorLooks
+from dfa_kernels.backends.csrc.projected import source_of
 from dfa_kernels.feedback.entries import fill, unpack_signs
 from dfa_kernels.feedback.kinds import FEEDBACK_KINDS
 from dfa_kernels.feedback.philox import normals

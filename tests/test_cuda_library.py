@@ -15,9 +15,10 @@ from torch import nn
 
 import dfa_kernels as dfa
 from dfa_kernels import backends
+from dfa_kernels.backends.csrc.arguments import ABI_VERSION
+from dfa_kernels.backends.csrc.opened import LibraryError
 from dfa_kernels.backends.cuda import library, operators
-from dfa_kernels.backends.cuda.arguments import ABI_VERSION
-from dfa_kernels.backends.cuda.library import LibraryError, load
+from dfa_kernels.backends.cuda.library import load
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 EXPORT = 'extern "C" __attribute__((visibility("default")))'

@@ -29,7 +29,7 @@ from triton_cases import (
 
 import dfa_kernels as dfa
 from dfa_kernels.backends import cuda, torch_backend
-from dfa_kernels.backends.cuda.arguments import MOST_LAYERS
+from dfa_kernels.backends.csrc.arguments import MOST_LAYERS
 
 pytestmark = [
     needs_a_compiler,

@@ -20,7 +20,8 @@ from triton_cases import CASES, DEVICE, FEEDBACKS, Call, make_call, plain_layer,
 import dfa_kernels as dfa
 from bench.gpu.graphs import captured
 from dfa_kernels.backends import cuda
-from dfa_kernels.backends.cuda import operators, plan, projected
+from dfa_kernels.backends.csrc import projected
+from dfa_kernels.backends.cuda import operators, plan
 
 
 def capability() -> int:

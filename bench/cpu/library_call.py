@@ -19,8 +19,8 @@ import torch
 
 import dfa_kernels as dfa
 from dfa_kernels.backends.calls import LayerCall
+from dfa_kernels.backends.csrc.arguments import Arguments
 from dfa_kernels.backends.cuda import library, operators
-from dfa_kernels.backends.cuda.arguments import Arguments
 from dfa_kernels.backends.cuda.library import HOST, Library
 
 WIDTHS, BATCH = (3072, 800, 800, 800, 10), 128

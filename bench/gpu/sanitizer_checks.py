@@ -29,7 +29,7 @@ from bench.gpu.processes import write
 from bench.gpu.tuning_workloads import taps_call
 from dfa_kernels.backends import BACKENDS, OLDEST_FOR_TRITON, cuda, torch_backend
 from dfa_kernels.backends.calls import Backend, LayerCall
-from dfa_kernels.backends.cuda.arguments import TASKS
+from dfa_kernels.backends.csrc.arguments import TASKS
 from dfa_kernels.backends.cuda.library import Library
 from dfa_kernels.backends.triton.route import planned_by
 

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..cuda.arguments import Arguments
-from ..cuda.library import LibraryError, opened
+from ..csrc.arguments import Arguments
+from ..csrc.opened import LibraryError, opened
 
 PATH = Path(__file__).with_name("libdfa_cpu.so")
 

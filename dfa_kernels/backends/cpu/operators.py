@@ -15,8 +15,8 @@ from ..._torch_internals import has_memory, is_in_memory, operators_are_watched
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall
-from ..cuda.looks import looks_of
-from ..cuda.numbers import numbers_and_sets
+from ..csrc.looks import looks_of
+from ..csrc.rows import numbers_and_sets
 from ..known import Known
 from ..layout import dense, dense_dtype
 from .library import why_not

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cuda.arguments import MOST_LAYERS, POINTERS, SHARED_POINTERS, arguments_of
-from ..cuda.looks import Looks
-from ..cuda.plan import Plan, layer_addresses, sizes_of, told, wanted
-from ..cuda.projected import source_of
+from ..csrc.arguments import MOST_LAYERS, POINTERS, SHARED_POINTERS, arguments_of
+from ..csrc.looks import Looks
+from ..csrc.projected import source_of
+from ..csrc.told import Gradients, Told, gradients_of, tensors_of, told, units_of
 from .library import library
 
 MOST_PRODUCTS = 2**19
@@ -49,16 +49,17 @@ def small_plan(looks: Looks) -> SmallPlan:
     """The plan of every call that looks like this, if there are no gaps in what it reads."""
     if reason := _why_torch(looks):
         return SmallPlan(reason)
-    plan, numbers, layers = told(looks, wanted(looks), _source_of(looks))
-    if (products := _products(plan, numbers, layers)) > (most := MOST_PRODUCTS * len(layers)):
+    gradients, source = gradients_of(looks), _source_of(looks)
+    call = told(looks, gradients, source)
+    if (products := _products(call, gradients, source)) > (most := MOST_PRODUCTS * len(call.layers)):
         return SmallPlan(f"{products} products, more than {most}, are worth calls of their own")
-    places = _places(plan, looks.rule, len(layers))
+    places = _places(tensors_of(looks, gradients), len(call.layers))
     return SmallPlan(
-        run=library().bound(arguments_of(numbers, layers), (ctypes.c_int * len(places))(*places)),
+        run=library().bound(arguments_of(call.numbers, call.layers), (ctypes.c_int * len(places))(*places)),
         pack=struct.Struct(f"{len(places)}Q").pack,
-        gradients=tuple([_like(shape) for shape in plan.shapes]),
-        reads_projection=plan.source == "projection" and plan.widest > 0,
-        widest=plan.widest,
+        gradients=tuple([_like(shape) for shape in gradients.shapes]),
+        reads_projection=source == "projection" and call.widest > 0,
+        widest=call.widest,
     )
 
 
@@ -74,7 +75,7 @@ def _why_torch(looks: Looks) -> str:
 def _source_of(looks: Looks) -> str:
     """Where the library gets U from; "projection" where the torch backend has to make e Uᵀ, or had better."""
     source = source_of(looks.error)
-    entries = looks.error.shape[1] * max([t * out for _, t, _, out in sizes_of(looks)[: len(looks.saved)]], default=0)
+    entries = looks.error.shape[1] * max(units_of(looks), default=0)
     if looks.error.is_stored:
         return source if entries <= MOST_STORED else "projection"
     return "projection" if source in ("signs", "nonzeros") and entries > MOST_MADE else source
@@ -86,18 +87,17 @@ def _like(shape: tuple[int, ...]) -> Tensor:
     return number.expand(shape) if min(shape) > 1 else number.new_zeros(shape)
 
 
-def _products(plan: Plan, numbers: dict[str, Any], layers: list[dict[str, Any]]) -> int:
+def _products(call: Told, gradients: Gradients, source: str) -> int:
     """Multiplications and additions for the gradients, and for e Uᵀ where the library makes it."""
-    projection = 0 if plan.source == "projection" else plan.widest * numbers["error_size"]
+    projection = 0 if source == "projection" else call.widest * call.numbers["error_size"]
     each = [
         layer["positions"] * layer["width_out"] * (layer["width_in"] if weight >= 0 else 1)
-        for layer, weight in zip(layers, plan.weights, strict=True)
+        for layer, weight in zip(call.layers, gradients.weights, strict=True)
     ]
-    return int(numbers["rows"] * (sum(each) + projection))
+    return int(call.numbers["rows"] * (sum(each) + projection))
 
 
-def _places(plan: Plan, rule: str, layers: int) -> list[int]:
-    """Which pointer of the arguments each address is."""
-    shared, names = layer_addresses(plan, rule)
-    wanted: list[Any] = [*SHARED_POINTERS, *[(name, i) for i in range(layers) for name in POINTERS]]
-    return [wanted.index(name) for name in (*shared, *names)]
+def _places(names: Sequence[tuple[str, int]], layers: int) -> list[int]:
+    """Which pointer of the arguments each address is: those of all layers, then these."""
+    pointers: list[Any] = [*SHARED_POINTERS, *[(name, i) for i in range(layers) for name in POINTERS]]
+    return [pointers.index(name) for name in (*SHARED_POINTERS, *names)]

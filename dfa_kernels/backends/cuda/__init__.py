@@ -1,8 +1,8 @@
 """The operators by the CUDA C++ kernels of `csrc/`, for GPUs whose tensor cores Triton leaves idle.
 
-operators.py (what is called) → looks.py → plan.py (which launches, and why) → arguments.py (the struct that the library
-takes) → library.py (the library, found and checked). Where U comes from is in projected.py, an update's numbers in
-numbers.py; describe.py says a plan in words.
+operators.py (what is called) → plan.py (which launches, and why) → library.py (the library, found and checked). What a
+call looks like, and what the library is told of it, is in ../csrc/, for the CPU's library as well; where an update's
+numbers are is in numbers.py; describe.py says a plan in words.
 """
 
 from ...feedback.hadamard import hadamard_by_products as hadamard

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..calls import LayerCall, TapsCall
+from ..csrc.arguments import MOST_LAYERS
+from ..csrc.looks import looks_of, some_taps, taps_looks
 from ..parts import split
-from .arguments import MOST_LAYERS
-from .looks import looks_of, some_taps, taps_looks
 from .operators import target_of
 from .plan import DELTA_ROWS, STRIP, UNITS, WIDE, Plan, plan_layers, plan_taps
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from ...updates import RULES
 from .. import torch_backend
 from ..calls import DeviceNumbers, LayerCall, TapsCall, encoded
+from ..csrc.arguments import MOST_LAYERS, Arguments
+from ..csrc.looks import looks_of, some_taps, taps_looks
+from ..csrc.rows import numbers_and_sets
 from ..known import Known
 from ..layout import dense, dense_dtype, like, ordered
 from ..parts import split, split_update
-from .arguments import MOST_LAYERS, Arguments
 from .library import library, why_not
-from .looks import looks_of, some_taps, taps_looks
-from .numbers import numbers_and_sets, on_device
+from .numbers import on_device
 from .plan import Plan, Target, plan_layers, plan_taps
 from .stream import on_stream
 

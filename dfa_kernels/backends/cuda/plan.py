@@ -17,21 +17,20 @@ from typing import Any, NamedTuple
 import torch
 
 from ...feedback.spec import FeedbackSpec
-from ...updates import RULES as UPDATE_RULES
-from ..gradient_memory import GradientMemory
-from .arguments import (
+from ..csrc.arguments import (
     ACTIVATIONS,
     DTYPES,
     POINTERS,
-    RULES,
     SHARED_POINTERS,
     TASKS,
     Arguments,
     arguments_of,
 )
+from ..csrc.looks import Looks, TapsLooks
+from ..csrc.projected import projected, reason_for_torch, source_of, too_large
+from ..csrc.told import NO_GRADIENTS, Gradients, gradients_of, sizes_of, tensors_of, told
+from ..gradient_memory import GradientMemory
 from .library import library
-from .looks import Looks, TapsLooks
-from .projected import projected, reason_for_torch, source_of, too_large
 
 LARGEST_STRIP_ERROR = 64
 """Components of the error up to which every strip makes P anew. Estimated, not measured."""
@@ -69,17 +68,9 @@ class Plan:
     source: str = ""
     dtype: torch.dtype = torch.float32
     """Of the activations."""
-    hidden: int = 0
-    """How many of the layers are hidden ones."""
     widest: int = 0
     """Units of the widest tap: rows of U that are needed."""
-    shapes: tuple[tuple[int, ...], ...] = ()
-    """Of the gradients, in the order of the operators."""
-    weights: tuple[int, ...] = ()
-    biases: tuple[int, ...] = ()
-    """Which of them belongs to each layer; -1 where a layer wants none."""
-    masks: tuple[bool, ...] = ()
-    """Whether each hidden layer has one."""
+    gradients: Gradients = NO_GRADIENTS
     delta_offsets: tuple[int, ...] = ()
     """Bytes before each layer's δ in the workspace of delta_numbers, if there is one."""
     delta_numbers: int = 0
@@ -93,44 +84,24 @@ class Plan:
     @cached_property
     def memory(self) -> GradientMemory:
         """What the gradients are made from."""
-        return GradientMemory(self.shapes)
+        return GradientMemory(self.gradients.shapes)
 
 
 @lru_cache(maxsize=512)
 def plan_layers(looks: Looks, target: Target) -> Plan:
     """The plan of every call that looks like this."""
-    plan = wanted(looks)
+    gradients, source = gradients_of(looks), source_of(looks.error)
+    plan = Plan(gradients=gradients, feedback=looks.error.feedback, source=source)
     if reason := _why_torch(looks, target.capability):
         return replace(plan, reason=reason)
-    if not plan.shapes:
+    if not gradients.shapes:
         return plan
-    plan, numbers, layers = told(looks, plan, source_of(looks.error))
+    numbers, layers, dtype, widest = told(looks, gradients, source)
+    plan = replace(plan, dtype=dtype, widest=widest)
     why_wide = _why_wide(plan, arguments_of(numbers, layers), target)
     plan = _wide(plan, numbers, layers, why_wide) if why_wide else _strips(plan, numbers, layers, target)
-    return _addressed(plan, *layer_addresses(plan, looks.rule))
-
-
-def wanted(looks: Looks) -> Plan:
-    """The gradients that are wanted, and whose they are."""
-    shapes: list[tuple[int, ...]] = []
-    weights, biases = [], []
-    for (_, _, width, out), wants_weight, wants_bias in zip(
-        sizes_of(looks), looks.weight_grads, looks.bias_grads, strict=True
-    ):
-        weights.append(len(shapes) if wants_weight else -1)
-        shapes += [(out, width)] * wants_weight
-        biases.append(len(shapes) if wants_bias else -1)
-        shapes += [(out,)] * wants_bias
-    return Plan(shapes=tuple(shapes), weights=tuple(weights), biases=tuple(biases))
-
-
-def sizes_of(looks: Looks) -> list[tuple[int, int, int, int]]:
-    """Rows of the error, positions, inputs and outputs of every layer."""
-    rows, widths_out = looks.error.shape[0], [shape[1] for shape in looks.saved]
-    widths_out += [looks.error.shape[1]] * (len(looks.inputs) - len(looks.saved))
-    return [
-        (rows, n // rows if rows else 1, width, out) for (n, width), out in zip(looks.inputs, widths_out, strict=True)
-    ]
+    names = tensors_of(looks, gradients) + [("delta", i) for i in range(len(layers)) if plan.delta_offsets]
+    return _addressed(plan, SHARED_POINTERS, names)
 
 
 def _why_torch(looks: Looks, capability: int) -> str:
@@ -139,39 +110,6 @@ def _why_torch(looks: Looks, capability: int) -> str:
     return reason_for_torch(looks.error.dtype, looks.dtypes, looks.dtype, capability) or too_large(
         *[rows * t for rows, t, _, _ in sizes], *[width for _, _, width, _ in sizes], sum(t * m for _, t, _, m in sizes)
     )
-
-
-def told(looks: Looks, plan: Plan, source: str) -> tuple[Plan, dict[str, Any], list[dict[str, Any]]]:
-    """The plan with U from this source, and what any launch is told of all layers and of each."""
-    sizes, hidden = sizes_of(looks), len(looks.saved)
-    units = [t * out for _, t, _, out in sizes[:hidden]]
-    assert looks.dtype is not None
-    (dtype,) = looks.dtypes
-    numbers, scales = projected(looks.error, units, source)
-    numbers |= dict(
-        hidden=hidden, dtype=DTYPES[dtype], parameter_dtype=DTYPES[looks.dtype], rule=RULES[looks.rule],
-    )  # fmt: skip
-    layers: list[dict[str, Any]] = [
-        dict(width_in=width, width_out=out, positions=t, channels=1, weight_set=_set(looks, w), bias_set=_set(looks, b))
-        for (_, t, width, out), w, b in zip(sizes, plan.weights, plan.biases, strict=True)
-    ]
-    for i, (name, scale) in enumerate(zip(looks.activations, scales, strict=True)):
-        p, q = looks.parameters[2 * i : 2 * i + 2]
-        layers[i] |= dict(activation=ACTIVATIONS[name], scale=scale, p=p, q=q)
-    plan = replace(
-        plan,
-        feedback=looks.error.feedback,
-        source=source,
-        dtype=dtype,
-        hidden=hidden,
-        widest=max(units, default=0),
-        masks=looks.masks,
-    )
-    return plan, numbers, layers
-
-
-def _set(looks: Looks, parameter: int) -> int:
-    return looks.sets[parameter] if looks.sets and parameter >= 0 else 0
 
 
 def _why_wide(plan: Plan, arguments: Arguments, target: Target) -> str:
@@ -221,7 +159,7 @@ def _wide(plan: Plan, numbers: dict[str, Any], layers: list[dict[str, Any]], why
 def _tiles(plan: Plan, layers: list[dict[str, Any]], side: int) -> list[tuple[int, int]]:
     """Tiles along each layer's outputs, none if no gradient of it is wanted, and along its inputs, none for a bias."""
     found = []
-    for layer, weight, bias in zip(layers, plan.weights, plan.biases, strict=True):
+    for layer, weight, bias in zip(layers, plan.gradients.weights, plan.gradients.biases, strict=True):
         wanted = weight >= 0 or bias >= 0
         down, across = -(-layer["width_out"] // side), -(-layer["width_in"] // side)
         found.append((down if wanted else 0, across if weight >= 0 else 0))
@@ -274,21 +212,6 @@ def plan_taps(looks: TapsLooks, target: Target) -> Plan:
     names += [("mask", i) for i, there in enumerate(looks.masks) if there]
     names += [("delta", i) for i in range(len(layers))]
     return _addressed(plan, ["error", "stored"], names)
-
-
-def layer_addresses(plan: Plan, rule: str) -> tuple[list[str], list[tuple[str, int]]]:
-    """What the operator lists the addresses of: (what, layer), in its order."""
-    layers = range(len(plan.weights))
-    names = [("x", i) for i in layers] + [("saved", i) for i in range(plan.hidden)]
-    names += [("mask", i) for i, there in enumerate(plan.masks) if there]
-    owners = {slot: ("weight", i) for i, slot in enumerate(plan.weights)}
-    owners |= {slot: ("bias", i) for i, slot in enumerate(plan.biases)}
-    of_parameters = [owners[slot] for slot in range(len(plan.shapes))]
-    names += of_parameters
-    states = len(UPDATE_RULES[rule].state) if rule in UPDATE_RULES else 0
-    names += [(f"{kind}_state{which}", i) for kind, i in of_parameters for which in range(states)]
-    names += [("delta", i) for i in layers if plan.delta_offsets]
-    return list(SHARED_POINTERS), names
 
 
 def _addressed(plan: Plan, shared: Sequence[str], names: Sequence[tuple[str, int]]) -> Plan:
