@@ -44,7 +44,7 @@ def _why_wide(problem: GroupedProblem, config: StripConfig | None, target: Targe
 
 def _repeated(problem: GroupedProblem, config: StripConfig, target: Target) -> int:
     """Multiplications of all strips for their projections; of what is made otherwise, as many as take as long."""
-    fitted, projected = fitted_strip(problem, config), problem.projected
+    fitted, projected = fitted_strip(problem, config, target), problem.projected
     if projected.source == "projection":
         return 0
     chunks = chunks_of(problem, fitted, target.multiprocessors * fitted.programs)

@@ -20,11 +20,15 @@ MULTIPLIED = ("entries", "signs", "nonzeros")
 ROOMY_WARPS = 8
 LIGHT_ACTIVATIONS, MOST_LIGHT_LAYERS = ({"tanh"}, {"relu"}), 9
 """With others, or more layers, a program may take more than a third of a multiprocessor's registers."""
+SPLIT_PRODUCTS = 6
+"""Of a product of float32 split into three bfloat16 each."""
+TENSOR_MEMORY = 512
+"""Columns of a multiprocessor, from sm_100 to sm_110."""
 
 
 def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> LaunchPlan:
     """Strips of all layers in one launch; see `usable_strips`."""
-    config, projected = fitted_strip(problem, config), problem.projected
+    config, projected = fitted_strip(problem, config, target), problem.projected
     chunks = chunks_of(problem, config, target.multiprocessors * config.programs)
     programs = [count * -(-out // config.block_m) for count, out in zip(chunks, problem.widths_out, strict=True)]
     positions, parts, held = max(problem.positions), row_parts(problem, config), is_held(projected)
@@ -52,16 +56,20 @@ def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> 
 def usable_strips(problem: GroupedProblem, target: Target) -> list[StripConfig]:
     """The configs beside whose tiles δ of the whole batch has room, at all positions."""
     configs = configs_for(target.capability, problem.projected.arithmetic).strip
-    return [config for config in configs if _fits(problem, config)]
+    return [config for config in configs if _fits(problem, config, target)]
 
 
-def _fits(problem: GroupedProblem, config: StripConfig) -> bool:
-    fitted = fitted_strip(problem, config)
-    return row_parts(problem, fitted) * max(problem.positions) * fitted.block_r <= config.rows
+def _fits(problem: GroupedProblem, config: StripConfig, target: Target) -> bool:
+    fitted = fitted_strip(problem, config, target)
+    parts = row_parts(problem, fitted) * max(problem.positions)
+    return parts * fitted.block_r <= config.rows and fitted.block_n <= _widest(problem, fitted, target)
 
 
-def fitted_strip(problem: GroupedProblem, config: StripConfig) -> StripConfig:
-    """The config with parts that suit the batch, and as many warps as have registers for what the problem needs."""
+def fitted_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> StripConfig:
+    """The config with parts that suit the batch, and as many warps as have registers for what the problem needs.
+
+    And tiles that suit the parts, where each takes tensor memory.
+    """
     projected, positions = problem.projected, max(problem.positions)
     block_m = max(config.block_m, fastfood_block(projected)) if projected.tile == "blocks" else config.block_m
     one_part = positions == 1 and projected.rows <= config.block_r
@@ -70,7 +78,9 @@ def fitted_strip(problem: GroupedProblem, config: StripConfig) -> StripConfig:
     aligned = rows_of_16_bytes(projected.dtype, _alignment(problem))
     plain = problem.rule == "store" and positions == 1 and not _is_regenerated(projected)
     block_r, warps, programs = config.block_r, config.num_warps, config.programs
-    if by_blocks or not aligned or not (one_part or plain):
+    # On sm_100 an update has no registers for a mask beside δ of 128 rows.
+    masked = _splits_in_tensor_memory(problem, target) and problem.dropout_mask and problem.rule != "store"
+    if by_blocks or not aligned or not (one_part or plain) or masked:
         block_r, warps = max(SMALLEST_FACTOR, block_r // (2 if aligned else 4)), max(warps, ROOMY_WARPS)
     block_r = min(block_r, max(SMALLEST_FACTOR, triton.next_power_of_2(projected.rows)))
     if not (aligned and plain and projected.rows == block_r and _is_light(problem)):
@@ -78,7 +88,25 @@ def fitted_strip(problem: GroupedProblem, config: StripConfig) -> StripConfig:
         programs = min(programs, max(1, REGISTERS // (MOST_REGISTERS + 1) // (32 * warps)))
     # Several parts of x on their way would take the memory that several parts of δ lie in.
     stages = config.num_stages if positions == 1 and projected.rows <= block_r else 1
-    return replace(config, block_m=block_m, block_r=block_r, num_warps=warps, num_stages=stages, programs=programs)
+    fitted = replace(config, block_m=block_m, block_r=block_r, num_warps=warps, num_stages=stages, programs=programs)
+    widest = max(SMALLEST_FACTOR, _widest(problem, fitted, target))
+    return replace(fitted, block_n=min(config.block_n, widest))
+
+
+def _widest(problem: GroupedProblem, fitted: StripConfig, target: Target) -> int:
+    """Inputs of a tile for whose products there is tensor memory: a power of two, or 0.
+
+    Triton (3.6) gives each product an accumulator of its own, a column for an input, and δ a column for a row of a part.
+    """
+    if not _splits_in_tensor_memory(problem, target):
+        return fitted.block_n
+    products = SPLIT_PRODUCTS * row_parts(problem, fitted) * max(problem.positions)
+    columns = (TENSOR_MEMORY - fitted.block_r) // products
+    return 1 << columns.bit_length() >> 1
+
+
+def _splits_in_tensor_memory(problem: GroupedProblem, target: Target) -> bool:
+    return problem.projected.arithmetic == "ieee" and 100 <= target.capability < 120
 
 
 def row_parts(problem: GroupedProblem, fitted: StripConfig) -> int:
