@@ -71,6 +71,8 @@ def cases(arch: int, extent: str = "all") -> Iterator[Case]:
             yield from _more(arch, dtype, configs, extent == "all")
         if arch == 90 and dtype in ("fp16", "bf16"):
             yield from _loaded_by_a_warp(dtype, extent)
+        if arch == 100 and dtype == "ieee":
+            yield from _accumulated_apart(extent)
         if extent in ("rare", "all") and (arch, dtype) in THOROUGH:
             yield from _rare(dtype, configs, extent == "all")
 
@@ -144,6 +146,15 @@ def _loaded_by_a_warp(dtype: str, extent: str) -> Iterator[Case]:
         yield replace(case, rule="momentum", network="half")
         yield replace(case, rule="adamw", network="deep")
         yield replace(case, rule="adamw", error_size=1000, rows=MANY_ROWS, numbers_in_memory=True)
+
+
+def _accumulated_apart(extent: str) -> Iterator[Case]:
+    """δ of several parts, each of whose products takes tensor memory of its own, and of two for a mask's sake."""
+    case = Case("strip", 0, "ieee", rule="adamw", network="odd", rows=ROWS)
+    yield case
+    if extent != "brief":
+        yield replace(case, network="positions", rows=ROWS // 4)
+        yield replace(case, rule="momentum", network="dropout_mask")
 
 
 def _rare(dtype: str, configs: Configs, everything: bool) -> Iterator[Case]:

@@ -226,6 +226,7 @@ FINE: Result = {
             {"programs": 2, "shared": 0, "reg": 128},
             ["2 programs of 512 columns of tensor memory, expected at most 512 together"],
         ),
+        ({"tensor_memory": 800}, ["1 programs of 800 columns of tensor memory, expected at most 512 together"]),
         ({"instructions": ["mma.sync", "tma"]}, ["no tcgen05 in ['mma.sync', 'tma']"]),
         ({"overwritten": ["%x, slot 1, is overwritten"]}, ["%x, slot 1, is overwritten"]),
         ({"stores": [4, 8]}, ["stores of [4, 8] bytes, expected 16"]),

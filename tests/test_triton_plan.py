@@ -204,6 +204,40 @@ def test_strips_are_for_batches_whose_delta_fits_beside_a_tile(dtype: torch.dtyp
             assert f"{rows * positions} rows does not fit" in larger.why
 
 
+@pytest.mark.parametrize(
+    "rows, positions, width, inputs",
+    [
+        (128, 1, 20, 32), (64, 1, 21, 32), (96, 1, 21, 16), (128, 1, 21, 16), (32, 4, 20, 16), (64, 2, 20, 32),
+        (16, 5, 20, 16), (16, 6, 20, None), (16, 8, 20, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("capability", [100, 103])
+def test_products_of_a_strip_have_tensor_memory(
+    rows: int, positions: int, width: int, inputs: int | None, capability: int
+) -> None:
+    """On sm_100 float32 in full takes six accumulators for each part of δ, a column for an input of the tile."""
+    found = layers_plan((width, 32), rows=rows, positions=positions, target=Target(capability, 148))
+    if inputs is None:
+        assert found.name == "two_phase"
+        assert f"δ of {rows * positions} rows does not fit beside a tile" in found.why
+        return
+    made, config = found.arguments, found.config
+    assert isinstance(config, StripConfig)
+    assert (found.name, config.block_n, made["BLOCK_N"]) == ("strip", inputs, inputs)
+    assert 6 * inputs * made["PARTS"] * made["POSITIONS"] + config.block_r <= 512
+    for other in (H200, Target(120, 148)):
+        elsewhere = layers_plan((width, 32), rows=rows, positions=positions, target=other)
+        assert elsewhere.arguments["BLOCK_N"] in {c.block_n for c in configs.configs_for(other[0], "ieee").strip}
+
+
+def test_updates_with_dropout_have_registers_on_sm_100() -> None:
+    """In float32 in full, in two parts: in one, a mask and an update beside δ of 128 rows went to the stack."""
+    plain = replace(light_problem(torch.float32), dropout_mask=1)
+    full = replace(plain, projected=replace(plain.projected, tf32=False))
+    for rule, target, parts in (("adamw", Target(100, 148), 2), ("store", Target(100, 148), 1), ("adamw", H200, 1)):
+        assert plan_grouped(replace(full, rule=rule), target).arguments["PARTS"] == parts
+
+
 def test_what_is_worth_larger_tiles_goes_in_two_phases() -> None:
     small, large = layers_plan((3072, 800, 800), rows=128), layers_plan((784, 4096, 4096), rows=384)
     assert (small.name, large.name) == ("strip", "two_phase")

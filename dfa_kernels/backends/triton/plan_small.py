@@ -96,7 +96,8 @@ def fitted_strip(problem: GroupedProblem, config: StripConfig, target: Target) -
 def _widest(problem: GroupedProblem, fitted: StripConfig, target: Target) -> int:
     """Inputs of a tile for whose products there is tensor memory: a power of two, or 0.
 
-    Triton (3.6) gives each product an accumulator of its own, a column for an input, and δ a column for a row of a part.
+    Triton 3.6 gives each product an accumulator of its own, a column for an input, and δ a column for a row of a part.
+    It refuses to launch what takes more columns than there are.
     """
     if not _splits_in_tensor_memory(problem, target):
         return fitted.block_n
