@@ -15,6 +15,7 @@ from .. import backends
 from .._torch_internals import (
     BelowAutograd,
     WithoutAutocast,
+    any_autocast_is_on,
     any_gradient_is_awaited,
     backward_reaches,
     take_saved_tensors,
@@ -57,9 +58,13 @@ class LayersNode(torch.autograd.Function):
 
 def _gradients(ctx: Any, error: Tensor) -> list[Tensor]:
     plan: LayersPlan = ctx.plan
-    call = plan.call(error, take_saved_tensors(ctx))
-    with WithoutAutocast(), BelowAutograd():
-        return backends.BACKENDS[plan.backend].layer_grads(call, plan.dtype)
+    call, make = plan.call(error, take_saved_tensors(ctx)), backends.BACKENDS[plan.backend].layer_grads
+    with BelowAutograd():
+        # To ask takes less time than to turn off what is off.
+        if not any_autocast_is_on():
+            return make(call, plan.dtype)
+        with WithoutAutocast():
+            return make(call, plan.dtype)
 
 
 @torch.autograd.function.once_differentiable
