@@ -324,11 +324,11 @@ class TestBackprop:
 
     def test_differs_from_feedback_alignment(self):
         x, y = batch()
-        model = dfa.DFA(mlp())
+        model = dfa.DFA(mlp(), backend="torch")
         aligned = grads_of(model, x, y)
         with model.backprop():
             exact = grads_of(model, x, y)
-        assert_near(aligned[4:], exact[4:])
+        assert_same(aligned[4:], exact[4:])
         assert not torch.allclose(aligned[0], exact[0])
 
     def test_nested_and_after_an_exception(self):

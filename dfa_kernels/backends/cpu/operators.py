@@ -135,6 +135,6 @@ def _floats(numbers: tuple[float, ...]) -> Any:
 
 def describe_layers(call: LayerCall, dtype: torch.dtype, rule: str, device: torch.device) -> str:
     """See `Backend.describe_layers`."""
-    if small_plan(looks_of(call, dtype, rule)).reason:
-        return torch_backend.describe_layers(call, dtype, rule, device)
+    if reason := small_plan(looks_of(call, dtype, rule)).reason:
+        return f"{torch_backend.describe_layers(call, dtype, rule, device)}, by the torch backend: {reason}"
     return f"all {len(call.inputs)} layers in one call of C++"
