@@ -228,7 +228,7 @@ def machine_code(case: Case, arch: int, known: Path | None) -> dict[str, Any]:
     plan = planned(case, arch)
     promised = {"multiplies": case.multiplies, "tma": plan.uses_tma, "warps": plan.config.num_warps}
     promised |= {"programs": plan.config.programs, "stages": plan.config.num_stages}
-    promised["ahead"] = plan.arguments.get("AHEAD", False)
+    promised["ahead"] = plan.arguments.get("PARAMETERS_AHEAD", False)
     promised["index"] = plan.arguments["INDEX"].primitive_bitwidth
     return promised | described(source_of(plan, case.numbers_in_memory), plan.options, arch, known, plan.arguments)
 

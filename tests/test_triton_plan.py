@@ -40,7 +40,7 @@ from dfa_kernels.backends.triton.operators import plan_project_taps
 from dfa_kernels.backends.triton.plan_gemm import choose_configs, plan_grouped_gemm, plan_products
 from dfa_kernels.backends.triton.plan_small import plan_strip
 from dfa_kernels.backends.triton.plan_wide import plan_two_phase
-from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, GroupedProblem, Target, alignment
+from dfa_kernels.backends.triton.problem import LARGEST_FASTFOOD_ERROR, SPLIT, GroupedProblem, Target, alignment
 from dfa_kernels.backends.triton.route import looks_of, route_of
 from dfa_kernels.backends.triton.wide_tensors import tensors_of_both
 
@@ -313,7 +313,16 @@ def test_three_programs_share_a_multiprocessor_only_where_they_were_timed(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_parameters_are_read_a_tile_ahead_where_registers_are_left(dtype: torch.dtype) -> None:
     for rule in ("store", "sgd", "momentum", "adamw"):
-        assert plan_grouped(light_problem(dtype, rule=rule), H200).arguments["AHEAD"] == (rule == "sgd")
+        assert plan_grouped(light_problem(dtype, rule=rule), H200).arguments["PARAMETERS_AHEAD"] == (rule == "sgd")
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"rows": 96}, {"widths_in": (3070, 800, 800, 800)}, {"error_size": 17}], ids=str
+)
+def test_of_float32_in_full_only_what_was_timed_reads_parameters_ahead(change: dict[str, Any]) -> None:
+    problem = light_problem(torch.float32, rule="sgd", **change)
+    in_full = replace(problem, projected=replace(problem.projected, tf32=False))
+    assert plan_grouped(in_full, H200).arguments["PARAMETERS_AHEAD"] == (not change)
 
 
 @pytest.mark.parametrize(
@@ -808,24 +817,26 @@ def test_offsets_of_both_launches_are_as_wide_as_either_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    "error, feedback, kind, expected",
+    "error, feedback, kind, dot, precision, is_rounded",
     [
-        (torch.float16, torch.float32, "gaussian", (tl.float32, True)),
-        (torch.float16, torch.bfloat16, "gaussian", (tl.float32, True)),
-        (torch.float16, torch.float16, "gaussian", (tl.float16, False)),
-        (torch.bfloat16, torch.float32, "rademacher", (tl.bfloat16, False)),
-        (torch.float32, torch.float32, "gaussian", (tl.float32, False)),
-        (torch.float32, torch.float16, "gaussian", (tl.float32, False)),
+        (torch.float16, torch.float32, "gaussian", tl.float32, "tf32x3", False),
+        (torch.float16, torch.float16, "gaussian", tl.float16, "tf32x3", False),
+        (torch.bfloat16, torch.float32, "gaussian", tl.float32, "tf32", True),
+        (torch.bfloat16, torch.float16, "gaussian", tl.float32, "tf32", True),
+        (torch.bfloat16, torch.float32, "rademacher", tl.bfloat16, "tf32", False),
+        (torch.float32, torch.float32, "gaussian", tl.float32, SPLIT, False),
+        (torch.float32, torch.float16, "gaussian", tl.float32, SPLIT, False),
     ],
     ids=str,
 )
-def test_entries_are_rounded_where_tensor_cores_would_truncate_them(
-    error: torch.dtype, feedback: torch.dtype, kind: str, expected: tuple[Any, bool]
+def test_entries_are_as_exact_as_what_delta_is_rounded_to(
+    error: torch.dtype, feedback: torch.dtype, kind: str, dot: Any, precision: str, is_rounded: bool
 ) -> None:
+    """Tensor cores would truncate them to tf32: bfloat16 has fewer bits, float16 as many."""
     projected = layers_plan(error=meta(8, 4, dtype=error)).problem.projected
     spec = dfa.Feedback(kind, "procedural", dtype=feedback).spec
     constants = replace(projected, feedback=spec, source=kind).constants()
-    assert (constants["DOT"], constants["ROUND"]) == expected
+    assert (constants["DOT"], constants["DELTA_PRECISION"], constants["ROUND"]) == (dot, precision, is_rounded)
 
 
 def test_every_number_of_a_kernel_is_an_int32() -> None:

@@ -43,8 +43,10 @@ def plan_strip(problem: GroupedProblem, config: StripConfig, target: Target) -> 
         POSITIONS=positions,
         PARTS=parts,
         EVEN=positions == 1 and projected.rows == parts * config.block_r,
-        # Other rules, and products of split factors, leave no registers for one tile more.
-        AHEAD=problem.rule == "sgd" and arguments["PRECISION"] != "bf16x6",
+        INPUTS_AHEAD=_loads_inputs_ahead(problem, config.block_r),
+        # Other rules leave no registers for one tile more, nor do most products of split factors.
+        PARAMETERS_AHEAD=problem.rule == "sgd"
+        and (projected.arithmetic != "ieee" or _is_light(problem, config.block_r)),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
@@ -83,11 +85,13 @@ def fitted_strip(problem: GroupedProblem, config: StripConfig, target: Target) -
     if by_blocks or not aligned or not (one_part or plain) or masked:
         block_r, warps = max(SMALLEST_FACTOR, block_r // (2 if aligned else 4)), max(warps, ROOMY_WARPS)
     block_r = min(block_r, max(SMALLEST_FACTOR, triton.next_power_of_2(projected.rows)))
-    if not (aligned and plain and projected.rows == block_r and _is_light(problem)):
+    if problem.rule != "store" or not _is_light(problem, block_r):
         # Only as many as leave a thread all the registers that it can have.
         programs = min(programs, max(1, REGISTERS // (MOST_REGISTERS + 1) // (32 * warps)))
     # Several parts of x on their way would take the memory that several parts of δ lie in.
     stages = config.num_stages if positions == 1 and projected.rows <= block_r else 1
+    if _loads_inputs_ahead(problem, block_r):
+        stages = 1
     fitted = replace(config, block_m=block_m, block_r=block_r, num_warps=warps, num_stages=stages, programs=programs)
     widest = max(SMALLEST_FACTOR, _widest(problem, fitted, target))
     return replace(fitted, block_n=min(config.block_n, widest))
@@ -142,17 +146,28 @@ def _is_regenerated(projected: Projected) -> bool:
     return projected.source == projected.feedback.row.seed_source
 
 
-def _is_light(problem: GroupedProblem) -> bool:
-    """Whether δ takes no more registers than in what was timed, of the paper's network."""
+def _is_light(problem: GroupedProblem, block_r: int) -> bool:
+    """Whether δ takes no more registers than in what was timed, of the paper's network, in one whole part."""
     projected = problem.projected
     return (
-        projected.source == "matrix"
+        projected.rows == block_r
+        and max(problem.positions) == 1
+        and rows_of_16_bytes(projected.dtype, _alignment(problem))
+        and projected.source == "matrix"
         and projected.error_size <= SMALLEST_FACTOR
         and projected.dtype == problem.parameter_dtype
         and len(problem.widths_in) <= MOST_LIGHT_LAYERS
         and set(problem.activations) in LIGHT_ACTIVATIONS
         and not problem.dropout_mask
     )
+
+
+def _loads_inputs_ahead(problem: GroupedProblem, block_r: int) -> bool:
+    """Whether a tile of x waits in registers for its product, not in shared memory.
+
+    Factors of float32 are split there, on their way to the memory that the product reads.
+    """
+    return problem.projected.arithmetic == "ieee" and problem.rule == "store" and _is_light(problem, block_r)
 
 
 def _swaps(arithmetic: str, parts: int) -> bool:

@@ -68,14 +68,16 @@ class Projected:
         entry = self.error_dtype if signs else self.feedback.dtype
         dot = self.error_dtype if entry == self.error_dtype else torch.float32
         narrow_error = self.error_dtype in HALF
-        # Sums of picked components are exact elsewhere, so a product in their place may not round them.
-        tensor_cores = "tf32x3" if self.tile == "nonzeros" else "tf32"
+        # Sums of picked components are exact elsewhere, so a product in their place may not round them. Nor may it
+        # round U to as many bits as float16 has: rows of one error would add that up.
+        exact = self.tile == "nonzeros" or self.error_dtype == torch.float16
+        tensor_cores = "tf32x3" if exact else "tf32"
         return dict(
             SOURCE=self.source,
             ENTRY=_TILE_DTYPE[torch.float32 if signs or self.source == "projection" else entry],
             DOT=_TILE_DTYPE[dot],
             DELTA_PRECISION=tensor_cores if self.tf32 or narrow_error else SPLIT,
-            ROUND=narrow_error and dot == torch.float32,
+            ROUND=narrow_error and dot == torch.float32 and not exact,
             ALIGN_ERROR=alignment((self.error_size, self.error_strides[0])) if self.error_strides[1] == 1 else 1,
             BITS=padded_bits(self.error_size) if self.tile == "blocks" else 0,
         )

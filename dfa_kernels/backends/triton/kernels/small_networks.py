@@ -30,7 +30,7 @@ def strip(
     BIAS_SETS: tl.constexpr, ENTRY: tl.constexpr, DOT: tl.constexpr, DELTA_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, ALIGN_ERROR: tl.constexpr,
     INDEX: tl.constexpr, SWAP: tl.constexpr, HELD: tl.constexpr, POSITIONS: tl.constexpr, PARTS: tl.constexpr,
-    EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    EVEN: tl.constexpr, INPUTS_AHEAD: tl.constexpr, PARAMETERS_AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all layers, or their updates (paper, eq. 3).
@@ -40,8 +40,8 @@ def strip(
     Layer i's programs are those from firsts[i] on, chunks[i] of them for each tile of outputs.
 
     δ is in POSITIONS · PARTS parts of BLOCK_R rows. SWAP: products are (xᵀ δ) [BLOCK_N, BLOCK_M], not (δᵀ x). HELD: a
-    tile of U has all components of the error. EVEN: no part goes beyond the rows. AHEAD: a parameter's tile is read
-    while the one before is multiplied.
+    tile of U has all components of the error. EVEN: no part goes beyond the rows. PARAMETERS_AHEAD: a parameter's tile
+    is read while the one before is multiplied; INPUTS_AHEAD: a tile of x, where there is one part.
     """
     error_size, stride_row = multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR)
     layer, m, chunk, first_tile, end_tile = _strip_of(
@@ -51,6 +51,11 @@ def strip(
     span = 1 if POSITIONS == 1 else pick(positions, layer)
     x, is_output = pick(inputs, layer), OUTPUT and layer == len(widths_in) - 1
     out = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    # Of the tile after the strip's last nothing is read.
+    end_column = tl.minimum(end_tile * BLOCK_N, width_in)
+    if INPUTS_AHEAD:
+        # Before δ is made, so that it arrives meanwhile.
+        x_following = _whole_tile(x, first_tile, width_in, end_column, rows, INDEX, EVEN, BLOCK_R, BLOCK_N)
 
     deltas = ()
     bias_gradient = tl.zeros((BLOCK_M,), tl.float32)
@@ -71,8 +76,7 @@ def strip(
                 )  # fmt: skip
             if BIASES and chunk == 0:
                 bias_gradient += tl.sum(delta, axis=1)
-            factor = _factor(tl.trans(delta) if SWAP else delta, x.dtype.element_ty, PRECISION)
-            deltas = deltas + (factor,)  # type: ignore[assignment]  # noqa: RUF005
+            deltas = deltas + _factors(tl.trans(delta) if SWAP else delta, x.dtype.element_ty, PRECISION)
 
     if BIASES and chunk == 0:
         finish(
@@ -81,24 +85,28 @@ def strip(
         )  # fmt: skip
     if WEIGHTS:
         weight, state0, state1 = pick(weights, layer), pick(weight_state0, layer), pick(weight_state1, layer)
-        # Of the tile after the strip's last nothing is read.
-        end_column = tl.minimum(end_tile * BLOCK_N, width_in)
-        if AHEAD:
+        if PARAMETERS_AHEAD:
             _, at, inside = _tile_of(first_tile, out, width_in, width_out, end_column, SWAP, BLOCK_N)
             following = parameter_before(x, at, inside, weight, RULE)
         for n in range(first_tile, end_tile):
             column, at, inside = _tile_of(n, out, width_in, width_out, end_column, SWAP, BLOCK_N)
             # Before the product, so that they arrive during it.
-            if AHEAD:
+            if PARAMETERS_AHEAD:
                 before = following
                 _, next_at, next_inside = _tile_of(n + 1, out, width_in, width_out, end_column, SWAP, BLOCK_N)
                 following = parameter_before(x, next_at, next_inside, weight, RULE)
             else:
                 before = parameter_before(x, at, inside, weight, RULE)
             early = velocity_before(x, at, inside, state0, hyper, pick(WEIGHT_SETS, layer), RULE)
-            gradient = _product(
-                x, deltas, column, width_in, rows, span, PRECISION, SWAP, POSITIONS, PARTS, EVEN, BLOCK_R
-            )
+            if INPUTS_AHEAD:
+                x_tile = x_following
+                x_following = _whole_tile(x, n + 1, width_in, end_column, rows, INDEX, EVEN, BLOCK_R, BLOCK_N)
+                gradient = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+                gradient = _add_part(gradient, x_tile, deltas, 0, PRECISION, SWAP)
+            else:
+                gradient = _product(
+                    x, deltas, column, width_in, rows, span, PRECISION, SWAP, POSITIONS, PARTS, EVEN, BLOCK_R
+                )
             spend(gradient, before, early, at, inside, weight, state0, state1, hyper, pick(WEIGHT_SETS, layer), RULE)
 
 
@@ -168,11 +176,20 @@ def _hidden_delta(
 
 
 @triton.jit
-def _factor(tile, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile as a factor of a product; rounded to the tf32 that tensor cores would else truncate it to."""
-    if PRECISION == "tf32" and DTYPE.is_fp32():
-        return nearest_tf32(tile.to(tl.float32))
-    return tile.to(DTYPE)
+def _factors(tile, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile as factors of products: rounded to the tf32 that tensor cores would else truncate it to, or, of float32 in
+    full, three of bfloat16 that add up to it.
+    """
+    if PRECISION == "bf16x6":
+        high = tile.to(tl.bfloat16)
+        rest = tile - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        factors = (high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16))
+    elif PRECISION == "tf32" and DTYPE.is_fp32():
+        factors = (nearest_tf32(tile.to(tl.float32)),)  # type: ignore[assignment]
+    else:
+        factors = (tile.to(DTYPE),)  # type: ignore[assignment]
+    return factors
 
 
 @triton.jit
@@ -190,14 +207,55 @@ def _product(
     at = (row * span)[:, None] * width_in + column[None, :]
     for position in tl.static_range(POSITIONS):
         for part in tl.static_range(PARTS):
-            inside = (column < width_in)[None, :]
-            if not EVEN:
-                inside = inside & (row < tl.where(position < span, rows - part * BLOCK_R, 0))[:, None]
             first = x + (part * BLOCK_R * span + position) * width_in.to(column.dtype)
-            x_tile = _factor(tl.load(first + at, mask=inside, other=0.0), x.dtype.element_ty, PRECISION)
-            delta = deltas[position * PARTS + part]
-            if SWAP:
-                gradient = tl.dot(tl.trans(x_tile), delta, gradient, input_precision=PRECISION)
-            else:
-                gradient = tl.dot(delta, x_tile, gradient, input_precision=PRECISION)
+            end = tl.where(position < span, rows - part * BLOCK_R, 0)
+            x_tile = _input_tile(first + at, row, end, column, width_in, EVEN)
+            gradient = _add_part(gradient, x_tile, deltas, position * PARTS + part, PRECISION, SWAP)
     return gradient
+
+
+@triton.jit
+def _whole_tile(
+    x, n, width_in, end_column, rows,
+    INDEX: tl.constexpr, EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile n of x [R, N] where all rows are one part, 0 from end_column on."""
+    row, column = tl.arange(0, BLOCK_R).to(INDEX), (n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
+    return _input_tile(x + row[:, None] * width_in + column[None, :], row, rows, column, end_column, EVEN)
+
+
+@triton.jit
+def _input_tile(pointers, row, end, column, end_column, EVEN: tl.constexpr):
+    """What `pointers` [R, N] point to, and 0 from row `end` and from end_column on."""
+    inside = (column < end_column)[None, :]
+    if not EVEN:
+        inside = inside & (row < end)[:, None]
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _add_part(gradient, x_tile, deltas, PART: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr):
+    """The gradient, with the product of a tile of x [R, N] and the part of δ of its rows."""
+    xs = _factors(tl.trans(x_tile) if SWAP else x_tile, x_tile.dtype, PRECISION)
+    if PRECISION == "bf16x6":
+        gradient += _split_product(deltas, 3 * PART, xs)
+    elif SWAP:
+        gradient = tl.dot(xs[0], deltas[PART], gradient, input_precision=PRECISION)
+    else:
+        gradient = tl.dot(deltas[PART], xs[0], gradient, input_precision=PRECISION)
+    return gradient
+
+
+@triton.jit
+def _split_product(deltas, FIRST: tl.constexpr, xs):
+    """The product of two tiles by those of their three factors each that count, from the smallest on.
+
+    As Triton makes it with "bf16x6", which would split δ anew for each tile of x. What is left of a number that is not
+    finite is none, and gives way to the largest product.
+    """
+    product = tl.dot(deltas[FIRST + 1], xs[1])
+    product = tl.dot(deltas[FIRST + 2], xs[0], product)
+    product = tl.dot(deltas[FIRST], xs[2], product)
+    product = tl.dot(deltas[FIRST + 1], xs[0], product)
+    product = tl.dot(deltas[FIRST], xs[1], product)
+    return tl.dot(deltas[FIRST], xs[0], tl.where(product == product, product, 0.0))
