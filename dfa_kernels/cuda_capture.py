@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _streams.of(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, work: Callable[[], T]) -> T:
@@ -64,6 +65,24 @@ class CudaCapture:
 
     def set_random_state(self, state: Tensor) -> None:
         torch.cuda.set_rng_state(state, self._device)
+
+
+class _Streams(threading.local):
+    """One for each device: libraries keep tens of megabytes for every stream that they have ever run on.
+
+    And for each thread, since a capture holds all that is put on its stream meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._made:
+            self._made[device] = torch.cuda.Stream(device)
+        return self._made[device]
+
+
+_streams = _Streams()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ logger = logging.getLogger("dfa_kernels")
 
 WARM_UP = 3
 """Steps before a capture, which compile kernels and fill caches; the last one shows whether anything waits."""
+_training, _requires_grad = attrgetter("training"), attrgetter("requires_grad")
 MOST_GRAPHS = 8
 """Batches of so many shapes, modes and option values are captured; what else comes runs eagerly."""
 
@@ -81,13 +83,13 @@ class GraphedStep:
         self._dtypes = x.dtype, y.dtype
         self._check_batch(x, y)
         self._modules, self._parameters = list(model.modules()), list(model.parameters())
+        self._dfa_modules = [module for module in self._modules if isinstance(module, DFA)]
         self._graphs: dict[Any, _Graph] = {}
         self._warm: Any = None
         self._lacks_state = False
         self._refused = False
-        # Where graphs find what they train: by whom it is held, under which name, and its address.
-        self._of_model: list[tuple[dict[str, Any], str, Tensor, int]] = []
-        self._of_optimizer: list[tuple[Tensor, str, Tensor, int]] = []
+        self._held: _Held | None = None
+        self._ones: dict[torch.dtype, Tensor] = {}
         self._capture = capture_on(self.device)
         if self._capture is None:
             logger.info(
@@ -106,7 +108,8 @@ class GraphedStep:
             return self._step(x, y)
         if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer.refresh()
-        self._check_held()
+        if self._held is not None:
+            self._held.check()
         key = self._key(x, y)
         graph = self._graphs.get(key)
         if graph is None:
@@ -151,7 +154,12 @@ class GraphedStep:
             raise ValueError(f"loss_fn: got {got}, expected a scalar tensor, the batch's mean loss for example")
         if share != 1:
             loss = loss * share
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        one = self._ones.get(scaled.dtype)
+        if one is None:
+            # Made in the warm-up, it need not be made by each replay.
+            one = self._ones[scaled.dtype] = torch.ones_like(scaled)
+        scaled.backward(one)
         return loss.detach()
 
     def _new_graph(self, capture: CudaCapture, key: Any, x: Tensor, y: Tensor) -> _Graph | None:
@@ -167,13 +175,13 @@ class GraphedStep:
             return None
         if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer.refresh()
-        kept: list[Any] = [[*module.feedback._kept.values()] for module in self._modules if isinstance(module, DFA)]
+        kept: list[Any] = [[*module.feedback._kept.values()] for module in self._dfa_modules]
         if isinstance(self.optimizer, FusedOptimizer):
             kept.append(self.optimizer._on_device)
         static_x, static_y = x.detach().clone(), y.detach().clone()
         replay, loss = capture.record(lambda: self._step(static_x, static_y))
         graph = self._graphs[key] = _Graph(static_x, static_y, replay, loss, kept)
-        self._remember()
+        self._held = _Held(self.model, self.optimizer)
         return graph
 
     def _warm_up(self, capture: CudaCapture, x: Tensor, y: Tensor) -> bool:
@@ -212,9 +220,8 @@ class GraphedStep:
 
     def _key(self, x: Tensor, y: Tensor) -> Any:
         """All that a graph is captured for: another one is needed where any of it differs."""
-        modes = tuple([module.training for module in self._modules])
-        learning = tuple([p.requires_grad for p in self._parameters])
-        rules = tuple([(module._backprop, module.feedback) for module in self._modules if isinstance(module, DFA)])
+        modes, learning = tuple(map(_training, self._modules)), tuple(map(_requires_grad, self._parameters))
+        rules = tuple([(module._backprop, module.feedback) for module in self._dfa_modules])
         options = _baked_options(self.optimizer), _baked_options_of(self.scaler), cuda_matmul_precision()
         return x.shape, y.shape, modes, learning, rules, options
 
@@ -230,27 +237,47 @@ class GraphedStep:
                 f"{self.micro_batches} micro_batches"
             )
 
-    def _remember(self) -> None:
-        self._of_model = [(*held, held[2].data_ptr()) for held in tensors_by_name(self.model)]
-        state = self.optimizer.state
-        held = [(p, name, t) for p, own in state.items() for name, t in own.items() if isinstance(t, Tensor)]
-        self._of_optimizer = [(*each, each[2].data_ptr()) for each in held]
 
-    def _check_held(self) -> None:
-        if self._graphs and [*self.model.modules()] != self._modules:
+class _Held:
+    """Where graphs find what they train, when the last of them was captured: who holds it, and its address.
+
+    Looked up before each replay, so what is called for each module and tensor is C.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        inside = [module._modules for module in model.modules()]
+        self._children = [(modules, [*modules.values()]) for modules in inside if modules]
+        self._childless = [modules for modules in inside if not modules]
+        named = tensors_by_name(model)
+        self._holders, self._names = [holder for holder, _, _ in named], [name for _, name, _ in named]
+        self._of_model = [tensor for _, _, tensor in named]
+        own = [(p, n, t) for p, state in optimizer.state.items() for n, t in state.items() if isinstance(t, Tensor)]
+        self._of_optimizer = [(p, name) for p, name, _ in own]
+        self._tensors = self._of_model + [tensor for _, _, tensor in own]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+
+    def check(self) -> None:
+        """RuntimeError if anything is elsewhere by now."""
+        if any(self._childless) or any([[*modules.values()] != children for modules, children in self._children]):
             raise RuntimeError(
                 "GraphedStep: modules of the model were replaced, added or removed since a graph was captured, which "
                 "knows those before; make a new GraphedStep"
             )
-        for holder, name, tensor, address in self._of_model:
-            if holder.get(name) is not tensor or tensor.data_ptr() != address:
-                self._refuse_moved(f"model's {name!r}", tensor)
-        state = self.optimizer.state
-        for p, name, tensor, address in self._of_optimizer:
-            if state.get(p, {}).get(name) is not tensor or tensor.data_ptr() != address:
-                self._refuse_moved(f"optimizer's {name!r}", tensor)
+        now = [*map(dict.get, self._holders, self._names)]
+        state = self._optimizer.state
+        now += [state.get(p, {}).get(name) for p, name in self._of_optimizer]
+        if not all(map(is_, now, self._tensors)) or [*map(Tensor.data_ptr, self._tensors)] != self._addresses:
+            self._refuse_moved(now)
 
-    def _refuse_moved(self, what: str, tensor: Tensor) -> None:
+    def _refuse_moved(self, now: list[Any]) -> None:
+        whose = [f"model's {name!r}" for name in self._names]
+        whose += [f"optimizer's {name!r}" for _, name in self._of_optimizer]
+        what, tensor = next(
+            (what, tensor)
+            for what, found, tensor, address in zip(whose, now, self._tensors, self._addresses, strict=True)
+            if found is not tensor or tensor.data_ptr() != address
+        )
         raise RuntimeError(
             f"GraphedStep: the {what}, of shape {tuple(tensor.shape)}, was moved, cast, replaced or loaded anew since "
             "a graph was captured, which knows where it was; make a new GraphedStep"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .backends.calls import DeviceNumbers
 from .updates import UpdateRule
 
+_device, _dtype = attrgetter("device"), attrgetter("dtype")
 Numbers = Sequence[Any]
 """A group's, as the rule's `row` takes them; the first, a learning rate, may be a tensor."""
 
@@ -29,7 +31,7 @@ class NumbersOnDevice:
         if len(devices) > 1:
             raise ValueError(f"capturable: the parameters are on {sorted(map(str, devices))}, expected one device")
         _check_not_captured(parameters[0].device)
-        self.layout = _layout(groups)
+        self._layout = _layout(groups)
         self._rule = rule
         self._row_of = {p: i for i, p in enumerate(parameters)}
         # Of float64 parameters no number may lose half of its digits.
@@ -45,7 +47,7 @@ class NumbersOnDevice:
 
     def suits(self, groups: list[dict[str, Any]]) -> bool:
         """Whether these are the parameters that there is a row for, where they were."""
-        return self.layout == _layout(groups)
+        return self._layout == _layout(groups)
 
     def write(self, numbers: Sequence[Numbers]) -> None:
         """Brings the numbers of each group to its rows, but for those that are on the device already.
@@ -84,8 +86,9 @@ class NumbersOnDevice:
         return DeviceNumbers(self.table, [self._row_of[p] for p in parameters])
 
 
-def _layout(groups: list[dict[str, Any]]) -> list[list[tuple[int, torch.device, torch.dtype]]]:
-    return [[(id(p), p.device, p.dtype) for p in group["params"]] for group in groups]
+def _layout(groups: list[dict[str, Any]]) -> list[tuple[list[Any], ...]]:
+    """Asked for in each step, so what is called for each parameter is C."""
+    return [tuple([*map(look, group["params"])] for look in (id, _device, _dtype)) for group in groups]
 
 
 def is_captured(device: torch.device) -> bool:
