@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_close_to_oracle
 from torch import Tensor, nn
-from triton_cases import CASES, DEVICE, FEEDBACKS, Call, make_call, plain_layer, plain_network
+from triton_cases import CASES, DEVICE, FEEDBACKS, Call, feedback_of, make_call, plain_layer, plain_network
 
 import dfa_kernels as dfa
 from bench.cpu.large_networks import vgg16
@@ -38,7 +38,7 @@ KERNELS = {"strip": 33, "two_phase": 97, "grouped_gemm": 10, "products": 10}
 PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RULES = ["sgd", "momentum", "adamw"]
 # Of an input of 2.3 billion numbers, for each kernel: strips are for few rows.
-LARGE = {"strip": (512, 4_500_032), "two_phase": (70_000, 32_768)}
+LARGE = {"strip": (512, 4_500_032), **dict.fromkeys(("two_phase", "grouped_gemm", "products"), (70_000, 32_768))}
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_precision = pytest.mark.parametrize("precision", PRECISIONS)
@@ -310,17 +310,19 @@ def test_project_taps_of_convolutions(precision: str, channels_last: bool, place
 @pytest.mark.parametrize("place", FEEDBACKS, ids="-".join)
 def test_feedback_projects_by_one_kernel(precision: str, place: tuple[str, str]) -> None:
     """But for one product with a stored U."""
-    feedback, error = dfa.Feedback(*place, seed=2**40 + 3), torch.randn(9, 70).to(DEVICE, PRECISIONS[precision])
-    exact = feedback.project(error.cpu().double(), 5000)
+    options = {"place": place, "seed": 2**40 + 3, "normalize": True, "gain": 1.0, "nonzeros": None}
+    units = 600 if place[0] == "matrix" else 5000
+    feedback, error = feedback_of(options, 70), torch.randn(9, 70).to(DEVICE, PRECISIONS[precision])
+    exact = feedback.project(error.cpu().double(), units)
     call = TapsCall(
-        error, feedback.stored(5000, 70, DEVICE), feedback.spec, [5000], [None], [None], ["identity"], [0.0, 0.0]
+        error, feedback.stored(units, 70, DEVICE), feedback.spec, [units], [None], [None], ["identity"], [0.0, 0.0]
     )
     same = in_same_precision(precision, lambda: torch_backend.project_taps(call))
     with tf32(precision == "tf32"):
-        names = device_activities(lambda: feedback.project(error, 5000), lambda: None)
+        names = device_activities(lambda: feedback.project(error, units), lambda: None)
         poison()
-        found = feedback.project(error, 5000)
-    if place not in (("gaussian", "dense"), ("uniform", "dense")):
+        found = feedback.project(error, units)
+    if place not in (("gaussian", "dense"), ("uniform", "dense"), ("matrix", "dense")):
         assert len(names) == 1, names
         assert names[0].startswith("project_taps_kernel")
     assert found.dtype == error.dtype
