@@ -680,48 +680,40 @@ def test_without_a_memory_checker_the_step_says_so(tmp_path, monkeypatch, capsys
     assert processes.read(path) == {"tool": None}
 
 
-def made_up(**changes: float) -> dict[str, Any]:
-    """Results in which everything is reached, but for the changes."""
-    speed = {"large": 1.9, "step": 3.5, "graphed": 2.5, "update": 3.2, "library": 0.95, "host": 20e-6, "kernels": 1}
-    speed |= {"graphed step": 2.5} | changes
-    one = ["strip"] * int(speed["kernels"])
+GOOD: dict[str, dict[str, float]] = {
+    STEP: {
+        BP: 300, OURS: 140, summary.OURS_TORCH_SGD: 200, summary.BP_GRAPHED: 210, summary.OURS_GRAPHED: 100,
+        summary.BP_GRAPHED_STEP: 60, summary.OURS_GRAPHED_STEP: 28,
+    },
+    BACKWARD: {summary.BP_GRAPHED: 80, summary.BY_HAND_GRAPHED: 25, summary.OURS_GRAPHED: 10},
+    UPDATE: {summary.BP_GRAPHED: 60, summary.OURS_GRAPHED: 11},
+    "kernels": {summary.CHOSEN: 10, "strip": 9.8, summary.CUDA: 12, summary.LIBRARY: 9},
+    timing.HOST: {summary.CHOSEN: 20},
+    "profile": {"count": 1},
+}  # fmt: skip
+"""Microseconds of every case, and kernels, with which everything is reached."""
+
+
+def made_up(change: tuple[str, str, float] | None = None) -> dict[str, Any]:
+    """Results in which everything is reached, but for one number of `GOOD`."""
+    good = copy.deepcopy(GOOD)
+    if change is not None:
+        good[change[0]][change[1]] = change[2]
+    count = int(good["profile"]["count"])
     counted = {
-        "backward is by our kernels": speed["kernels"] > 0,
-        "backward and SGD are by our kernels": speed["kernels"] > 0,
-        OURS: {BACKWARD: one, UPDATE: one, STEP: one},
+        "backward is by our kernels": count > 0,
+        "backward and SGD are by our kernels": count > 0,
+        OURS: dict.fromkeys((BACKWARD, UPDATE, STEP), ["strip"] * count),
     }
-
-    def rows(**ratios: float) -> dict[str, Any]:
-        return {
-            name: {"correct": True, "seconds": seconds}
-            for variant, ratio in ratios.items()
-            for name, seconds in ((variant, ratio * 1e-3), (PAIRS[variant], 1e-3))
-        }
-
-    small = {
-        "regions": {
-            STEP: rows(**{BP: speed["step"], summary.BP_GRAPHED: speed["graphed"]}),
-            UPDATE: rows(**{summary.BP_GRAPHED: speed["update"]}),
-        }
+    rows = {
+        part: {name: {"correct": True, "seconds": microseconds * 1e-6} for name, microseconds in good[part].items()}
+        for part in (STEP, BACKWARD, UPDATE, "kernels")
     }
-    small["regions"][STEP] |= {
-        summary.BP_GRAPHED_STEP: {"correct": True, "seconds": speed["graphed step"] * 2e-4},
-        summary.OURS_GRAPHED_STEP: {"correct": True, "seconds": 2e-4},
-    }
-    large = {
-        "regions": {STEP: rows(**{BP: speed["large"]}), BACKWARD: rows(**{BP: speed["large"]})},
-        "kernels": {
-            summary.LIBRARY: {"seconds": speed["library"], "correct": True},
-            summary.CHOSEN: {"seconds": 1.0, "correct": True},
-        },
-    }
-    items = {SMALL.name: small, summary.SMALL_IEEE.name: small, LARGE.name: large}
-    items[timing.HOST] = {"correct": True, summary.CHOSEN: speed["host"]}
+    item = {"kernels": rows.pop("kernels"), "regions": rows}
+    items: dict[str, Any] = {case.name: copy.deepcopy(item) for case in summary.CASES}
+    items[timing.HOST] = {"correct": True, summary.CHOSEN: good[timing.HOST][summary.CHOSEN] * 1e-6}
     profiles = {case.name: copy.deepcopy(counted) for case in summary.PROFILED}
     return {"profile": profiles, "time": {"items": items, "unfinished": {}}}
-
-
-PAIRS = {BP: OURS, summary.BP_GRAPHED: summary.OURS_GRAPHED}
 
 
 def unmet(found: dict[str, Any]) -> list[str]:
@@ -730,28 +722,34 @@ def unmet(found: dict[str, Any]) -> list[str]:
 
 def test_everything_reached_is_met():
     found = summary.verdicts(made_up())
-    assert len(found) == 20
+    assert len(found) == 40
     assert all(verdict.met and verdict.measured is not None for verdict in found)
 
 
 @pytest.mark.parametrize(
     ("change", "count", "word"),
     [
-        ({"large": 1.7}, 1, "backward over BP's"),
-        ({"large": 1.3}, 2, "over BP"),
-        ({"step": 2.9}, 2, "both eager"),
-        ({"graphed step": 1.9}, 2, "GraphedStep over BP's"),
-        ({"graphed": 1.9}, 2, "step over BP, both graphed"),
-        ({"update": 2.9}, 2, "backward and update"),
-        ({"library": 0.89}, 1, "cuBLAS"),
-        ({"host": 26e-6}, 1, "host"),
-        ({"kernels": 2}, 2, "kernels"),
-        ({"kernels": 3}, 6, "kernels"),
-        ({"kernels": 0}, 6, "kernels"),
+        ((STEP, OURS, 151), 1, "both eager"),
+        ((STEP, summary.OURS_TORCH_SGD, 251), 1, "torch's SGD"),
+        ((STEP, summary.BP_GRAPHED, 199), 2, "step over BP, both graphed"),
+        ((STEP, summary.BP_GRAPHED, 144), 3, "step over BP, both graphed"),
+        ((STEP, summary.BP_GRAPHED_STEP, 55), 2, "GraphedStep over BP's"),
+        ((STEP, BP, 279), 2, "eager"),
+        ((BACKWARD, summary.BP_GRAPHED, 69), 1, "backward over BP's"),
+        ((BACKWARD, summary.BP_GRAPHED, 16), 4, "backward over BP's"),
+        ((BACKWARD, summary.BY_HAND_GRAPHED, 20), 1, "by hand"),
+        ((UPDATE, summary.BP_GRAPHED, 54), 1, "backward and SGD over BP's"),
+        ((UPDATE, summary.BP_GRAPHED, 20), 4, "backward and SGD over BP's"),
+        (("kernels", "strip", 9.5), 11, "the best of its ways"),
+        (("kernels", summary.CUDA, 13.1), 2, "CUDA C++"),
+        ((timing.HOST, summary.CHOSEN, 26), 1, "host"),
+        (("profile", "count", 2), 2, "kernels"),
+        (("profile", "count", 3), 6, "kernels"),
+        (("profile", "count", 0), 6, "kernels"),
     ],
 )
 def test_what_is_not_reached_is_not_met(change, count, word):
-    names = unmet(made_up(**change))
+    names = unmet(made_up(change))
     assert len(names) == count
     assert all(word in name for name in names)
 
@@ -759,7 +757,7 @@ def test_what_is_not_reached_is_not_met(change, count, word):
 def test_what_is_wrong_or_missing_is_not_met():
     found = made_up()
     rows = found["time"]["items"][LARGE.name]["regions"][STEP]
-    rows[OURS] = {"correct": False, "error": 1.0, "allowed": 0.1}
+    rows[summary.OURS_GRAPHED] = {"correct": False, "error": 1.0, "allowed": 0.1}
     found["profile"][SMALL.name][OURS][BACKWARD] = ["sgemm"]
     found["profile"][SMALL.name]["backward is by our kernels"] = False
     found["time"]["items"][timing.HOST]["correct"] = False
@@ -767,10 +765,10 @@ def test_what_is_wrong_or_missing_is_not_met():
     notes = {verdict.name: verdict.note for verdict in summary.verdicts(found) if not verdict.met}
     assert notes == {
         f"{SMALL.name}: backward, kernels": "not our kernels: sgemm",
-        f"{LARGE.name}: step over BP": "dfa.DFA: wrong result: off by 1.0e+00, allowed 1.0e-01",
+        f"{LARGE.name}: step over BP, both graphed": "dfa.DFA, graphed: wrong result: off by 1.0e+00, allowed 1.0e-01",
         "host's part of one layer_grads": "wrong result: off by 1.0e+00, allowed 1.0e-01",
     }
-    assert len(unmet({})) == 20
+    assert len(unmet({})) == 40
     assert len(unmet({"quick": True, **made_up()})) == 1
 
 
@@ -790,7 +788,7 @@ def test_what_the_cuda_library_is_built_for():
 
 
 def test_the_report_names_every_verdict():
-    found = made_up(host=30e-6)
+    found = made_up((timing.HOST, summary.CHOSEN, 30))
     found |= {"steps": [{"name": "env", "status": "ok", "seconds": 1.0}], "environment": {"gpu": "a GPU"}}
     found["requirements"] = [vars(verdict) for verdict in summary.verdicts(found)]
     found["tests"] = {
@@ -826,7 +824,7 @@ def test_the_script_goes_on_after_a_step_that_fails(tmp_path, monkeypatch):
     assert found["environment"]["commit"] == "abc"
     assert found["environment"]["dirty"] is True
     assert found["environment"]["torch"] == torch.__version__
-    assert len(found["requirements"]) == 20
+    assert len(found["requirements"]) == 40
     assert "No module named" in (out / "tests.log").read_text()
     names = [path.name for path in out.iterdir()]
     assert len(names) <= 8

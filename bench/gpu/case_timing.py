@@ -19,7 +19,7 @@ from bench.gpu.clock import Clock, in_turn
 from bench.gpu.kernel_times import compare_kernels, first_line, run_every_kernel
 from bench.gpu.precision import tf32
 from bench.gpu.reference import MissingResultsError, Reference, make_reference
-from bench.gpu.regions import BP_COMPILED, EVERYWHERE, ON_GPU, REGIONS, STEP, UPDATE, Region, Regions, Variant, rule_of
+from bench.gpu.regions import BP_COMPILED, REGIONS, STEP, UPDATE, Region, Regions, Variant, rule_of, variants_for
 
 TIMED_LR = 1e-4
 BURST, BURST_FLOPS = 20, 1e13
@@ -34,8 +34,7 @@ def measure_case(problem: Problem, clock: Clock, deadline: float, seconds: float
     """Checks and times everything on one problem; deadline: on time.monotonic, seconds: to spend on timing."""
     with tf32(problem.case.tf32):
         references = make_references(problem)
-        named = {**EVERYWHERE, **(ON_GPU if problem.on_gpu else {})}
-        regions, rows = check_all(problem, named, references, deadline)
+        regions, rows = check_all(problem, variants_for(problem), references, deadline)
         share = seconds / (len(REGIONS) + 1)
         burst = max(2, min(BURST, int(BURST_FLOPS / (2 * problem.case.weight_flops + problem.case.chain_flops))))
         for region in REGIONS:
@@ -143,7 +142,7 @@ def _measure(clock: Clock, name: str, region: Region, burst: int) -> Callable[[]
 def build_only(problem: Problem) -> None:
     """Fills the compilers' caches on disk, one variant after the other."""
     with tf32(problem.case.tf32):
-        for name, variant in {**EVERYWHERE, **(ON_GPU if problem.on_gpu else {})}.items():
+        for name, variant in variants_for(problem).items():
             try:
                 for region in variant(problem, TIMED_LR).values():
                     region.prepare()

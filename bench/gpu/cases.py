@@ -71,14 +71,21 @@ class Case:
 
 SMALL = Case("3072-800x3-10 b=128 tf32", 3072, 800, 3, 10, 128, "float32", tf32=True)
 SMALL_IEEE = replace(SMALL, name="3072-800x3-10 b=128 fp32", tf32=False)
+SMALL_HALF = replace(SMALL, name="3072-800x3-10 b=128 bf16", dtype="bfloat16", tf32=False)
+DEEP = Case("784-512x20-10 b=256 tf32", 784, 512, 20, 10, 256, "float32", tf32=True)
+MIDDLE = Case("784-2048x4-10 b=512 bf16", 784, 2048, 4, 10, 512)
+WIDE = Case("784-4096x4-10 b=1024 bf16", 784, 4096, 4, 10, 1024)
+WIDE_ERROR = Case("784-4096x4-1000 b=1024 bf16", 784, 4096, 4, 1000, 1024)
 LARGE = Case("784-8192x4-10 b=4096 bf16", 784, 8192, 4, 10, 4096)
 CASES = (
     SMALL,
     LARGE,
     SMALL_IEEE,
-    Case("784-512x20-10 b=256 tf32", 784, 512, 20, 10, 256, "float32", tf32=True),
-    Case("784-4096x4-10 b=1024 bf16", 784, 4096, 4, 10, 1024),
-    Case("784-4096x4-1000 b=1024 bf16", 784, 4096, 4, 1000, 1024),
+    SMALL_HALF,
+    DEEP,
+    WIDE,
+    MIDDLE,
+    WIDE_ERROR,
     Case("784-4096x4-32000 b=1024 bf16", 784, 4096, 4, 32000, 1024),
     Case("784-4096x4-32000 b=1024 bf16 procedural", 784, 4096, 4, 32000, 1024, storage="procedural"),
     Case("784-8192x4-1000 b=4096 bf16", 784, 8192, 4, 1000, 4096),

@@ -269,5 +269,18 @@ ON_GPU: dict[str, Variant] = {
 """The compiled one last: it takes longest to make."""
 
 
+SMALLEST_LEFT_OUT = 1e9
+"""Operations of all weight gradients from which on compiled backpropagation is not worth the minute that it takes to
+make: its products take what they take."""
+
+
+def variants_for(problem: Problem) -> dict[str, Variant]:
+    """Those that are compared on this problem."""
+    if not problem.on_gpu:
+        return EVERYWHERE
+    leaves_out = problem.case.weight_flops > SMALLEST_LEFT_OUT
+    return EVERYWHERE | {name: make for name, make in ON_GPU.items() if not (leaves_out and name == BP_COMPILED)}
+
+
 def rule_of(variant: str) -> str:
     return "BP" if variant.startswith("BP") else "DFA"
