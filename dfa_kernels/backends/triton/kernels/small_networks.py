@@ -76,7 +76,9 @@ def strip(
                 )  # fmt: skip
             if BIASES and chunk == 0:
                 bias_gradient += tl.sum(delta, axis=1)
-            deltas = deltas + _factors(tl.trans(delta) if SWAP else delta, x.dtype.element_ty, PRECISION)
+            deltas = deltas + _factors(
+                tl.trans(delta) if SWAP else delta, x.dtype.element_ty, PRECISION, POSITIONS * PARTS
+            )
 
     if BIASES and chunk == 0:
         finish(
@@ -102,7 +104,7 @@ def strip(
                 x_tile = x_following
                 x_following = _whole_tile(x, n + 1, width_in, end_column, rows, INDEX, EVEN, BLOCK_R, BLOCK_N)
                 gradient = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-                gradient = _add_part(gradient, x_tile, deltas, 0, PRECISION, SWAP)
+                gradient = _add_part(gradient, x_tile, deltas, 0, PRECISION, SWAP, 1)
             else:
                 gradient = _product(
                     x, deltas, column, width_in, rows, span, PRECISION, SWAP, POSITIONS, PARTS, EVEN, BLOCK_R
@@ -176,11 +178,11 @@ def _hidden_delta(
 
 
 @triton.jit
-def _factors(tile, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def _factors(tile, DTYPE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr):
     """A tile as factors of products: rounded to the tf32 that tensor cores would else truncate it to, or, of float32 in
-    full, three of bfloat16 that add up to it.
+    full, three of bfloat16 that add up to it, where δ is one part: three of each of several have no room.
     """
-    if PRECISION == "bf16x6":
+    if PRECISION == "bf16x6" and PARTS == 1:
         high = tile.to(tl.bfloat16)
         rest = tile - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
@@ -210,7 +212,7 @@ def _product(
             first = x + (part * BLOCK_R * span + position) * width_in.to(column.dtype)
             end = tl.where(position < span, rows - part * BLOCK_R, 0)
             x_tile = _input_tile(first + at, row, end, column, width_in, EVEN)
-            gradient = _add_part(gradient, x_tile, deltas, position * PARTS + part, PRECISION, SWAP)
+            gradient = _add_part(gradient, x_tile, deltas, position * PARTS + part, PRECISION, SWAP, POSITIONS * PARTS)
     return gradient
 
 
@@ -234,11 +236,14 @@ def _input_tile(pointers, row, end, column, end_column, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _add_part(gradient, x_tile, deltas, PART: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr):
+def _add_part(
+    gradient, x_tile, deltas,
+    PART: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """The gradient, with the product of a tile of x [R, N] and the part of δ of its rows."""
-    xs = _factors(tl.trans(x_tile) if SWAP else x_tile, x_tile.dtype, PRECISION)
-    if PRECISION == "bf16x6":
-        gradient += _split_product(deltas, 3 * PART, xs)
+    xs = _factors(tl.trans(x_tile) if SWAP else x_tile, x_tile.dtype, PRECISION, PARTS)
+    if PRECISION == "bf16x6" and PARTS == 1:
+        gradient += _split_product(deltas, xs)
     elif SWAP:
         gradient = tl.dot(xs[0], deltas[PART], gradient, input_precision=PRECISION)
     else:
@@ -247,15 +252,15 @@ def _add_part(gradient, x_tile, deltas, PART: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
-def _split_product(deltas, FIRST: tl.constexpr, xs):
+def _split_product(deltas, xs):
     """The product of two tiles by those of their three factors each that count, from the smallest on.
 
     As Triton makes it with "bf16x6", which would split δ anew for each tile of x. What is left of a number that is not
     finite is none, and gives way to the largest product.
     """
-    product = tl.dot(deltas[FIRST + 1], xs[1])
-    product = tl.dot(deltas[FIRST + 2], xs[0], product)
-    product = tl.dot(deltas[FIRST], xs[2], product)
-    product = tl.dot(deltas[FIRST + 1], xs[0], product)
-    product = tl.dot(deltas[FIRST], xs[1], product)
-    return tl.dot(deltas[FIRST], xs[0], tl.where(product == product, product, 0.0))
+    product = tl.dot(deltas[1], xs[1])
+    product = tl.dot(deltas[2], xs[0], product)
+    product = tl.dot(deltas[0], xs[2], product)
+    product = tl.dot(deltas[1], xs[0], product)
+    product = tl.dot(deltas[0], xs[1], product)
+    return tl.dot(deltas[0], xs[0], tl.where(product == product, product, 0.0))
