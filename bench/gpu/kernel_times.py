@@ -14,13 +14,14 @@ from torch import Tensor
 
 from bench.gpu.cases import Case, Problem
 from bench.gpu.clock import Clock, in_turn
-from bench.gpu.forced import PRODUCTS, kernel_planner
+from bench.gpu.forced import PRODUCER, PRODUCTS, kernel_planner
 from bench.gpu.graphs import Work, captured, nothing
 from bench.gpu.precision import tf32
 from bench.gpu.reference import Reference
 from bench.gpu.regions import BP, EVERYWHERE, OURS, STEP, ByHand
 from dfa_kernels.backends import BACKENDS, cuda, resolve
 from dfa_kernels.backends.calls import LayerCall
+from dfa_kernels.backends.triton import producer
 from dfa_kernels.backends.triton.route import planned_by
 
 # Rows for which every card's table has strips.
@@ -132,7 +133,9 @@ def _ways(problem: Problem, operator: Operator) -> list[tuple[str, AbstractConte
         fits = problem.case.batch <= LARGEST_STRIPS
         ways += [("strip", planned_by(kernel_planner("strip")))] if fits else []
         ways += [("two_phase", planned_by(kernel_planner("two_phase")))]
-        wide = ("grouped_gemm", PRODUCTS) if problem.case.hidden >= SMALLEST_WIDE else ()
+        wide = ["grouped_gemm", PRODUCTS] if problem.case.hidden >= SMALLEST_WIDE else []
+        if wide and not producer.NO_GLUON and torch.cuda.get_device_capability(problem.device) == (9, 0):
+            wide.append(PRODUCER)
         ways += [(kernel, planned_by(kernel_planner(kernel))) for kernel in wide]
     return ways
 

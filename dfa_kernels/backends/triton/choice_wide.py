@@ -23,7 +23,7 @@ MARGIN = 1.03
 LEAST_FOR_PRODUCTS = 2**35
 """Multiplications and additions from which on the library is taken unmeasured; an estimate.
 
-On an H200 its products were shorter than one launch from 2**35.7 on, by 6 to 21 %; below nothing was compared.
+On an H200 its products took 13 to 16 % less than one launch from 2**35.7 on, and 31 % more for 2**32.8.
 """
 
 
@@ -33,19 +33,20 @@ class Measured(NamedTuple):
     network: str
     multiply_adds: int
     """Of all weight gradients together."""
-    one_launch: float | None
-    """None where it was not measured; it was the longest wherever it was."""
+    one_launch: float
     two_launches: float
+    with_producer: float
+    """Two launches, the second with a warp of its own for loads."""
     products: float
 
 
-# An H200, prototypes of the kernels. Products by cuBLAS, the output layer's beside `deltas`.
+# An H200, Triton 3.6, cuBLAS of CUDA 13; parameters in the precision of the products (bench/results/h200/times.json).
 MEASURED: dict[tuple[int, str], tuple[Measured, ...]] = {
     (90, "half"): (
-        Measured("784-2048x4-10 b=512", 512 * (784 * 2048 + 3 * 2048**2 + 10 * 2048), None, 59.9, 62.5),
-        Measured("784-4096x4-10 b=1024", 1024 * (784 * 4096 + 3 * 4096**2 + 10 * 4096), 245.6, 225.6, 231.0),
-        Measured("784-4096x4-1000 b=1024", 1024 * (784 * 4096 + 3 * 4096**2 + 1000 * 4096), 299.6, 240.2, 247.0),
-        Measured("784-8192x4-10 b=4096", 4096 * (784 * 8192 + 3 * 8192**2 + 10 * 8192), 2784.4, 2576.3, 2595.0),
+        Measured("784-2048x4-10 b=512", 512 * (784 * 2048 + 3 * 2048**2 + 10 * 2048), 66.9, 49.9, 54.0, 87.4),
+        Measured("784-4096x4-10 b=1024", 1024 * (784 * 4096 + 3 * 4096**2 + 10 * 4096), 276.6, 200.1, 204.7, 240.2),
+        Measured("784-4096x4-1000 b=1024", 1024 * (784 * 4096 + 3 * 4096**2 + 1000 * 4096), 396.8, 301.8, 305.7, 333.8),
+        Measured("784-8192x4-10 b=4096", 4096 * (784 * 8192 + 3 * 8192**2 + 10 * 8192), 2956.6, 2385.8, 2382.2, 2494.4),
     ),
 }
 
@@ -53,12 +54,13 @@ MEASURED: dict[tuple[int, str], tuple[Measured, ...]] = {
 def plan_wide(problem: GroupedProblem, target: Target, why: str) -> LaunchPlan:
     """The launch or launches for a problem that δ is written to memory for; why: the reason for that."""
     nearest, unfit = _nearest(problem, target), _why_no_products(problem)
-    if nearest and (two := _plan_two(problem, target))[0].uses_tma:
+    if nearest and (two := _plan_two(problem, target)).uses_tma:
         way, words = _measured(nearest, unfit)
     else:
         way, words = _estimated(problem, target, unfit)
     if way == TWO:
-        found, loads = two
+        assert nearest is not None
+        found, loads = _loaded(two, target, nearest)
         words += f"; {loads}"
     elif way == PRODUCTS:
         found = plan_products(problem, choose_deltas(problem, target), target)
@@ -70,10 +72,10 @@ def plan_wide(problem: GroupedProblem, target: Target, why: str) -> LaunchPlan:
 def _measured(nearest: Measured, unfit: str) -> tuple[str, str]:
     """The way that took least, and the times; unfit: why it cannot be the library's products, whatever they took."""
     times = {ONE: nearest.one_launch, TWO: nearest.two_launches, PRODUCTS: nearest.products}
-    known = {way: t for way, t in times.items() if t is not None and not (unfit and way == PRODUCTS)}
-    way = min(known, key=lambda way: known[way] / (MARGIN if way == ONE else 1))
-    others = "".join(f", {name} {t:.0f}" for name, t in times.items() if t is not None and name != way)
-    return way, f"{way}, which took {known[way]:.0f} µs on an H200 in a prototype for {nearest.network}{others}"
+    possible = [way for way in times if not (unfit and way == PRODUCTS)]
+    way = min(possible, key=lambda way: times[way] / (MARGIN if way == ONE else 1))
+    others = "".join(f", {name} {t:.0f}" for name, t in times.items() if name != way)
+    return way, f"{way}, which took {times[way]:.0f} µs on an H200 for {nearest.network}{others}"
 
 
 def _estimated(problem: GroupedProblem, target: Target, unfit: str) -> tuple[str, str]:
@@ -105,13 +107,18 @@ def _plan_one(problem: GroupedProblem, target: Target) -> LaunchPlan:
     return plan_two_phase(problem, config, target)
 
 
-def _plan_two(problem: GroupedProblem, target: Target) -> tuple[LaunchPlan, str]:
-    """Two launches, and why a warp of its own loads tiles in the second or not."""
-    gemm, deltas = choose_configs(problem, target)
-    plain = plan_grouped_gemm(problem, gemm, deltas, target)
-    if reason := producer.reason_without(plain, target, producer.NO_GLUON):
-        return plain, f"no warp of its own loads the tiles: {reason}"
-    return plan_grouped_gemm(problem, producer.CONFIG, deltas, target), producer.FASTER
+def _plan_two(problem: GroupedProblem, target: Target) -> LaunchPlan:
+    return plan_grouped_gemm(problem, *choose_configs(problem, target), target)
+
+
+def _loaded(two: LaunchPlan, target: Target, nearest: Measured) -> tuple[LaunchPlan, str]:
+    """The two launches, and why a warp of its own loads tiles in the second or not."""
+    if nearest.with_producer >= nearest.two_launches:
+        return two, f"no warp of its own loads the tiles, with which they took {nearest.with_producer:.0f} µs"
+    if reason := producer.reason_without(two, target, producer.NO_GLUON):
+        return two, f"no warp of its own loads the tiles: {reason}"
+    with_producer = plan_grouped_gemm(two.problem, producer.CONFIG, choose_deltas(two.problem, target), target)
+    return with_producer, f"a warp of its own loads the tiles, with which they took {nearest.with_producer:.0f} µs"
 
 
 def _nearest(problem: GroupedProblem, target: Target) -> Measured | None:
