@@ -781,6 +781,14 @@ def test_the_checks_of_the_cuda_library(check):
     assert row["correct"]
 
 
+def test_every_check_of_the_cuda_library_has_to_end_well():
+    rows = {check.name: {"correct": True} for check in sanitizer_checks.CUDA_CHECKS}
+    assert cuda_library.all_right(rows)
+    assert not cuda_library.all_right({})
+    assert not cuda_library.all_right(dict(list(rows.items())[1:]))
+    assert not cuda_library.all_right(rows | {sanitizer_checks.CUDA_CHECKS[0].name: {"correct": False}})
+
+
 def test_what_the_cuda_library_is_built_for():
     """sm_75's code as PTX wherever newer machine code runs; a V100 gets its own alone."""
     asked = [cuda_library.architectures(*capability) for capability in ((7, 0), (7, 5), (9, 0), (12, 0))]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_triton_plan import H200, meta
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import DEVICE, forced, watched
 
 import dfa_kernels as dfa
@@ -114,6 +117,25 @@ def test_large_gradients_go_one_by_one():
     assert memory.blocks(torch.float32) == [[1, 3], [0], [2, 4]]
     grads = memory.allocate(torch.device("meta"), torch.float32)
     assert [tuple(grad.shape) for grad in grads] == memory.shapes
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that run within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_memory_for_gradients_takes_no_kernel():
+    """No kernel of torch's runs where a driver is told to compile PTX, which the CUDA library is checked under."""
+    with Called() as called:
+        GradientMemory([(8, 4), (8,), (2, 4)]).allocate(DEVICE, torch.float32)
+    assert called.names == {"empty", "expand", "empty_like", "unsafe_split_with_sizes"}
 
 
 def test_every_optimizer_of_torch_takes_such_gradients():

@@ -41,7 +41,8 @@ class GradientMemory:
 
         One number that seems to be as many: what a new tensor is to be like takes less time to say by it.
         """
-        number, blocks = torch.zeros((), dtype=dtype, device=device), self.blocks(dtype)
+        # Nothing is written to it: a kernel of torch's could not run where the CUDA library's come from PTX.
+        number, blocks = torch.empty((), dtype=dtype, device=device), self.blocks(dtype)
         templates, order = [], [slot for slots in blocks for slot in slots]
         for slots in blocks:
             sizes = [self.shapes[slot][0] for slot in slots]
