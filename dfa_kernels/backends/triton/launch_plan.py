@@ -99,6 +99,9 @@ def fitted(config: Any, projected: Projected) -> Any:
         most = threads * ((config.registers + 1) // 4) // config.block_u
         needed = max(SMALLEST_FACTOR, triton.next_power_of_2(max(1, projected.rows)))
         return replace(config, block_r=min(needed, max(config.block_r, 1 << (most.bit_length() - 1))))
+    if projected.tile == "entries" and projected.constants()["DELTA_PRECISION"] == "tf32x3":
+        # The two parts of every factor take as many registers as one of twice as many components.
+        return replace(config, block_e=max(SMALLEST_FACTOR, config.block_e // 2))
     return config
 
 

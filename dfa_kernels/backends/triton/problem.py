@@ -70,7 +70,7 @@ class Projected:
         narrow_error = self.error_dtype in HALF
         # Sums of picked components are exact elsewhere, so a product in their place may not round them. Nor may it
         # round U to as many bits as float16 has: rows of one error would add that up.
-        exact = self.tile == "nonzeros" or self.error_dtype == torch.float16
+        exact = self.tile == "nonzeros" or (self.error_dtype == torch.float16 and dot == torch.float32)
         tensor_cores = "tf32x3" if exact else "tf32"
         return dict(
             SOURCE=self.source,
