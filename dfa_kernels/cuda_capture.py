@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -30,7 +30,8 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = _streams.of(device)
+        self._stream = _unused_stream(device)
+        weakref.finalize(self, _unused.setdefault(device, []).append, self._stream)
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, work: Callable[[], T]) -> T:
@@ -67,22 +68,22 @@ class CudaCapture:
         torch.cuda.set_rng_state(state, self._device)
 
 
-class _Streams(threading.local):
-    """One for each device: libraries keep tens of megabytes for every stream that they have ever run on.
+_unused: dict[torch.device, list[torch.cuda.Stream]] = {}
+"""Streams of captures that are gone, whose graphs went with them.
 
-    And for each thread, since a capture holds all that is put on its stream meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[torch.device, torch.cuda.Stream] = {}
-
-    def of(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._made:
-            self._made[device] = torch.cuda.Stream(device)
-        return self._made[device]
+Libraries keep tens of megabytes for every stream that they have ever run on, and graphs work in them: so no two that
+may run at once have one stream, and no stream is made anew while there is one.
+"""
 
 
-_streams = _Streams()
+def _unused_stream(device: torch.device) -> torch.cuda.Stream:
+    try:
+        stream = _unused.setdefault(device, []).pop()
+    except IndexError:
+        return torch.cuda.Stream(device)
+    # The last replay of a graph that is gone may still run, on whichever stream.
+    torch.cuda.synchronize(device)
+    return stream
 
 
 @contextmanager

@@ -88,8 +88,8 @@ class GraphedStep:
         self._warm: Any = None
         self._lacks_state = False
         self._refused = False
+        self._structure = _Structure(model)
         self._held: _Held | None = None
-        self._ones: dict[torch.dtype, Tensor] = {}
         self._capture = capture_on(self.device)
         if self._capture is None:
             logger.info(
@@ -108,6 +108,7 @@ class GraphedStep:
             return self._step(x, y)
         if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer.refresh()
+        self._structure.check()
         if self._held is not None:
             self._held.check()
         key = self._key(x, y)
@@ -154,12 +155,7 @@ class GraphedStep:
             raise ValueError(f"loss_fn: got {got}, expected a scalar tensor, the batch's mean loss for example")
         if share != 1:
             loss = loss * share
-        scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        one = self._ones.get(scaled.dtype)
-        if one is None:
-            # Made in the warm-up, it need not be made by each replay.
-            one = self._ones[scaled.dtype] = torch.ones_like(scaled)
-        scaled.backward(one)
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()
 
     def _new_graph(self, capture: CudaCapture, key: Any, x: Tensor, y: Tensor) -> _Graph | None:
@@ -238,17 +234,31 @@ class GraphedStep:
             )
 
 
+class _Structure:
+    """The modules of a model; looked up in each step, so what is called for each of them is C."""
+
+    def __init__(self, model: nn.Module) -> None:
+        inside = [module._modules for module in model.modules()]
+        self._children = [(modules, [*modules.values()]) for modules in inside if modules]
+        self._childless = [modules for modules in inside if not modules]
+
+    def check(self) -> None:
+        """RuntimeError if they are others by now."""
+        if any(self._childless) or any([[*modules.values()] != children for modules, children in self._children]):
+            raise RuntimeError(
+                "GraphedStep: modules of the model were replaced, added or removed since it was made, which knows "
+                "those before; make a new GraphedStep"
+            )
+
+
 class _Held:
     """Where graphs find what they train, when the last of them was captured: who holds it, and its address.
 
-    Looked up before each replay, so what is called for each module and tensor is C.
+    As for the modules, what is called for each tensor is C.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        inside = [module._modules for module in model.modules()]
-        self._children = [(modules, [*modules.values()]) for modules in inside if modules]
-        self._childless = [modules for modules in inside if not modules]
         named = tensors_by_name(model)
         self._holders, self._names = [holder for holder, _, _ in named], [name for _, name, _ in named]
         self._of_model = [tensor for _, _, tensor in named]
@@ -259,11 +269,6 @@ class _Held:
 
     def check(self) -> None:
         """RuntimeError if anything is elsewhere by now."""
-        if any(self._childless) or any([[*modules.values()] != children for modules, children in self._children]):
-            raise RuntimeError(
-                "GraphedStep: modules of the model were replaced, added or removed since a graph was captured, which "
-                "knows those before; make a new GraphedStep"
-            )
         now = [*map(dict.get, self._holders, self._names)]
         state = self._optimizer.state
         now += [state.get(p, {}).get(name) for p, name in self._of_optimizer]

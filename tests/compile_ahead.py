@@ -64,7 +64,7 @@ ROWS, MANY_ROWS = 128, 2**20
 def cases(arch: int, extent: str = "all") -> Iterator[Case]:
     for dtype in DTYPES:
         configs = table()[arch]["ieee" if dtype == "ieee" else "tf32" if dtype == "fp32" else "half"]
-        # float16 has bfloat16's configs, and another product's instruction only.
+        # float16 has bfloat16's configs, another instruction for products, and e Uᵀ from U in two parts.
         kernels = [kernel for kernel in ERROR_SIZES if is_compiled(kernel, dtype, arch, extent)]
         yield from _tables(dtype, configs, kernels, first_only=is_first_only(dtype, extent))
         if extent != "brief" and (extent == "all" or arch in KINDS_OF_CORE):
@@ -117,6 +117,8 @@ def _more(arch: int, dtype: str, configs: Configs, everything: bool) -> Iterator
         yield from (replace(case, rule="adamw", numbers_in_memory=True) for case in (one, two))
     if arch in ASYNCHRONOUS and dtype in ("fp16", "bf16"):
         yield replace(two, config=_without_tma(configs.two_phase), network="even")
+    if dtype == "fp16":
+        yield replace(one, network="half")
     if dtype == "bf16":
         yield from (replace(one, rule=rule, network="half") for rule in ("store", "momentum"))
         if arch in ASYNCHRONOUS:

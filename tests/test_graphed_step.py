@@ -538,17 +538,19 @@ def test_bad_batches(recorder):
 
 
 @pytest.mark.parametrize("change", ["replaced", "added", "activation"])
-def test_another_module_in_the_model_is_no_part_of_its_graph(recorder, change):
+@pytest.mark.parametrize("steps", [0, 1, 2], ids="after {} steps".format)
+def test_another_module_in_the_model_is_no_part_of_its_graph(recorder, change, steps):
     net = plain_net()
     model = dfa.DFA(net)
     x, y = batches(1)[0]
     step = dfa.GraphedStep(model, dfa.optim.SGD(model, 0.1, capturable=True), F.cross_entropy, x, y)
-    step(x, y)
+    for _ in range(steps):
+        step(x, y)
     if change == "replaced":
         net[4] = nn.Linear(6, 3)
     elif change == "added":
         net.append(nn.Dropout(0.5))
     else:
         net[1] = nn.Tanh()
-    with pytest.raises(RuntimeError, match="modules of the model were replaced, added or removed since a graph"):
+    with pytest.raises(RuntimeError, match="modules of the model were replaced, added or removed since it was made"):
         step(x, y)

@@ -40,7 +40,7 @@ class Measured(NamedTuple):
     products: float
 
 
-# An H200, Triton 3.6, cuBLAS of CUDA 13; parameters in the precision of the products (bench/results/h200/times.json).
+# An H200, Triton 3.6, cuBLAS of CUDA 13; bfloat16, parameters as well (bench/results/h200/times.json).
 MEASURED: dict[tuple[int, str], tuple[Measured, ...]] = {
     (90, "half"): (
         Measured("784-2048x4-10 b=512", 512 * (784 * 2048 + 3 * 2048**2 + 10 * 2048), 66.9, 49.9, 54.0, 87.4),
@@ -54,12 +54,12 @@ MEASURED: dict[tuple[int, str], tuple[Measured, ...]] = {
 def plan_wide(problem: GroupedProblem, target: Target, why: str) -> LaunchPlan:
     """The launch or launches for a problem that δ is written to memory for; why: the reason for that."""
     nearest, unfit = _nearest(problem, target), _why_no_products(problem)
-    if nearest and (two := _plan_two(problem, target)).uses_tma:
+    two = _plan_two(problem, target) if nearest else None
+    if nearest and two and two.uses_tma:
         way, words = _measured(nearest, unfit)
     else:
         way, words = _estimated(problem, target, unfit)
-    if way == TWO:
-        assert nearest is not None
+    if nearest and two and way == TWO:
         found, loads = _loaded(two, target, nearest)
         words += f"; {loads}"
     elif way == PRODUCTS:

@@ -89,9 +89,8 @@ def fitted_strip(problem: GroupedProblem, config: StripConfig, target: Target) -
         # Only as many as leave a thread all the registers that it can have.
         programs = min(programs, max(1, REGISTERS // (MOST_REGISTERS + 1) // (32 * warps)))
     # Several parts of x on their way would take the memory that several parts of δ lie in.
-    stages = config.num_stages if positions == 1 and projected.rows <= block_r else 1
-    if _loads_inputs_ahead(problem, block_r):
-        stages = 1
+    in_memory = positions == 1 and projected.rows <= block_r and not _loads_inputs_ahead(problem, block_r)
+    stages = config.num_stages if in_memory else 1
     fitted = replace(config, block_m=block_m, block_r=block_r, num_warps=warps, num_stages=stages, programs=programs)
     widest = max(SMALLEST_FACTOR, _widest(problem, fitted, target))
     return replace(fitted, block_n=min(config.block_n, widest))

@@ -16,7 +16,6 @@ VERSIONS = ("3.6", "3.7", "3.9")
 CONFIG = ProducerConfig(
     block_m=128, block_n=256, block_k=64, group_m=8, programs=1, num_warps=8, num_stages=4, needs_tma=True
 )
-"""The prototype's."""
 MOST_LAYERS = 8
 """Of more, what the warp that loads has to know does not fit into its registers, as machine code shows."""
 

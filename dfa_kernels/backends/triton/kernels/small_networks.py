@@ -253,7 +253,7 @@ def _add_part(
 
 @triton.jit
 def _split_product(deltas, xs):
-    """The product of two tiles by those of their three factors each that count, from the smallest on.
+    """The product of δ [M, R] and x [R, N] by those of their three factors each that count, from the smallest on.
 
     As Triton makes it with "bf16x6", which would split δ anew for each tile of x. What is left of a number that is not
     finite is none, and gives way to the largest product.
