@@ -22,9 +22,9 @@ logger = logging.getLogger("dfa_kernels")
 
 WARM_UP = 3
 """Steps before a capture, which compile kernels and fill caches; the last one shows whether anything waits."""
-_training, _requires_grad = attrgetter("training"), attrgetter("requires_grad")
 MOST_GRAPHS = 8
 """Batches of so many shapes, modes and option values are captured; what else comes runs eagerly."""
+_training, _requires_grad = attrgetter("training"), attrgetter("requires_grad")
 
 
 class GraphedStep:
@@ -261,10 +261,9 @@ class _Held:
         self._optimizer = optimizer
         named = tensors_by_name(model)
         self._holders, self._names = [holder for holder, _, _ in named], [name for _, name, _ in named]
-        self._of_model = [tensor for _, _, tensor in named]
         own = [(p, n, t) for p, state in optimizer.state.items() for n, t in state.items() if isinstance(t, Tensor)]
         self._of_optimizer = [(p, name) for p, name, _ in own]
-        self._tensors = self._of_model + [tensor for _, _, tensor in own]
+        self._tensors = [tensor for _, _, tensor in (*named, *own)]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
 
     def check(self) -> None:

@@ -63,6 +63,24 @@ def assert_same(first: list[Tensor], second: list[Tensor]) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("width", [160, 164])
+@pytest.mark.parametrize("dense", [True, False])
+def test_tiles_of_x_that_wait_in_registers(width: int, dense: bool) -> None:
+    """Several to a program, the last one whole or not; only where δ takes few registers."""
+    feedback = {"place": ("gaussian", "dense" if dense else "procedural"), "seed": 7, "normalize": True, "gain": 1.0}
+    layers = [plain_layer(width_in=width, width_out=48), plain_layer(width_in=48, width_out=width)]
+    network = plain_network(layers, output_width=width, rows=16, error_size=10, feedback={**feedback, "nonzeros": None})
+    call = make_call(network)
+    with forced("strip", multiprocessors=1), watched() as seen:
+        found = triton_backend.layer_grads(call.arguments(), torch.float32)
+    (plan,) = seen.plans
+    assert plan.arguments["INPUTS_AHEAD"] == dense
+    assert (
+        max(-(-w // plan.config.block_n) // n for w, n in zip((width, 48), plan.arguments["chunks"], strict=False)) > 1
+    )
+    check(call, found)
+
+
 @both_kernels
 @settings(**FRESH, max_examples=32)
 @given(random=randoms)

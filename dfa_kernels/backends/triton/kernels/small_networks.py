@@ -41,7 +41,7 @@ def strip(
 
     δ is in POSITIONS · PARTS parts of BLOCK_R rows. SWAP: products are (xᵀ δ) [BLOCK_N, BLOCK_M], not (δᵀ x). HELD: a
     tile of U has all components of the error. EVEN: no part goes beyond the rows. PARAMETERS_AHEAD: a parameter's tile
-    is read while the one before is multiplied; INPUTS_AHEAD: a tile of x, where there is one part.
+    is read while the one before is multiplied; INPUTS_AHEAD, for one part that is EVEN and no SWAP: a tile of x.
     """
     error_size, stride_row = multiple(error_size, ALIGN_ERROR), multiple(stride_row, ALIGN_ERROR)
     layer, m, chunk, first_tile, end_tile = _strip_of(
@@ -55,7 +55,7 @@ def strip(
     end_column = tl.minimum(end_tile * BLOCK_N, width_in)
     if INPUTS_AHEAD:
         # Before δ is made, so that it arrives meanwhile.
-        x_following = _whole_tile(x, first_tile, width_in, end_column, rows, INDEX, EVEN, BLOCK_R, BLOCK_N)
+        x_following = _whole_tile(x, first_tile, width_in, end_column, INDEX, BLOCK_R, BLOCK_N)
 
     deltas = ()
     bias_gradient = tl.zeros((BLOCK_M,), tl.float32)
@@ -102,9 +102,8 @@ def strip(
             early = velocity_before(x, at, inside, state0, hyper, pick(WEIGHT_SETS, layer), RULE)
             if INPUTS_AHEAD:
                 x_tile = x_following
-                x_following = _whole_tile(x, n + 1, width_in, end_column, rows, INDEX, EVEN, BLOCK_R, BLOCK_N)
-                gradient = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-                gradient = _add_part(gradient, x_tile, deltas, 0, PRECISION, SWAP, 1)
+                x_following = _whole_tile(x, n + 1, width_in, end_column, INDEX, BLOCK_R, BLOCK_N)
+                gradient = _add_part(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_tile, deltas, 0, PRECISION, False, 1)
             else:
                 gradient = _product(
                     x, deltas, column, width_in, rows, span, PRECISION, SWAP, POSITIONS, PARTS, EVEN, BLOCK_R
@@ -218,12 +217,11 @@ def _product(
 
 @triton.jit
 def _whole_tile(
-    x, n, width_in, end_column, rows,
-    INDEX: tl.constexpr, EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, n, width_in, end_column, INDEX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Tile n of x [R, N] where all rows are one part, 0 from end_column on."""
+    """Tile n of x [R, N], of which BLOCK_R rows are all, 0 from end_column on."""
     row, column = tl.arange(0, BLOCK_R).to(INDEX), (n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
-    return _input_tile(x + row[:, None] * width_in + column[None, :], row, rows, column, end_column, EVEN)
+    return _input_tile(x + row[:, None] * width_in + column[None, :], row, 0, column, end_column, True)
 
 
 @triton.jit
